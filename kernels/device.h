@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+// The device table: every numeric operation, once, for all backends (DESIGN.md 12).
+//
+// Terms
+//   device   one backend instance: memory, a table of operations.
+//   stream   an ordered list of commands. Operations RECORD a command; nothing runs until
+//            stream_submit. What is recorded between two submits is one segment. Argument structs are
+//            copied when recorded; the arrays they point to must live until the segment has retired.
+//   act      an activation operand [rows][cols] in a layout private to the backend (CPU: row-major, rows
+//            padded with zeros to act_cols(cols) elements of the compute dtype). Made by rmsnorm,
+//            attention, swiglu and moe_gate_up, consumed by gemm, lora_shrink, moe_*.
+//   miss     moe_map finds an expert that is not resident: it sets the stream's miss state; every later
+//            command of the segment except the moe commands of that same layer (which compute the
+//            resident experts) exits early. The host brings the pages and submits again from that gate.
+//   page     the kernels reach experts, adapters and KV only through page numbers into the arena.
+//
+// Compute dtype: DTYPE_BF16 (shipped: bf16 operands of dot products, fp32 everything else) or DTYPE_F32
+// (the reference path: weights, KV and operands all fp32). One device runs one compute dtype.
+//
+// Determinism (FIXED): a row's bits depend on that row and its KV alone, never on the number of rows,
+// their order, the thread count or page numbers. Reductions have a fixed order that depends on shape
+// alone; KV is reduced in segments of KV_SEGMENT tokens at absolute positions, merged in ascending order.
+//
+// Threads: a stream is used by one thread (the engine thread). Sizes are elements unless named _bytes.
+// Shapes are checked when recording: CHECK for bugs. 64-bit offsets throughout.
+#ifndef POLDER_KERNELS_DEVICE_H
+#define POLDER_KERNELS_DEVICE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "base/status.h"
+#include "kernels/attention.h"
+#include "kernels/lora.h"
+#include "kernels/moe.h"
+#include "kernels/norm.h"
+#include "kernels/sample.h"
+#include "kernels/tile.h"
+
+enum { PAGE_NONE = 0xffffffff };
+
+struct device;
+struct stream;
+
+struct device_info {
+    char name[64];        // "cpu avx512bf16, 2 threads"
+    char instruction_set[32];
+    uint32_t threads;
+    enum dtype dtype;
+};
+
+// What a submitted segment came to.
+struct segment_result {
+    bool missed;         // an expert was not resident
+    uint32_t miss_layer; // at which MoE layer, when missed
+};
+
+// y[rows][n] (fp32) = x[rows][k] * W[n][k]^T (+ y when add). W is tile-major and contiguous.
+struct gemm_args {
+    const void *x;      // act [rows][k]
+    const void *weight; // tiles, n x k
+    float *y;
+    size_t y_stride; // elements between rows of y
+    uint32_t rows, n, k;
+    bool add;
+};
+
+// x[rows][dim] (fp32) = table[token[row]] ; table row-major, compute dtype.
+struct embed_args {
+    const int32_t *token;
+    const void *table;
+    float *x;
+    uint32_t rows, dim, vocab;
+};
+
+// to[i][dim] (fp32) = from[index[i]][dim]
+struct gather_args {
+    const float *from;
+    const uint32_t *index;
+    float *to;
+    uint32_t rows, dim;
+};
+
+// table[index[i]] = value[i], stream-ordered: how page tables change.
+struct scatter_args {
+    uint32_t *table;
+    const uint32_t *index, *value;
+    uint32_t count;
+};
+
+struct device_table {
+    void (*destroy)(struct device *device);
+    void (*info)(const struct device *device, struct device_info *out);
+
+    // Memory: zeroed, 64-byte aligned or better. NO_MEMORY when the device has not enough.
+    enum status (*alloc)(struct device *device, size_t bytes, void **out);
+    void (*release)(struct device *device, void *memory);
+    size_t (*act_bytes)(const struct device *device, size_t rows, size_t cols);
+
+    // A stream holds at most `commands` recorded commands per segment.
+    enum status (*stream_create)(struct device *device, uint32_t commands, struct stream **out);
+    void (*stream_destroy)(struct stream *stream);
+    // Runs what was recorded; returns at once. One segment may be in flight per stream.
+    enum status (*submit)(struct stream *stream);
+    // True when the segment has retired (or none is in flight); fills *result.
+    bool (*poll)(struct stream *stream, struct segment_result *result);
+    enum status (*wait)(struct stream *stream, struct segment_result *result);
+
+    // Recorded operations.
+    void (*copy)(struct stream *s, void *to, const void *from, size_t bytes);
+    void (*zero)(struct stream *s, void *to, size_t bytes);
+    void (*scatter)(struct stream *s, const struct scatter_args *a);
+    void (*gather)(struct stream *s, const struct gather_args *a);
+    void (*embed)(struct stream *s, const struct embed_args *a);
+    void (*rmsnorm)(struct stream *s, const struct rmsnorm_args *a);
+    void (*gemm)(struct stream *s, const struct gemm_args *a);
+    void (*swiglu)(struct stream *s, const struct swiglu_args *a);
+    void (*lora_shrink)(struct stream *s, const struct lora_shrink_args *a);
+    void (*lora_expand)(struct stream *s, const struct lora_expand_args *a);
+    void (*qk_norm_rope_kv)(struct stream *s, const struct qk_args *a);
+    void (*attention)(struct stream *s, const struct attention_args *a);
+    void (*router)(struct stream *s, const struct router_args *a);
+    void (*moe_map)(struct stream *s, const struct moe_map_args *a);
+    void (*moe_gate_up)(struct stream *s, const struct moe_gemm_args *a);
+    void (*moe_down)(struct stream *s, const struct moe_gemm_args *a);
+    void (*moe_combine)(struct stream *s, const struct moe_combine_args *a);
+    void (*sample)(struct stream *s, const struct sample_args *a);
+};
+
+// Every backend's device begins with its table; every stream with its device.
+struct device {
+    const struct device_table *table;
+};
+struct stream {
+    struct device *device;
+};
+
+struct cpu_options {
+    uint32_t threads;            // 0: one per core this process may use
+    enum dtype dtype;
+    const char *instruction_set; // NULL: best; "avx512bf16", "avx2", "portable"
+};
+
+MUST_USE enum status device_create_cpu(const struct cpu_options *options, struct device **out,
+                                       struct fault *fault);
+
+#endif

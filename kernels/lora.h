@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+// LoRA at true rank (Hu et al., 2021; segments as in Punica's SGMV): y += scale * (x A^T) B^T, where an
+// adapter stores A as `rank` rows of d_in and B transposed as `rank` rows of d_out, in pages.
+//
+// Rows of a step are sorted by adapter; a segment is a run of rows of one adapter. Rows of the base model
+// belong to no segment. A row of a slice is row_bytes long (64-byte multiple, zero-padded), rows follow
+// one another and never straddle a page (see lora_row_at).
+#ifndef POLDER_KERNELS_LORA_H
+#define POLDER_KERNELS_LORA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum lora_module {
+    LORA_Q,
+    LORA_K,
+    LORA_V,
+    LORA_O,
+    LORA_GATE, // dense MLP, or expert when the layer is MoE
+    LORA_UP,
+    LORA_DOWN,
+    LORA_MODULES
+};
+
+// One A or B^T: `rank` rows from byte first_byte of page slot first_slot of the adapter. rank 0: absent.
+struct lora_slice {
+    uint32_t first_slot, first_byte, row_bytes, rank;
+};
+
+struct lora_pair {
+    struct lora_slice a, b;
+    float scale; // lora_alpha / rank, or / sqrt(rank) for rsLoRA
+};
+
+// An adapter as the kernels see it.
+struct lora_adapter_view {
+    const uint32_t *pages;         // page numbers by slot of the adapter
+    const struct lora_pair *pairs; // [layers][LORA_MODULES][experts_or_1], see lora_pair_at
+    uint32_t experts;              // slices per module: model's experts when expert LoRA, else 1
+};
+
+// The segments of a step.
+struct lora_batch {
+    const uint8_t *arena;
+    size_t page_bytes;
+    uint32_t segments;
+    const uint32_t *row_begin; // [segments + 1]; rows [row_begin[i], row_begin[i+1]) use adapter[i]
+    const uint32_t *adapter;   // [segments], index into adapters, 0xffffffff: base rows
+    const struct lora_adapter_view *adapters;
+    uint32_t rank_max; // largest rank in the batch: stride of `hidden`
+};
+
+static inline const struct lora_pair *lora_pair_at(const struct lora_adapter_view *view,
+                                                   uint32_t layer, enum lora_module module,
+                                                   uint32_t expert)
+{
+    return view->pairs + ((size_t)layer * LORA_MODULES + module) * view->experts +
+           (view->experts > 1 ? expert : 0);
+}
+
+// Address of row `row` of a slice.
+static inline const uint8_t *lora_row_at(const uint8_t *arena, size_t page_bytes,
+                                         const uint32_t *pages, const struct lora_slice *slice,
+                                         uint32_t row)
+{
+    size_t in_first = (page_bytes - slice->first_byte) / slice->row_bytes;
+    if (row < in_first)
+        return arena + (size_t)pages[slice->first_slot] * page_bytes + slice->first_byte +
+               (size_t)row * slice->row_bytes;
+    size_t left = row - in_first, per_page = page_bytes / slice->row_bytes;
+    return arena + (size_t)pages[slice->first_slot + 1 + left / per_page] * page_bytes +
+           left % per_page * slice->row_bytes;
+}
+
+// hidden[row][0..rank) = A x[row] for the rows of segments whose adapter has (layer, module).
+struct lora_shrink_args {
+    const struct lora_batch *batch;
+    const void *x; // act [rows][d_in]
+    float *hidden; // [rows][rank_max]
+    uint32_t layer, d_in;
+    enum lora_module module;
+};
+
+// y[row][..] += scale * sum_j hidden[row][j] * Bt[j][..], j ascending.
+struct lora_expand_args {
+    const struct lora_batch *batch;
+    const float *hidden;
+    float *y;
+    size_t y_stride;
+    uint32_t layer, d_out;
+    enum lora_module module;
+    int interleave_half; // -1: plain columns; 0 gate, 1 up: columns as in tile_interleaved_row
+};
+
+#endif
