@@ -1,0 +1,1 @@
+polder_test(test_yaml LIBS polder_base LABELS fast)
