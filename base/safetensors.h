@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// The safetensors container, read strictly: what the reference reader refuses is refused here as well.
+// The safetensors container, read strictly: what the reference reader refuses is refused here as
+// well.
 //
 //   u64 little-endian header length | JSON header | data
 //   header: { "name": { "dtype": "BF16", "shape": [2, 3], "data_offsets": [begin, end) }, ...,
 //             "__metadata__": { "key": "value" } }
 //
-// Checked when opening, before any tensor is believed: header at most 100 MB and inside the file, begins
-// with '{', UTF-8 JSON without duplicate names, known dtype of whole bytes (F4, F6 are refused by name), at
-// most SAFETENSORS_DIMS_MAX dimensions, product of the shape times the element size (checked
-// arithmetic) equal to end - begin, no overlap, no hole, the data covers the file exactly. Scalars
-// (shape []) and dimensions of 0 are legal.
+// Checked when opening, before any tensor is believed: header at most 100 MB and inside the file,
+// begins with '{', UTF-8 JSON without duplicate names, known dtype of whole bytes (F4, F6 are
+// refused by name), at most SAFETENSORS_DIMS_MAX dimensions, product of the shape times the element
+// size (checked arithmetic) equal to end - begin, no overlap, no hole, the data covers the file
+// exactly. Scalars (shape []) and dimensions of 0 are legal.
 //
-// Data is read with reader_read (pread), never mapped: a file cut short while serving gives STATUS_IO, not
-// a signal. Offsets need not be aligned. Any thread; reading allocates nothing.
+// Data is read with reader_read (pread), never mapped: a file cut short while serving gives
+// STATUS_IO, not a signal. Offsets need not be aligned. Any thread; reading allocates nothing.
 #ifndef POLDER_BASE_SAFETENSORS_H
 #define POLDER_BASE_SAFETENSORS_H
 
@@ -65,8 +66,8 @@ struct tensor {
 
 struct safetensors;
 
-// `label` names the file in faults. The reader is not owned and must outlive the container. CORRUPT,
-// UNSUPPORTED, LIMIT, IO, NO_MEMORY.
+// `label` names the file in faults. The reader is not owned and must outlive the container.
+// CORRUPT, UNSUPPORTED, LIMIT, IO, NO_MEMORY.
 MUST_USE enum status safetensors_open(struct reader *reader, const char *label,
                                       struct safetensors **out, struct fault *fault);
 void safetensors_close(struct safetensors *file);
@@ -82,12 +83,12 @@ const char *safetensors_metadata(const struct safetensors *file, const char *key
 MUST_USE enum status safetensors_read(const struct safetensors *file, const struct tensor *tensor,
                                       uint64_t begin, void *out, size_t bytes, struct fault *fault);
 
-// Elements [first, first + count) of an F32, F16 or BF16 tensor (others: UNSUPPORTED), converted; to bf16 with
-// round to nearest even. A value that is NaN or infinite, in the file or after rounding, is refused with
-// STATUS_NUMERIC and a sentence that names the tensor.
+// Elements [first, first + count) of an F32, F16 or BF16 tensor (others: UNSUPPORTED), converted;
+// to bf16 with round to nearest even. A value that is NaN or infinite, in the file or after
+// rounding, is refused with STATUS_NUMERIC and a sentence that names the tensor.
 MUST_USE enum status safetensors_read_f32(const struct safetensors *file,
-                                          const struct tensor *tensor, uint64_t first,
-                                          float *out, size_t count, struct fault *fault);
+                                          const struct tensor *tensor, uint64_t first, float *out,
+                                          size_t count, struct fault *fault);
 MUST_USE enum status safetensors_read_bf16(const struct safetensors *file,
                                            const struct tensor *tensor, uint64_t first,
                                            uint16_t *out, size_t count, struct fault *fault);
