@@ -25,20 +25,29 @@
 #include "runtime/model/model.h"
 
 struct engine;
-struct tokenizer;
+
+// Streaming decode, wired to the tokenizer by whoever makes the engine. `state` belongs to one sequence,
+// zeroed at its start. Writes only complete UTF-8 characters, at most `room` bytes; returns the length.
+struct engine_text_decoder {
+    size_t (*decode)(void *context, uint8_t *state, int32_t token, char *out, size_t room);
+    size_t (*finish)(void *context, uint8_t *state, char *out, size_t room); // what was left
+    void *context;
+};
+enum { ENGINE_DECODE_STATE = 64 }; // bytes of state
 
 struct engine_options {
     // Owned by the caller, used by the engine thread alone until engine_destroy.
     const struct model *model;
     struct device *device;
     struct pool *pool;
+    struct copy_queues *copies;
     const uint8_t *arena; // device arena of the pool
     size_t page_bytes;
     struct kv *kv;
     struct kv_shape kv_shape;
     struct experts *experts;           // NULL for a dense model
     struct adapters *adapters;         // NULL: no adapters
-    const struct tokenizer *tokenizer; // NULL: events carry token ids and no text
+    struct engine_text_decoder decoder; // decode NULL: events carry token ids and no text
     struct engine_port *port;
     struct clock clock;
 
@@ -72,7 +81,10 @@ enum engine_turn engine_turn(struct engine *engine);
 void engine_run(struct engine *engine);
 
 struct engine_counters {
-    uint64_t steps, rows, rows_needed, segments, gate_misses, pauses, swaps_out, swaps_in, drops;
+    uint64_t steps, segments, gate_misses, pauses, swaps_out, swaps_in, drops;
+    uint64_t rows;                          // rows of finished steps
+    uint64_t half_rows_run, half_rows_due;  // half-layers x rows; equal when nothing ran twice
+    uint64_t rows_recomputed;               // positions computed again because their KV was dropped
     uint64_t requests, finished, failed, prompt_tokens, cached_tokens, generated_tokens;
     uint32_t running, waiting;
 };

@@ -1,0 +1,384 @@
+// SPDX-License-Identifier: Apache-2.0
+// Life of the engine and its turn. Memory is sized and taken here, once: the same function walks the areas
+// for every step, and nothing is allocated afterwards.
+#include "runtime/engine/engine.h"
+
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "runtime/engine/internal.h"
+
+uint32_t engine_expert_floor(const struct expert_shape *shape, uint32_t top_k)
+{
+    // One token's experts at once, so that a gate rarely goes round; at least two, so that one can be
+    // copied while another is computed.
+    uint32_t experts = top_k < 2 ? 2 : top_k;
+    return shape->experts ? experts * shape->pages_per_expert : 0;
+}
+
+// ---- memory ----
+
+static enum status device_area(struct engine *e, void *out, size_t bytes)
+{
+    void *memory = NULL;
+    enum status status = e->table->alloc(e->options.device, bytes ? bytes : 64, &memory);
+    if (!status)
+        memcpy(out, &memory, sizeof memory);
+    return status;
+}
+
+static enum status act_area(struct engine *e, void **out, size_t rows, size_t cols)
+{
+    return device_area(e, out, e->table->act_bytes(e->options.device, rows, cols));
+}
+
+static enum status make_moe_scratch(struct engine *e)
+{
+    const struct model_config *c = &e->options.model->config;
+    size_t rows = e->options.rows_max, pairs = rows * c->top_k, f = sizeof(float);
+    struct moe_work *w = &e->scratch.moe;
+    size_t moe_layers = e->options.model->expert_shape.layers;
+    if (device_area(e, &w->expert, pairs * sizeof(uint32_t)) || device_area(e, &w->gate, pairs * f) ||
+        device_area(e, &w->begin, (c->experts + 1u) * sizeof(uint32_t)) ||
+        device_area(e, &w->order, pairs * sizeof(uint32_t)) || device_area(e, &w->state, c->experts) ||
+        act_area(e, &w->hidden, pairs, c->moe_intermediate) ||
+        device_area(e, &w->out, pairs * c->hidden * f) ||
+        device_area(e, &e->scratch.need, moe_layers * c->experts * sizeof(uint32_t)))
+        return STATUS_NO_MEMORY;
+    return STATUS_OK;
+}
+
+static enum status make_scratch(struct engine *e)
+{
+    const struct model_config *c = &e->options.model->config;
+    struct scratch *s = &e->scratch;
+    size_t rows = e->options.rows_max, f = sizeof(float), samples = e->options.sequences_max;
+    size_t q = (size_t)c->heads * c->head_dim, qkv = q + 2 * (size_t)c->kv_heads * c->head_dim;
+    size_t gate_up = c->intermediate ? tile_interleaved_rows(c->intermediate) : 0;
+    if (act_area(e, &s->act, rows, c->hidden) || act_area(e, &s->attention, rows, q) ||
+        device_area(e, &s->normed, rows * c->hidden * f) || device_area(e, &s->qkv, rows * qkv * f) ||
+        device_area(e, &s->gate_up, rows * gate_up * f) ||
+        act_area(e, &s->mid, gate_up ? rows : 1, c->intermediate ? c->intermediate : 1) ||
+        device_area(e, &s->last, samples * c->hidden * f) ||
+        act_area(e, &s->last_act, samples, c->hidden) ||
+        device_area(e, &s->logits, samples * c->vocab * f) ||
+        device_area(e, &s->token, samples * sizeof(int32_t)) ||
+        device_area(e, &s->logprob, samples * f) ||
+        device_area(e, &s->top_token, samples * ENGINE_TOPS_MAX * sizeof(int32_t)) ||
+        device_area(e, &s->top_logprob, samples * ENGINE_TOPS_MAX * f))
+        return STATUS_NO_MEMORY;
+    for (int i = 0; i < 3; i++) {
+        if (device_area(e, &s->lora_hidden[i], rows * e->options.rank_max * f))
+            return STATUS_NO_MEMORY;
+    }
+    return c->experts ? make_moe_scratch(e) : STATUS_OK;
+}
+
+// Counts (base NULL) or places the arrays of a step's block; returns its bytes.
+static size_t place_arrays(const struct engine_options *o, uint8_t *base, struct step_arrays *out)
+{
+    size_t at = 0, rows = o->rows_max, runs = o->sequences_max;
+    size_t blocks = div_up(o->context_max, o->kv_shape.block_tokens);
+#define PLACE(field, count)                                                                        \
+    do {                                                                                           \
+        out->field = base ? (void *)(base + at) : NULL;                                            \
+        at = round_up(at + (count) * sizeof *out->field, 64);                                      \
+    } while (0)
+    PLACE(token, rows);
+    PLACE(position, rows);
+    PLACE(sequence, rows);
+    PLACE(lora_row, runs + 1);
+    PLACE(lora_adapter, runs);
+    PLACE(gather, runs);
+    PLACE(sample, runs);
+    PLACE(pages, runs * blocks * o->kv_shape.pages_per_block);
+#undef PLACE
+    return at;
+}
+
+static enum status make_step(struct engine *e, struct step *step)
+{
+    const struct engine_options *o = &e->options;
+    step->block.bytes = place_arrays(o, NULL, &step->host);
+    step->block.host = calloc(1, step->block.bytes);
+    step->runs = calloc(o->sequences_max, sizeof *step->runs);
+    if (!step->block.host || !step->runs)
+        return STATUS_NO_MEMORY;
+    enum status status = device_area(e, &step->block.device, step->block.bytes);
+    if (!status)
+        status = device_area(e, &step->x, (size_t)o->rows_max * o->model->config.hidden * sizeof(float));
+    if (status)
+        return status;
+    (void)place_arrays(o, step->block.host, &step->host);
+    (void)place_arrays(o, step->block.device, &step->device);
+    return STATUS_OK;
+}
+
+static enum status make_sequences(struct engine *e)
+{
+    const struct engine_options *o = &e->options;
+    e->sequence_slots = o->sequences_max + o->queue_max;
+    e->sequences = calloc(e->sequence_slots, sizeof *e->sequences);
+    e->tokens = calloc((size_t)e->sequence_slots * o->context_max, sizeof *e->tokens);
+    e->candidates = calloc(e->sequence_slots, sizeof *e->candidates);
+    e->runs = calloc(o->sequences_max, sizeof *e->runs);
+    if (!e->sequences || !e->tokens || !e->candidates || !e->runs)
+        return STATUS_NO_MEMORY;
+    for (size_t i = 0; i < ARRAY_COUNT(e->lists); i++)
+        e->lists[i].head = e->lists[i].tail = NO_SLOT;
+    struct sequence_list *list = &e->lists[SEQUENCE_FREE];
+    for (uint32_t slot = 0; slot < e->sequence_slots; slot++) {
+        struct sequence *s = &e->sequences[slot];
+        s->tokens = e->tokens + (size_t)slot * o->context_max;
+        s->previous = slot ? slot - 1 : NO_SLOT;
+        s->next = slot + 1 < e->sequence_slots ? slot + 1 : NO_SLOT;
+    }
+    *list = (struct sequence_list){.head = 0, .tail = e->sequence_slots - 1, .count = e->sequence_slots};
+    return STATUS_OK;
+}
+
+static enum status make_tables(struct engine *e)
+{
+    const struct engine_options *o = &e->options;
+    const struct model_config *c = &o->model->config;
+    e->moe_index = calloc(c->layers, sizeof *e->moe_index);
+    e->salts = calloc(o->tenants_max, sizeof *e->salts);
+    e->line_bytes = (size_t)1 << 20;
+    e->line = malloc(e->line_bytes);
+    e->record = malloc(e->line_bytes + sizeof(struct engine_reply) + sizeof(struct engine_text));
+    if (!e->moe_index || !e->salts || !e->line || !e->record)
+        return STATUS_NO_MEMORY;
+    uint32_t moe = 0;
+    for (uint32_t layer = 0; layer < c->layers; layer++)
+        e->moe_index[layer] = c->is_moe[layer] ? moe++ : NO_SLOT;
+    for (uint32_t tenant = 0; tenant < o->tenants_max; tenant++)
+        e->salts[tenant] = hash_bytes(&o->secret, &tenant, sizeof tenant);
+    return STATUS_OK;
+}
+
+static enum status check_options(const struct engine_options *o, struct fault *fault)
+{
+    if (!o->sequences_max || !o->rows_max || !o->context_max || !o->queue_max || !o->tenants_max)
+        return fault_set(fault, STATUS_INVALID,
+                         "the engine needs at least one sequence, row, position, queue place and tenant.");
+    if (o->rows_max < o->sequences_max)
+        return fault_set(fault, STATUS_INVALID,
+                         "--max-num-batched-tokens (%u) must be at least --max-num-seqs (%u).",
+                         o->rows_max, o->sequences_max);
+    struct pool_stats pool;
+    pool_stats(o->pool, &pool);
+    uint64_t kv = div_up(o->context_max, o->kv_shape.block_tokens) * o->kv_shape.pages_per_block;
+    uint64_t floor = engine_expert_floor(&o->model->expert_shape, o->model->config.top_k);
+    if (kv + floor > pool.device_total)
+        return fault_set(fault, STATUS_LIMIT,
+                         "the pool has %u pages, but one sequence of %u tokens needs %llu and one "
+                         "token's experts %llu: raise --pool-bytes or lower --max-model-len.",
+                         pool.device_total, o->context_max, (unsigned long long)kv,
+                         (unsigned long long)floor);
+    if (ring_room(o->port->events) < output_room_needed(NULL, o->sequences_max))
+        return fault_set(fault, STATUS_INVALID,
+                         "the event ring is too small for %u sequences at once.", o->sequences_max);
+    return STATUS_OK;
+}
+
+enum status engine_create(const struct engine_options *options, struct engine **out,
+                          struct fault *fault)
+{
+    enum status status = check_options(options, fault);
+    if (status)
+        return status;
+    struct engine *e = calloc(1, sizeof *e);
+    if (!e)
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory while making the engine.");
+    e->options = *options;
+    e->table = options->device->table;
+    uint32_t commands = options->model->config.layers * 32 + 64 + options->sequences_max;
+    status = e->table->stream_create(options->device, commands, &e->stream);
+    if (!status)
+        status = make_tables(e);
+    if (!status)
+        status = make_sequences(e);
+    if (!status)
+        status = make_scratch(e);
+    for (int class = 0; class < ENGINE_CLASSES && !status; class++)
+        status = make_step(e, &e->steps[class]);
+    if (status) {
+        engine_destroy(e);
+        return fault_set(fault, status, "there is not enough memory for the engine's work areas: lower "
+                                        "--max-num-batched-tokens, --max-num-seqs or --max-model-len.");
+    }
+    *out = e;
+    return STATUS_OK;
+}
+
+static void release_scratch(struct engine *e)
+{
+    struct scratch *s = &e->scratch;
+    void *areas[] = {s->act,        s->attention, s->mid,     s->normed,        s->qkv,
+                     s->gate_up,    s->last,      s->last_act, s->logits,       s->token,
+                     s->logprob,    s->top_token, s->top_logprob, s->need,      s->moe.expert,
+                     s->moe.gate,   s->moe.begin, s->moe.order, s->moe.state,   s->moe.hidden,
+                     s->moe.out,    s->lora_hidden[0], s->lora_hidden[1], s->lora_hidden[2]};
+    for (size_t i = 0; i < ARRAY_COUNT(areas); i++) {
+        if (areas[i])
+            e->table->release(e->options.device, areas[i]);
+    }
+}
+
+void engine_destroy(struct engine *engine)
+{
+    if (!engine)
+        return;
+    for (int class = 0; class < ENGINE_CLASSES; class++) {
+        struct step *step = &engine->steps[class];
+        if (step->block.device)
+            engine->table->release(engine->options.device, step->block.device);
+        if (step->x)
+            engine->table->release(engine->options.device, step->x);
+        free(step->block.host);
+        free(step->runs);
+    }
+    release_scratch(engine);
+    if (engine->stream)
+        engine->table->stream_destroy(engine->stream);
+    free(engine->moe_index);
+    free(engine->salts);
+    free(engine->line);
+    free(engine->record);
+    free(engine->runs);
+    free(engine->candidates);
+    free(engine->tokens);
+    free(engine->sequences);
+    free(engine);
+}
+
+// ---- the turn ----
+
+// Ends every request that no running step holds; a step in flight is waited for first.
+static void end_everything(struct engine *e, enum status status, const char *message)
+{
+    for (int class = 0; class < ENGINE_CLASSES; class++) {
+        struct step *step = &e->steps[class];
+        if (step->state == STEP_NONE || step->state == STEP_FLIGHT)
+            continue;
+        if (step->state == STEP_GATE)
+            experts_gate_done(e->options.experts, e->moe_index[step->half / 2]);
+        step_release_rows(e, step);
+    }
+    for (int state = SEQUENCE_QUEUED; state <= SEQUENCE_OUT; state++) {
+        for (uint32_t slot = e->lists[state].head; slot != NO_SLOT;) {
+            uint32_t next = e->sequences[slot].next;
+            if (!e->sequences[slot].in_step)
+                sequence_end(e, slot, status, ENGINE_FINISH_ERROR, message);
+            slot = next;
+        }
+    }
+}
+
+static bool nothing_lives(const struct engine *e)
+{
+    return e->lists[SEQUENCE_FREE].count == e->sequence_slots;
+}
+
+// Nothing to run: bring likely experts in while free pages last.
+static enum engine_turn rest(const struct engine *e)
+{
+    if (e->options.experts && !e->current && experts_prefetch(e->options.experts, 8))
+        return ENGINE_WAITING;
+    if (nothing_lives(e))
+        return copy_is_idle(e->options.copies) ? ENGINE_IDLE : ENGINE_WAITING;
+    return ENGINE_WAITING;
+}
+
+enum engine_turn engine_turn(struct engine *engine)
+{
+    if (engine->halted)
+        return ENGINE_HALTED;
+    pool_poll(engine->options.pool);
+    bool worked = commands_take(engine);
+    sequence_expire(engine);
+    sequence_flush_ended(engine);
+    if (engine->quit)
+        end_everything(engine, STATUS_SHUTTING_DOWN, "The server was shut down.");
+    if (step_advance(engine))
+        worked = true;
+    sequence_flush_ended(engine);
+    if (engine->draining && nothing_lives(engine)) {
+        struct engine_control stopped = {.kind = ENGINE_STOPPED};
+        if (!output_event(engine, &stopped, sizeof stopped))
+            return ENGINE_WAITING;
+        engine->halted = true;
+        return ENGINE_HALTED;
+    }
+    return worked ? ENGINE_BUSY : rest(engine);
+}
+
+static void sleep_on(int descriptor, int timeout_ms)
+{
+    struct pollfd wake = {.fd = descriptor, .events = POLLIN};
+    uint64_t count;
+    if (poll(&wake, 1, timeout_ms) > 0) {
+        ssize_t ignored = read(descriptor, &count, sizeof count);
+        (void)ignored;
+    }
+}
+
+void engine_run(struct engine *engine)
+{
+    for (uint32_t waits = 0;;) {
+        enum engine_turn turn = engine_turn(engine);
+        if (turn == ENGINE_HALTED)
+            return;
+        if (turn == ENGINE_BUSY) {
+            waits = 0;
+        } else if (turn == ENGINE_WAITING) {
+            // A copy ends within microseconds to milliseconds: yield first, then sleep a little.
+            if (++waits < 200)
+                usleep(20);
+            else
+                sleep_on(engine->options.port->command_wake, 1);
+        } else {
+            sleep_on(engine->options.port->command_wake, 1000);
+        }
+    }
+}
+
+void engine_counters(const struct engine *engine, struct engine_counters *out)
+{
+    *out = engine->counters;
+    out->running = engine->lists[SEQUENCE_RUNNING].count + engine->lists[SEQUENCE_OUT].count;
+    out->waiting = engine->lists[SEQUENCE_QUEUED].count;
+}
+
+void engine_check(const struct engine *engine)
+{
+    uint32_t total = 0, in_steps = 0;
+    for (size_t state = 0; state < ARRAY_COUNT(engine->lists); state++) {
+        uint32_t count = 0;
+        for (uint32_t slot = engine->lists[state].head; slot != NO_SLOT;
+             slot = engine->sequences[slot].next) {
+            const struct sequence *s = &engine->sequences[slot];
+            CHECK(s->state == (enum sequence_state)state);
+            CHECK(s->computed <= s->length || state == SEQUENCE_FREE || state == SEQUENCE_ENDED);
+            CHECK(!s->in_step || state == SEQUENCE_RUNNING);
+            in_steps += s->in_step;
+            count++;
+        }
+        CHECK(count == engine->lists[state].count);
+        total += count;
+    }
+    CHECK(total == engine->sequence_slots);
+    uint32_t runs = 0, current = 0;
+    for (int class = 0; class < ENGINE_CLASSES; class++) {
+        const struct step *step = &engine->steps[class];
+        runs += step->state == STEP_NONE ? 0 : step->plan.runs;
+        current += step->state != STEP_NONE && step->state != STEP_PAUSED;
+    }
+    CHECK(runs == in_steps && current <= 1);
+    pool_check(engine->options.pool);
+    kv_check(engine->options.kv);
+}

@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+// Records the model into the stream: one function per half-layer. Decides nothing; the same for all
+// backends. What a half-layer leaves behind is the residual rows x and the KV it wrote, nothing else, so a
+// step can be left after any half and entered again.
+//
+//   half 2l   : x += O(attention(rope(norm(QKV(rmsnorm(x))))))            (+ LoRA on q, k, v, o)
+//   half 2l+1 : x += MLP(rmsnorm(x)), dense or router -> map -> experts -> combine    (+ LoRA)
+//   head      : sample(Head(rmsnorm(x[last rows])))
+#include <math.h>
+
+#include "runtime/engine/internal.h"
+
+static struct kv_view kv_view_of(const struct engine *e, const struct step *step)
+{
+    return (struct kv_view){.arena = (uint8_t *)(uintptr_t)e->options.arena,
+                            .page_bytes = e->options.page_bytes,
+                            .pages = step->device.pages,
+                            .blocks_max = (uint32_t)div_up(e->options.context_max,
+                                                           e->options.kv_shape.block_tokens),
+                            .shape = e->options.kv_shape};
+}
+
+static bool has(const struct step *step, enum lora_module module)
+{
+    return step->lora_modules >> module & 1;
+}
+
+static void shrink(struct engine *e, struct step *step, enum lora_module module, uint32_t layer,
+                   const void *x, uint32_t d_in, uint32_t buffer)
+{
+    if (!has(step, module))
+        return;
+    struct lora_shrink_args a = {.batch = &step->lora,
+                                 .x = x,
+                                 .hidden = e->scratch.lora_hidden[buffer],
+                                 .layer = layer,
+                                 .d_in = d_in,
+                                 .module = module};
+    e->table->lora_shrink(e->stream, &a);
+}
+
+static void expand(struct engine *e, struct step *step, enum lora_module module, uint32_t layer,
+                   float *y, size_t stride, uint32_t d_out, uint32_t buffer, int half)
+{
+    if (!has(step, module))
+        return;
+    struct lora_expand_args a = {.batch = &step->lora,
+                                 .hidden = e->scratch.lora_hidden[buffer],
+                                 .y = y,
+                                 .y_stride = stride,
+                                 .layer = layer,
+                                 .d_out = d_out,
+                                 .module = module,
+                                 .interleave_half = half};
+    e->table->lora_expand(e->stream, &a);
+}
+
+static void norm(struct engine *e, const struct step *step, const float *weight, float *out_f32)
+{
+    const struct model_config *c = &e->options.model->config;
+    struct rmsnorm_args a = {.x = step->x,
+                             .weight = weight,
+                             .out = e->scratch.act,
+                             .out_f32 = out_f32,
+                             .rows = step->plan.rows,
+                             .dim = c->hidden,
+                             .epsilon = c->rms_epsilon};
+    e->table->rmsnorm(e->stream, &a);
+}
+
+static void gemm(struct engine *e, const void *x, const void *weight, float *y, size_t stride,
+                 uint32_t rows, uint32_t n, uint32_t k, bool add)
+{
+    struct gemm_args a = {
+        .x = x, .weight = weight, .y = y, .y_stride = stride, .rows = rows, .n = n, .k = k, .add = add};
+    e->table->gemm(e->stream, &a);
+}
+
+static void attention_half(struct engine *e, struct step *step, uint32_t layer)
+{
+    const struct model_config *c = &e->options.model->config;
+    const struct model_layer *w = &e->options.model->layers[layer];
+    struct scratch *s = &e->scratch;
+    uint32_t rows = step->plan.rows, q_n = c->heads * c->head_dim, kv_n = c->kv_heads * c->head_dim;
+    size_t stride = q_n + 2 * kv_n;
+    norm(e, step, w->attention_norm, NULL);
+    shrink(e, step, LORA_Q, layer, s->act, c->hidden, 0);
+    shrink(e, step, LORA_K, layer, s->act, c->hidden, 1);
+    shrink(e, step, LORA_V, layer, s->act, c->hidden, 2);
+    gemm(e, s->act, w->qkv, s->qkv, stride, rows, (uint32_t)stride, c->hidden, false);
+    expand(e, step, LORA_Q, layer, s->qkv, stride, q_n, 0, -1);
+    expand(e, step, LORA_K, layer, s->qkv + q_n, stride, kv_n, 1, -1);
+    expand(e, step, LORA_V, layer, s->qkv + q_n + kv_n, stride, kv_n, 2, -1);
+    struct kv_view view = kv_view_of(e, step);
+    struct qk_args qk = {.q = s->qkv,
+                         .k = s->qkv + q_n,
+                         .v = s->qkv + q_n + kv_n,
+                         .q_stride = stride,
+                         .k_stride = stride,
+                         .v_stride = stride,
+                         .q_weight = w->q_norm,
+                         .k_weight = w->k_norm,
+                         .inv_freq = e->options.model->inv_freq,
+                         .sequence = step->device.sequence,
+                         .position = step->device.position,
+                         .kv = view,
+                         .rows = rows,
+                         .heads = c->heads,
+                         .layer = layer,
+                         .epsilon = c->rms_epsilon};
+    e->table->qk_norm_rope_kv(e->stream, &qk);
+    struct attention_args at = {.q = s->qkv,
+                                .q_stride = stride,
+                                .out = s->attention,
+                                .sequence = step->device.sequence,
+                                .position = step->device.position,
+                                .kv = view,
+                                .rows = rows,
+                                .heads = c->heads,
+                                .layer = layer,
+                                .scale = 1.0f / sqrtf((float)c->head_dim)};
+    e->table->attention(e->stream, &at);
+    shrink(e, step, LORA_O, layer, s->attention, q_n, 0);
+    gemm(e, s->attention, w->o, step->x, c->hidden, rows, c->hidden, q_n, true);
+    expand(e, step, LORA_O, layer, step->x, c->hidden, c->hidden, 0, -1);
+}
+
+static void dense_half(struct engine *e, struct step *step, uint32_t layer)
+{
+    const struct model_config *c = &e->options.model->config;
+    const struct model_layer *w = &e->options.model->layers[layer];
+    struct scratch *s = &e->scratch;
+    uint32_t rows = step->plan.rows, n = (uint32_t)tile_interleaved_rows(c->intermediate);
+    norm(e, step, w->mlp_norm, NULL);
+    shrink(e, step, LORA_GATE, layer, s->act, c->hidden, 0);
+    shrink(e, step, LORA_UP, layer, s->act, c->hidden, 1);
+    gemm(e, s->act, w->gate_up, s->gate_up, n, rows, n, c->hidden, false);
+    expand(e, step, LORA_GATE, layer, s->gate_up, n, c->intermediate, 0, 0);
+    expand(e, step, LORA_UP, layer, s->gate_up, n, c->intermediate, 1, 1);
+    struct swiglu_args sw = {.gate_up = s->gate_up,
+                             .stride = n,
+                             .out = s->mid,
+                             .rows = rows,
+                             .intermediate = c->intermediate};
+    e->table->swiglu(e->stream, &sw);
+    shrink(e, step, LORA_DOWN, layer, s->mid, c->intermediate, 0);
+    gemm(e, s->mid, w->down, step->x, c->hidden, rows, c->hidden, c->intermediate, true);
+    expand(e, step, LORA_DOWN, layer, step->x, c->hidden, c->hidden, 0, -1);
+}
+
+static void moe_half(struct engine *e, struct step *step, uint32_t layer, bool from_gate)
+{
+    const struct model_config *c = &e->options.model->config;
+    const struct model_layer *w = &e->options.model->layers[layer];
+    struct scratch *s = &e->scratch;
+    uint32_t rows = step->plan.rows, moe = e->moe_index[layer];
+    struct expert_view view = experts_view(e->options.experts, moe);
+    if (!from_gate) {
+        norm(e, step, w->mlp_norm, s->normed);
+        struct router_args r = {.x = s->normed,
+                                .weight = w->router,
+                                .expert = s->moe.expert,
+                                .gate = s->moe.gate,
+                                .rows = rows,
+                                .dim = c->hidden,
+                                .experts = c->experts,
+                                .top_k = c->top_k,
+                                .normalize = c->normalize_top_k};
+        e->table->router(e->stream, &r);
+    }
+    struct moe_map_args map = {.work = s->moe,
+                               .view = view,
+                               .need = s->need + (size_t)moe * c->experts,
+                               .rows = rows,
+                               .top_k = c->top_k,
+                               .layer = layer,
+                               .resume = from_gate};
+    e->table->moe_map(e->stream, &map);
+    bool lora = has(step, LORA_GATE) || has(step, LORA_UP) || has(step, LORA_DOWN);
+    struct moe_gemm_args g = {.work = s->moe,
+                              .view = view,
+                              .x = s->act,
+                              .rows = rows,
+                              .dim = c->hidden,
+                              .intermediate = c->moe_intermediate,
+                              .top_k = c->top_k,
+                              .layer = layer,
+                              .lora = lora ? &step->lora : NULL};
+    e->table->moe_gate_up(e->stream, &g);
+    e->table->moe_down(e->stream, &g);
+    struct moe_combine_args cb = {
+        .work = s->moe, .y = step->x, .rows = rows, .dim = c->hidden, .top_k = c->top_k};
+    e->table->moe_combine(e->stream, &cb);
+}
+
+void forward_begin(struct engine *engine, struct step *step)
+{
+    const struct engine_options *o = &engine->options;
+    uint32_t blocks = (uint32_t)div_up(o->context_max, o->kv_shape.block_tokens);
+    size_t table = (size_t)step->plan.runs * blocks * o->kv_shape.pages_per_block * sizeof(uint32_t);
+    size_t fixed = (size_t)((uint8_t *)step->host.pages - step->block.host);
+    if (step->places_changed)
+        engine->table->copy(engine->stream, step->block.device, step->block.host, fixed + table);
+    step->places_changed = false;
+    if (step->half == 0 && !step->resume_gate) {
+        struct embed_args a = {.token = step->device.token,
+                               .table = o->model->embedding,
+                               .x = step->x,
+                               .rows = step->plan.rows,
+                               .dim = o->model->config.hidden,
+                               .vocab = o->model->config.vocab};
+        engine->table->embed(engine->stream, &a);
+    }
+}
+
+void forward_half(struct engine *engine, struct step *step, uint32_t half, bool from_gate)
+{
+    uint32_t layer = half / 2;
+    if (half % 2 == 0)
+        attention_half(engine, step, layer);
+    else if (engine->options.model->config.is_moe[layer])
+        moe_half(engine, step, layer, from_gate);
+    else
+        dense_half(engine, step, layer);
+}
+
+void forward_head(struct engine *engine, struct step *step)
+{
+    const struct model *m = engine->options.model;
+    const struct model_config *c = &m->config;
+    struct scratch *s = &engine->scratch;
+    uint32_t rows = step->plan.samples;
+    struct gather_args g = {
+        .from = step->x, .index = step->device.gather, .to = s->last, .rows = rows, .dim = c->hidden};
+    engine->table->gather(engine->stream, &g);
+    struct rmsnorm_args n = {.x = s->last,
+                             .weight = m->final_norm,
+                             .out = s->last_act,
+                             .rows = rows,
+                             .dim = c->hidden,
+                             .epsilon = c->rms_epsilon};
+    engine->table->rmsnorm(engine->stream, &n);
+    gemm(engine, s->last_act, m->head, s->logits, c->vocab, rows, c->vocab, c->hidden, false);
+    struct sample_args a = {.logits = s->logits,
+                            .stride = c->vocab,
+                            .vocab = c->vocab,
+                            .rows = rows,
+                            .params = step->device.sample,
+                            .token = s->token,
+                            .logprob = s->logprob,
+                            .tops = step->tops,
+                            .top_token = s->top_token,
+                            .top_logprob = s->top_logprob};
+    engine->table->sample(engine->stream, &a);
+}

@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shared inside runtime/engine only: the engine's state.
+//
+// Files: engine.c (life, the turn), commands.c (the port's commands), sequence.c (slots, lists, admission,
+// swapping), plan.c (pure policy), step.c (planning and the step's state machine), forward.c (recording the
+// model's half-layers into the stream), output.c (sampled tokens to text and events), report.c (stats).
+#ifndef POLDER_RUNTIME_ENGINE_INTERNAL_H
+#define POLDER_RUNTIME_ENGINE_INTERNAL_H
+
+#include "runtime/engine/engine.h"
+#include "runtime/engine/plan.h"
+#include "runtime/engine/text.h"
+
+// ---- sequences ----
+//
+//   FREE -> QUEUED -> RUNNING <-> OUT (swapped out, or leaving / coming back)
+//            any of them -> ENDED (its DONE waits for room in the event ring) -> FREE
+// A sequence whose KV was dropped goes back to QUEUED with everything it has generated.
+
+enum sequence_state { SEQUENCE_FREE, SEQUENCE_QUEUED, SEQUENCE_RUNNING, SEQUENCE_OUT, SEQUENCE_ENDED };
+
+enum { NO_SLOT = 0xffffffff };
+
+struct sequence {
+    enum sequence_state state;
+    uint32_t next, previous; // in the list of its state
+    uint64_t id, arrival;
+    uint32_t tenant, class;
+    adapter_id adapter;
+    bool has_adapter, has_kv, in_step, paused, cancelled, emitted_first;
+    kv_sequence kv;
+    int32_t *tokens;   // [context_max] prompt, then generated
+    uint32_t length;   // tokens known
+    uint32_t computed; // tokens with KV
+    uint32_t prompt, generated, max_tokens, cached;
+    uint32_t high_water; // most tokens that ever had KV: rows below it are recomputed
+    struct sample_params sampling;
+    uint32_t tops;
+    bool want_logprob, ignore_eos;
+    uint32_t stop_tokens;
+    int32_t stop_token[ENGINE_STOPS_MAX];
+    struct text_output text;
+    uint64_t deadline_us, arrived_us, admitted_us, first_token_us;
+    // the end
+    enum status end_status;
+    enum engine_finish finish;
+    char message[200];
+};
+
+struct sequence_list {
+    uint32_t head, tail, count;
+};
+
+// ---- steps ----
+
+enum step_state {
+    STEP_NONE,
+    STEP_READY,   // its next half-layer can be recorded
+    STEP_FLIGHT,  // a segment is submitted
+    STEP_GATE,    // a gate waits for experts
+    STEP_PAUSED,  // left at a preemption point
+    STEP_RESULTS  // sampled; waits for room in the event ring
+};
+
+// The arrays a step's commands read, on the host and, at the same offsets, on the device.
+struct step_block {
+    uint8_t *host, *device;
+    size_t bytes;
+};
+
+struct step_arrays {
+    int32_t *token;
+    uint32_t *position, *sequence, *lora_row, *lora_adapter, *gather;
+    struct sample_params *sample;
+    uint32_t *pages;
+};
+
+struct step {
+    enum step_state state;
+    struct step_plan plan;
+    struct plan_run *runs; // [sequences_max]
+    struct step_block block;
+    struct step_arrays host, device;
+    float *x; // [rows_max][hidden] residual rows: with the KV, all that a paused step keeps
+    struct lora_batch lora;
+    uint32_t lora_modules; // bit m: some adapter of the step has module m
+    uint32_t tops;         // top_logprobs asked for by the step's samples
+    uint32_t half;         // next half-layer, 2 * layers: the head
+    uint32_t segment_end;  // halves [half, segment_end) are in flight
+    bool resume_gate;      // the first half of the next segment starts at its gate
+    bool segment_head;     // the segment in flight ends with the head
+    bool places_changed;   // the block must be copied to the device before the next segment
+    uint32_t halves_run;
+    uint64_t epoch;
+    uint64_t started_us;
+};
+
+// Work areas shared by all steps (nothing here outlives a preemption point, except while a gate waits).
+struct scratch {
+    void *act, *attention, *mid;
+    float *normed, *qkv, *gate_up;
+    float *lora_hidden[3];
+    struct moe_work moe;
+    uint32_t *need; // [moe layers][experts]
+    float *last;    // [sequences_max][hidden]
+    void *last_act;
+    float *logits;
+    int32_t *token;
+    float *logprob;
+    int32_t *top_token;
+    float *top_logprob;
+};
+
+struct engine {
+    struct engine_options options;
+    const struct device_table *table;
+    struct stream *stream;
+    struct step steps[ENGINE_CLASSES];
+    struct step *current; // READY, FLIGHT, GATE or RESULTS; NULL between steps
+    struct scratch scratch;
+    uint32_t *moe_index; // [layers] number of the layer among MoE layers, or NO_SLOT
+
+    struct sequence *sequences;
+    int32_t *tokens;
+    uint32_t sequence_slots;
+    struct sequence_list lists[SEQUENCE_ENDED + 1];
+    struct plan_candidate *candidates; // [sequence_slots]
+    struct plan_run *runs;             // [sequences_max], while planning
+    struct digest *salts;              // [tenants_max]
+    uint64_t arrivals, steps_made;
+    bool draining, halted, quit;
+    struct engine_counters counters;
+    float half_us_per_row; // measured, for the length of segments
+    uint64_t submitted_us;
+    char *line; // trace and JSON text
+    size_t line_bytes;
+    uint8_t *record; // one event
+};
+
+// sequence.c
+void sequence_move(struct engine *engine, uint32_t slot, enum sequence_state state);
+void sequence_end(struct engine *engine, uint32_t slot, enum status status,
+                  enum engine_finish finish, const char *message);
+void sequence_flush_ended(struct engine *engine);
+void sequence_expire(struct engine *engine);
+uint32_t sequence_find(const struct engine *engine, uint64_t id);
+void sequence_admit(struct engine *engine);
+uint32_t sequence_candidates(struct engine *engine);
+bool sequence_make_room(struct engine *engine, uint32_t for_slot);
+void sequence_bring_back(struct engine *engine);
+void sequence_drop_kv(struct engine *engine, uint32_t slot);
+uint32_t sequence_waiting_class(const struct engine *engine);
+bool sequence_pages_allow(const struct engine *engine, uint32_t more_pages);
+
+// step.c
+bool step_plan_next(struct engine *engine);
+bool step_advance(struct engine *engine); // false: nothing could be done now
+struct step *step_paused_most_urgent(struct engine *engine);
+void step_release_rows(struct engine *engine, struct step *step);
+
+// forward.c
+void forward_begin(struct engine *engine, struct step *step);
+void forward_half(struct engine *engine, struct step *step, uint32_t half, bool from_gate);
+void forward_head(struct engine *engine, struct step *step);
+
+// output.c
+bool output_results(struct engine *engine, struct step *step);
+bool output_event(struct engine *engine, const void *record, size_t bytes);
+size_t output_room_needed(const struct engine *engine, uint32_t samples);
+
+// commands.c
+bool commands_take(struct engine *engine); // true when something was taken
+
+// report.c
+size_t report_stats(struct engine *engine, char *out, size_t room);
+size_t report_adapters(struct engine *engine, char *out, size_t room);
+
+#endif

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+// After a step: sampled tokens become text and events, sequences end or go on.
+//
+// Nothing here waits: output_results does all of it or, when the event ring might not have room, none.
+#include <string.h>
+#include <unistd.h>
+
+#include "base/check.h"
+#include "runtime/engine/internal.h"
+
+enum { PIECE_MAX = 1024 };
+
+bool output_event(struct engine *engine, const void *record, size_t bytes)
+{
+    struct engine_port *port = engine->options.port;
+    enum status status = ring_push(port->events, record, bytes);
+    CHECK(status != STATUS_INVALID);
+    if (status)
+        return false;
+    uint64_t one = 1;
+    ssize_t ignored = write(port->event_wake, &one, sizeof one);
+    (void)ignored;
+    return true;
+}
+
+size_t output_room_needed(const struct engine *engine, uint32_t samples)
+{
+    (void)engine;
+    return (size_t)samples * (sizeof(struct engine_text) + TEXT_HELD_MAX + 16);
+}
+
+static void emit_text(struct engine *e, struct sequence *s, uint32_t sample, size_t ready)
+{
+    const struct scratch *sc = &e->scratch;
+    struct engine_text text = {.kind = ENGINE_TEXT,
+                               .token = sc->token[sample],
+                               .id = s->id,
+                               .index = s->generated - 1,
+                               .logprob = sc->logprob[sample],
+                               .tops = s->tops,
+                               .text_bytes = (uint32_t)ready};
+    const struct step *step = e->current;
+    for (uint32_t i = 0; i < s->tops; i++) {
+        text.top_token[i] = sc->top_token[(size_t)sample * step->tops + i];
+        text.top_logprob[i] = sc->top_logprob[(size_t)sample * step->tops + i];
+    }
+    memcpy(e->record, &text, sizeof text);
+    memcpy(e->record + sizeof text, s->text.held, ready);
+    CHECK(output_event(e, e->record, sizeof text + ready)); // room was checked
+    text_consume(&s->text, ready);
+}
+
+static bool is_stop_token(const struct engine *e, const struct sequence *s, int32_t token)
+{
+    for (uint32_t i = 0; i < s->stop_tokens; i++) {
+        if (s->stop_token[i] == token)
+            return true;
+    }
+    const struct model_config *c = &e->options.model->config;
+    for (uint32_t i = 0; !s->ignore_eos && i < c->eos_count; i++) {
+        if ((int32_t)c->eos[i] == token)
+            return true;
+    }
+    return false;
+}
+
+// Decodes the token into the held text; true when a stop string ended the answer.
+static bool add_token_text(struct engine *e, struct sequence *s, int32_t token, size_t *ready)
+{
+    const struct engine_text_decoder *d = &e->options.decoder;
+    char piece[PIECE_MAX];
+    *ready = 0;
+    if (!d->decode)
+        return false;
+    size_t n = d->decode(d->context, (uint8_t *)s->text.decode_state, token, piece, sizeof piece);
+    CHECK(n <= sizeof piece);
+    return text_add(&s->text, piece, n, ready);
+}
+
+// The text that was held back, complete or not, when no more tokens come.
+static void finish_text(struct engine *e, struct sequence *s)
+{
+    const struct engine_text_decoder *d = &e->options.decoder;
+    char piece[PIECE_MAX];
+    size_t ready;
+    if (!d->finish)
+        return;
+    size_t n = d->finish(d->context, (uint8_t *)s->text.decode_state, piece, sizeof piece);
+    (void)text_add(&s->text, piece, n, &ready);
+}
+
+// One sampled token of one sequence; true when the sequence goes on.
+static bool take_token(struct engine *e, uint32_t slot, uint32_t sample)
+{
+    struct sequence *s = &e->sequences[slot];
+    int32_t token = e->scratch.token[sample];
+    if (token < 0) {
+        sequence_end(e, slot, STATUS_NUMERIC, ENGINE_FINISH_ERROR,
+                     "The model produced a value that is not a number for this request.");
+        return false;
+    }
+    if (!s->first_token_us)
+        s->first_token_us = clock_now_us(&e->options.clock);
+    s->generated++;
+    e->counters.generated_tokens++;
+    size_t ready = 0;
+    bool stop_token = is_stop_token(e, s, token);
+    bool stopped = !stop_token && add_token_text(e, s, token, &ready);
+    CHECK(s->length < e->options.context_max); // prompt + max_tokens fit, checked on arrival
+    s->tokens[s->length++] = token;
+    emit_text(e, s, sample, ready);
+    if (stop_token || stopped) {
+        if (stop_token)
+            finish_text(e, s);
+        else
+            s->text.held_bytes = 0;
+        sequence_end(e, slot, STATUS_OK, ENGINE_FINISH_STOP, NULL);
+        return false;
+    }
+    if (s->generated == s->max_tokens) {
+        finish_text(e, s);
+        sequence_end(e, slot, STATUS_OK, ENGINE_FINISH_LENGTH, NULL);
+        return false;
+    }
+    return true;
+}
+
+bool output_results(struct engine *engine, struct step *step)
+{
+    if (ring_room(engine->options.port->events) < output_room_needed(engine, step->plan.samples))
+        return false;
+    uint32_t sample = 0, runs = step->plan.runs;
+    engine->counters.rows += step->plan.rows;
+    engine->counters.half_rows_run += (uint64_t)step->halves_run * step->plan.rows;
+    engine->counters.half_rows_due +=
+        2ull * engine->options.model->config.layers * step->plan.rows;
+    for (uint32_t i = 0; i < runs; i++) {
+        const struct plan_run *run = &step->runs[i];
+        struct sequence *s = &engine->sequences[run->slot];
+        uint32_t end = run->position + run->count;
+        uint32_t prompt_before = s->high_water < s->prompt ? s->high_water : s->prompt;
+        s->computed = end;
+        s->high_water = end > s->high_water ? end : s->high_water;
+        uint32_t prompt_now = s->high_water < s->prompt ? s->high_water : s->prompt;
+        engine->counters.prompt_tokens += prompt_now - prompt_before;
+        kv_commit(engine->options.kv, s->kv, s->tokens, end);
+    }
+    // Releasing the rows first lets a sequence end; the runs themselves stay until the next plan.
+    step_release_rows(engine, step);
+    engine->current = step; // emit_text reads the width of the top lists
+    for (uint32_t i = 0; i < runs; i++) {
+        const struct plan_run *run = &step->runs[i];
+        if (run->samples)
+            (void)take_token(engine, run->slot, sample++);
+    }
+    engine->current = NULL;
+    return true;
+}

@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sequences: slots, lists by state, admission, making room, coming back.
+//
+// Owns which sequences are running; does not decide rows (plan.c) nor touch the device (forward.c).
+// Invariants: 1. a slot is in exactly the list of its state. 2. lists QUEUED, RUNNING and OUT are ordered by
+// (class, arrival). 3. a sequence in a step is RUNNING and is neither swapped nor dropped. 4. every sequence
+// that left FREE gives one DONE event and then returns to FREE.
+#include <stdio.h>
+#include <string.h>
+
+#include "base/check.h"
+#include "runtime/engine/internal.h"
+
+static bool goes_before(const struct sequence *a, const struct sequence *b)
+{
+    return a->class != b->class ? a->class < b->class : a->arrival < b->arrival;
+}
+
+static void list_remove(struct engine *e, struct sequence_list *list, uint32_t slot)
+{
+    struct sequence *s = &e->sequences[slot];
+    if (s->previous == NO_SLOT)
+        list->head = s->next;
+    else
+        e->sequences[s->previous].next = s->next;
+    if (s->next == NO_SLOT)
+        list->tail = s->previous;
+    else
+        e->sequences[s->next].previous = s->previous;
+    list->count--;
+}
+
+// Keeps (class, arrival) order, searching from the tail, where a newcomer usually belongs.
+static void list_insert(struct engine *e, struct sequence_list *list, uint32_t slot, bool ordered)
+{
+    struct sequence *s = &e->sequences[slot];
+    uint32_t after = list->tail;
+    while (ordered && after != NO_SLOT && goes_before(s, &e->sequences[after]))
+        after = e->sequences[after].previous;
+    s->previous = after;
+    s->next = after == NO_SLOT ? list->head : e->sequences[after].next;
+    if (s->next == NO_SLOT)
+        list->tail = slot;
+    else
+        e->sequences[s->next].previous = slot;
+    if (after == NO_SLOT)
+        list->head = slot;
+    else
+        e->sequences[after].next = slot;
+    list->count++;
+}
+
+void sequence_move(struct engine *engine, uint32_t slot, enum sequence_state state)
+{
+    struct sequence *s = &engine->sequences[slot];
+    list_remove(engine, &engine->lists[s->state], slot);
+    s->state = state;
+    bool ordered = state == SEQUENCE_QUEUED || state == SEQUENCE_RUNNING || state == SEQUENCE_OUT;
+    list_insert(engine, &engine->lists[state], slot, ordered);
+}
+
+uint32_t sequence_find(const struct engine *engine, uint64_t id)
+{
+    for (uint32_t slot = 0; slot < engine->sequence_slots; slot++) {
+        const struct sequence *s = &engine->sequences[slot];
+        if (s->state != SEQUENCE_FREE && s->state != SEQUENCE_ENDED && s->id == id)
+            return slot;
+    }
+    return NO_SLOT;
+}
+
+static void release_held(struct engine *engine, struct sequence *s)
+{
+    if (s->has_kv)
+        kv_close(engine->options.kv, s->kv);
+    if (s->has_adapter)
+        adapter_release(engine->options.adapters, s->adapter);
+    s->has_kv = s->has_adapter = false;
+}
+
+void sequence_end(struct engine *engine, uint32_t slot, enum status status,
+                  enum engine_finish finish, const char *message)
+{
+    struct sequence *s = &engine->sequences[slot];
+    CHECK(s->state != SEQUENCE_FREE && s->state != SEQUENCE_ENDED);
+    CHECK(!s->in_step);
+    release_held(engine, s);
+    s->end_status = status;
+    s->finish = finish;
+    (void)snprintf(s->message, sizeof s->message, "%s", message ? message : "");
+    sequence_move(engine, slot, SEQUENCE_ENDED);
+}
+
+static bool emit_done(struct engine *engine, struct sequence *s)
+{
+    uint64_t now = clock_now_us(&engine->options.clock);
+    struct engine_done done = {.kind = ENGINE_DONE,
+                               .status = (uint32_t)s->end_status,
+                               .id = s->id,
+                               .finish = (uint32_t)s->finish,
+                               .prompt_tokens = s->prompt,
+                               .cached_tokens = s->cached,
+                               .generated_tokens = s->generated,
+                               .queue_us = s->admitted_us ? s->admitted_us - s->arrived_us : 0,
+                               .first_token_us =
+                                   s->first_token_us ? s->first_token_us - s->arrived_us : 0,
+                               .total_us = now - s->arrived_us,
+                               .text_bytes = s->text.held_bytes};
+    memcpy(done.message, s->message, sizeof done.message);
+    memcpy(engine->record, &done, sizeof done);
+    memcpy(engine->record + sizeof done, s->text.held, s->text.held_bytes);
+    return output_event(engine, engine->record, sizeof done + s->text.held_bytes);
+}
+
+void sequence_flush_ended(struct engine *engine)
+{
+    struct sequence_list *list = &engine->lists[SEQUENCE_ENDED];
+    while (list->head != NO_SLOT) {
+        uint32_t slot = list->head;
+        struct sequence *s = &engine->sequences[slot];
+        if (!emit_done(engine, s))
+            return;
+        engine->counters.finished += s->end_status == STATUS_OK;
+        engine->counters.failed += s->end_status != STATUS_OK;
+        sequence_move(engine, slot, SEQUENCE_FREE);
+    }
+}
+
+// Ends what was cancelled or is past its deadline, unless a step holds it (output.c ends it then).
+void sequence_expire(struct engine *engine)
+{
+    uint64_t now = clock_now_us(&engine->options.clock);
+    for (int state = SEQUENCE_QUEUED; state <= SEQUENCE_OUT; state++) {
+        for (uint32_t slot = engine->lists[state].head; slot != NO_SLOT;) {
+            struct sequence *s = &engine->sequences[slot];
+            uint32_t next = s->next;
+            if (!s->in_step && s->cancelled)
+                sequence_end(engine, slot, STATUS_CANCELLED, ENGINE_FINISH_CANCELLED,
+                             "The request was cancelled.");
+            else if (!s->in_step && s->deadline_us && now >= s->deadline_us)
+                sequence_end(engine, slot, STATUS_DEADLINE, ENGINE_FINISH_ERROR,
+                             "The deadline passed before the answer was complete.");
+            slot = next;
+        }
+    }
+}
+
+// ---- room ----
+
+static uint32_t pages_of_tokens(const struct engine *e, uint32_t tokens)
+{
+    const struct kv_shape *shape = &e->options.kv_shape;
+    return (uint32_t)div_up(tokens, shape->block_tokens) * shape->pages_per_block;
+}
+
+// Would `more_pages` beside the KV of all sequences leave the experts their floor?
+bool sequence_pages_allow(const struct engine *engine, uint32_t more_pages)
+{
+    struct pool_stats pool;
+    struct kv_stats kv;
+    pool_stats(engine->options.pool, &pool);
+    kv_stats(engine->options.kv, &kv);
+    uint64_t held = kv.reserved_bytes / pool.page_bytes;
+    uint32_t floor = engine->options.experts
+                         ? engine_expert_floor(&engine->options.model->expert_shape,
+                                               engine->options.model->config.top_k)
+                         : 0;
+    return held + more_pages + floor <= pool.device_total;
+}
+
+void sequence_drop_kv(struct engine *engine, uint32_t slot)
+{
+    struct sequence *s = &engine->sequences[slot];
+    CHECK(!s->in_step);
+    if (s->has_kv)
+        kv_close(engine->options.kv, s->kv);
+    s->has_kv = false;
+    s->computed = 0;
+    engine->counters.drops++;
+    sequence_move(engine, slot, SEQUENCE_QUEUED);
+}
+
+static bool someone_is_leaving(const struct engine *e)
+{
+    for (uint32_t slot = e->lists[SEQUENCE_OUT].head; slot != NO_SLOT; slot = e->sequences[slot].next) {
+        if (kv_state(e->options.kv, e->sequences[slot].kv) == KV_LEAVING)
+            return true;
+    }
+    return false;
+}
+
+// Takes pages from the least urgent, newest running sequence that comes after for_slot in the order. True
+// when pages are free or on their way; the caller tries again at the next turn.
+bool sequence_make_room(struct engine *engine, uint32_t for_slot)
+{
+    const struct sequence *wanting = &engine->sequences[for_slot];
+    if (someone_is_leaving(engine))
+        return true;
+    for (uint32_t slot = engine->lists[SEQUENCE_RUNNING].tail; slot != NO_SLOT;
+         slot = engine->sequences[slot].previous) {
+        struct sequence *victim = &engine->sequences[slot];
+        if (slot == for_slot || !goes_before(wanting, victim))
+            return false;
+        if (victim->in_step || !victim->has_kv)
+            continue;
+        if (kv_swap_out(engine->options.kv, victim->kv, (enum copy_class)wanting->class)) {
+            sequence_drop_kv(engine, slot);
+        } else {
+            engine->counters.swaps_out++;
+            sequence_move(engine, slot, SEQUENCE_OUT);
+        }
+        return true;
+    }
+    return false;
+}
+
+void sequence_bring_back(struct engine *engine)
+{
+    struct kv *kv = engine->options.kv;
+    for (uint32_t slot = engine->lists[SEQUENCE_OUT].head; slot != NO_SLOT;) {
+        struct sequence *s = &engine->sequences[slot];
+        uint32_t next = s->next;
+        enum kv_state state = kv_state(kv, s->kv);
+        if (state == KV_RESIDENT)
+            sequence_move(engine, slot, SEQUENCE_RUNNING);
+        else if (state == KV_LOST)
+            sequence_drop_kv(engine, slot);
+        else if (state == KV_SWAPPED && !s->paused) {
+            // A block more than it had, so that it does not leave again at once.
+            if (!sequence_pages_allow(engine, pages_of_tokens(engine, s->length + 1)) ||
+                kv_swap_in(kv, s->kv, (enum copy_class)s->class))
+                return; // in order: nobody behind it may take the room it waits for
+            engine->counters.swaps_in++;
+        }
+        slot = next;
+    }
+}
+
+// ---- admission ----
+
+static bool adapter_ready(struct engine *e, struct sequence *s)
+{
+    if (!s->has_adapter || adapter_is_resident(e->options.adapters, s->adapter))
+        return true;
+    if (adapter_fetch(e->options.adapters, s->adapter, (enum copy_class)s->class, COPY_ADAPTER)) {
+        // No room or a failed read: the next turn tries again, or the request ends below.
+    }
+    return false;
+}
+
+static struct digest prefix_root(const struct engine *e, const struct sequence *s)
+{
+    struct {
+        struct digest salt, base, adapter;
+    } parts;
+    memset(&parts, 0, sizeof parts);
+    parts.salt = e->salts[s->tenant];
+    parts.base = e->options.model->digest;
+    if (s->has_adapter)
+        parts.adapter = adapter_digest(e->options.adapters, s->adapter);
+    return hash_bytes(&e->options.secret, &parts, sizeof parts);
+}
+
+static bool start(struct engine *e, uint32_t slot)
+{
+    struct sequence *s = &e->sequences[slot];
+    struct digest root = prefix_root(e, s);
+    if (kv_open(e->options.kv, s->tenant, &root, &s->kv))
+        return false;
+    s->has_kv = true;
+    s->computed = kv_match_prefix(e->options.kv, s->kv, s->tokens, s->length);
+    if (!s->admitted_us) {
+        s->admitted_us = clock_now_us(&e->options.clock);
+        s->cached = s->computed < s->prompt ? s->computed : s->prompt;
+        e->counters.cached_tokens += s->cached;
+    }
+    sequence_move(e, slot, SEQUENCE_RUNNING);
+    return true;
+}
+
+// Queued sequences in order, as long as seats and pages last. A sequence whose adapter is on its way waits
+// alone; one that finds no pages stops those behind it, so that big requests are not starved.
+void sequence_admit(struct engine *engine)
+{
+    const struct engine_options *o = &engine->options;
+    uint32_t seats = engine->lists[SEQUENCE_RUNNING].count + engine->lists[SEQUENCE_OUT].count;
+    for (uint32_t slot = engine->lists[SEQUENCE_QUEUED].head; slot != NO_SLOT;) {
+        struct sequence *s = &engine->sequences[slot];
+        uint32_t next = s->next;
+        if (seats >= o->sequences_max)
+            return;
+        uint32_t out = engine->lists[SEQUENCE_OUT].head;
+        if (out != NO_SLOT && goes_before(&engine->sequences[out], s))
+            return;
+        if (s->has_adapter && adapter_fetch_status(o->adapters, s->adapter) == STATUS_IO) {
+            sequence_end(engine, slot, STATUS_IO, ENGINE_FINISH_ERROR,
+                         "Reading the adapter from its store failed; ask the operator.");
+        } else if (!s->paused && adapter_ready(engine, s)) {
+            if (!sequence_pages_allow(engine, pages_of_tokens(engine, s->length + 1))) {
+                (void)sequence_make_room(engine, slot);
+                return;
+            }
+            if (!start(engine, slot))
+                return;
+            seats++;
+        }
+        slot = next;
+    }
+}
+
+uint32_t sequence_candidates(struct engine *engine)
+{
+    uint32_t count = 0;
+    for (uint32_t slot = engine->lists[SEQUENCE_RUNNING].head; slot != NO_SLOT;
+         slot = engine->sequences[slot].next) {
+        const struct sequence *s = &engine->sequences[slot];
+        if (s->in_step || s->paused || s->cancelled)
+            continue;
+        engine->candidates[count++] = (struct plan_candidate){
+            .slot = slot,
+            .class = s->class,
+            .arrival = s->arrival,
+            .tenant = s->tenant,
+            .position = s->computed,
+            .pending = s->length - s->computed,
+            .adapter = s->has_adapter ? adapter_view_index(engine->options.adapters, s->adapter)
+                                      : PLAN_NO_ADAPTER,
+        };
+    }
+    return count;
+}
+
+// The most urgent class that has something to run outside the steps, for preemption.
+uint32_t sequence_waiting_class(const struct engine *engine)
+{
+    uint32_t class = UINT32_MAX;
+    for (int state = SEQUENCE_QUEUED; state <= SEQUENCE_RUNNING; state++) {
+        for (uint32_t slot = engine->lists[state].head; slot != NO_SLOT;
+             slot = engine->sequences[slot].next) {
+            const struct sequence *s = &engine->sequences[slot];
+            if (s->in_step || s->paused || s->cancelled)
+                continue;
+            if (s->has_adapter && !adapter_is_resident(engine->options.adapters, s->adapter))
+                continue;
+            if (s->class < class)
+                class = s->class;
+            break; // the list is ordered
+        }
+    }
+    return class;
+}

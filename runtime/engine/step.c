@@ -1,0 +1,426 @@
+// SPDX-License-Identifier: Apache-2.0
+// Steps: planning the next one, and the state machine that runs it.
+//
+//   NONE -plan-> READY -submit-> FLIGHT -retired-> READY (more halves) | PAUSED (left at a preemption
+//   point) | GATE (experts are missing) | RESULTS (sampled) -> NONE
+//   GATE -experts there-> READY (re-enters at the gate);  PAUSED -resume-> READY
+//
+// Invariants: 1. at most one step is current; a paused one is of a less urgent class than every step that
+// runs meanwhile. 2. FLIGHT holds one pool epoch, nothing else does. 3. a step that is not PAUSED pins the KV
+// and the adapters of its rows; a paused one pins the KV alone. 4. a half-layer is computed once.
+#include <string.h>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "runtime/engine/internal.h"
+
+enum { SEGMENT_TARGET_US = 1500 };
+
+struct step *step_paused_most_urgent(struct engine *engine)
+{
+    for (int class = 0; class < ENGINE_CLASSES; class++) {
+        if (engine->steps[class].state == STEP_PAUSED)
+            return &engine->steps[class];
+    }
+    return NULL;
+}
+
+// ---- planning ----
+
+// Distinct adapters pinned by this step so far hold this many pages.
+static bool pin_adapter(struct engine *e, const struct sequence *s, uint32_t *adapter_pages)
+{
+    struct adapters *adapters = e->options.adapters;
+    uint32_t pages = adapter_page_count(adapters, s->adapter);
+    if (!adapter_is_resident(adapters, s->adapter)) {
+        enum status status = adapter_fetch(adapters, s->adapter, (enum copy_class)s->class, COPY_ADAPTER);
+        (void)status; // FULL: tried again at the next plan
+        return false;
+    }
+    if (!sequence_pages_allow(e, *adapter_pages + pages))
+        return false;
+    adapter_pin(adapters, s->adapter);
+    adapter_used(adapters, s->adapter);
+    *adapter_pages += pages; // counted per run: an upper bound when runs share an adapter
+    return true;
+}
+
+static void copy_block(void *context, void *to, const void *from, size_t bytes)
+{
+    struct engine *e = context;
+    e->table->copy(e->stream, to, from, bytes);
+}
+
+// Pages and pins for one run; false leaves nothing held.
+static bool secure(struct engine *e, const struct plan_run *run, uint32_t *adapter_pages)
+{
+    struct sequence *s = &e->sequences[run->slot];
+    if (s->has_adapter && !pin_adapter(e, s, adapter_pages))
+        return false;
+    struct kv_copier copier = {.copy = copy_block, .context = e};
+    enum status status = STATUS_FULL;
+    if (sequence_pages_allow(e, *adapter_pages + e->options.kv_shape.pages_per_block))
+        status = kv_reserve(e->options.kv, s->kv, run->position + run->count, &copier);
+    if (status) {
+        if (s->has_adapter)
+            adapter_unpin(e->options.adapters, s->adapter);
+        (void)sequence_make_room(e, run->slot);
+        return false;
+    }
+    kv_pin(e->options.kv, s->kv);
+    s->in_step = true;
+    return true;
+}
+
+static void fill_rows(struct engine *e, struct step *step, const struct plan_run *run, uint32_t index,
+                      uint32_t *samples)
+{
+    struct sequence *s = &e->sequences[run->slot];
+    for (uint32_t i = 0; i < run->count; i++) {
+        step->host.token[run->row + i] = s->tokens[run->position + i];
+        step->host.position[run->row + i] = run->position + i;
+        step->host.sequence[run->row + i] = index;
+    }
+    if (run->samples) {
+        step->host.gather[*samples] = run->row + run->count - 1;
+        step->host.sample[*samples] = s->sampling;
+        step->host.sample[*samples].counter = s->generated;
+        step->tops = s->tops > step->tops ? s->tops : step->tops;
+        (*samples)++;
+    }
+}
+
+// The arrays that name pages and adapters: looked up again each time the step is entered.
+static void fill_places(struct engine *e, struct step *step)
+{
+    const struct engine_options *o = &e->options;
+    uint32_t blocks = (uint32_t)div_up(o->context_max, o->kv_shape.block_tokens), segment = 0;
+    uint32_t modules = 0, rank_max = 0;
+    for (uint32_t i = 0; i < step->plan.runs; i++) {
+        const struct plan_run *run = &step->runs[i];
+        const struct sequence *s = &e->sequences[run->slot];
+        kv_fill_pages(o->kv, s->kv,
+                      step->host.pages + (size_t)i * blocks * o->kv_shape.pages_per_block, blocks);
+        if (i && run->adapter == step->runs[i - 1].adapter)
+            continue;
+        step->host.lora_row[segment] = run->row;
+        step->host.lora_adapter[segment++] = run->adapter;
+        if (!s->has_adapter)
+            continue;
+        for (uint32_t m = 0; m < LORA_MODULES; m++)
+            modules |= (uint32_t)adapter_has_module(o->adapters, s->adapter, m) << m;
+        uint32_t rank = adapter_rank_max(o->adapters, s->adapter);
+        rank_max = rank > rank_max ? rank : rank_max;
+    }
+    step->host.lora_row[segment] = step->plan.rows;
+    step->places_changed = true;
+    step->lora_modules = modules;
+    step->lora = (struct lora_batch){.arena = o->arena,
+                                     .page_bytes = o->page_bytes,
+                                     .segments = segment,
+                                     .row_begin = step->device.lora_row,
+                                     .adapter = step->device.lora_adapter,
+                                     .adapters = o->adapters ? adapters_views(o->adapters) : NULL,
+                                     .rank_max = rank_max};
+}
+
+static void fill_step(struct engine *e, struct step *step)
+{
+    uint32_t samples = 0;
+    step->tops = 0;
+    for (uint32_t i = 0; i < step->plan.runs; i++) {
+        const struct plan_run *run = &step->runs[i];
+        const struct sequence *s = &e->sequences[run->slot];
+        fill_rows(e, step, run, i, &samples);
+        for (uint32_t p = run->position; p < run->position + run->count; p++)
+            e->counters.rows_recomputed += p < s->high_water;
+    }
+    CHECK(samples == step->plan.samples);
+    step->half = 0;
+    step->halves_run = 0;
+    step->resume_gate = step->segment_head = false;
+    step->started_us = clock_now_us(&e->options.clock);
+    step->state = STEP_READY;
+}
+
+static void trace(struct engine *e, const struct step *step)
+{
+    if (!e->options.trace)
+        return;
+    (void)plan_print(&step->plan, step->runs, e->line, e->line_bytes);
+    e->options.trace(e->options.trace_context, e->line);
+}
+
+bool step_plan_next(struct engine *engine)
+{
+    const struct step *paused = step_paused_most_urgent(engine);
+    sequence_bring_back(engine);
+    sequence_admit(engine);
+    uint32_t count = sequence_candidates(engine);
+    struct plan_limits limits = {.rows_max = engine->options.rows_max,
+                                 .runs_max = engine->options.sequences_max,
+                                 .class_below = paused ? paused->plan.class : ENGINE_CLASSES,
+                                 .less_urgent_prefill_max = (engine->options.rows_max + 3) / 4};
+    // The runs are chosen into the step of the most urgent class that could run.
+    struct plan_run *runs = engine->runs;
+    uint32_t chosen = plan_choose(engine->candidates, count, &limits, runs), kept = 0, pages = 0;
+    for (uint32_t i = 0; i < chosen; i++) {
+        if (secure(engine, &runs[i], &pages))
+            runs[kept++] = runs[i];
+    }
+    if (!kept)
+        return false;
+    struct step_plan plan = {.step = engine->steps_made++};
+    plan_layout(runs, kept, &plan);
+    struct step *step = &engine->steps[plan.class];
+    CHECK(step->state == STEP_NONE);
+    step->plan = plan;
+    memcpy(step->runs, runs, kept * sizeof *runs);
+    fill_step(engine, step);
+    fill_places(engine, step);
+    trace(engine, step);
+    engine->current = step;
+    engine->counters.steps++;
+    return true;
+}
+
+// ---- pins ----
+
+static void unpin_adapters(struct engine *e, struct step *step)
+{
+    for (uint32_t i = 0; i < step->plan.runs; i++) {
+        const struct sequence *s = &e->sequences[step->runs[i].slot];
+        if (s->has_adapter)
+            adapter_unpin(e->options.adapters, s->adapter);
+    }
+}
+
+void step_release_rows(struct engine *engine, struct step *step)
+{
+    if (step->state != STEP_PAUSED)
+        unpin_adapters(engine, step);
+    for (uint32_t i = 0; i < step->plan.runs; i++) {
+        struct sequence *s = &engine->sequences[step->runs[i].slot];
+        kv_unpin(engine->options.kv, s->kv);
+        s->in_step = false;
+    }
+    step->state = STEP_NONE;
+    if (engine->current == step)
+        engine->current = NULL;
+}
+
+// A step that cannot go on ends its requests; others are not touched.
+static void fail_step(struct engine *e, struct step *step, enum status status, const char *message)
+{
+    log_line(LOG_ERROR, "step %llu failed: %s", (unsigned long long)step->plan.step, message);
+    uint32_t runs = step->plan.runs;
+    step_release_rows(e, step);
+    for (uint32_t i = 0; i < runs; i++)
+        sequence_end(e, step->runs[i].slot, status, ENGINE_FINISH_ERROR, message);
+}
+
+static void pause(struct engine *e, struct step *step)
+{
+    unpin_adapters(e, step);
+    step->state = STEP_PAUSED;
+    e->current = NULL;
+    e->counters.pauses++;
+}
+
+// Enters a paused step again when its adapters are there.
+static bool resume(struct engine *e, struct step *step)
+{
+    bool ready = true;
+    for (uint32_t i = 0; i < step->plan.runs; i++) {
+        const struct sequence *s = &e->sequences[step->runs[i].slot];
+        if (!s->has_adapter || adapter_is_resident(e->options.adapters, s->adapter))
+            continue;
+        ready = false;
+        if (adapter_fetch_status(e->options.adapters, s->adapter) == STATUS_IO) {
+            fail_step(e, step, STATUS_IO, "Reading an adapter from its store failed.");
+            return true;
+        }
+        if (adapter_fetch(e->options.adapters, s->adapter, (enum copy_class)step->plan.class,
+                          COPY_GATE))
+            return false;
+    }
+    if (!ready)
+        return false;
+    for (uint32_t i = 0; i < step->plan.runs; i++) {
+        struct sequence *s = &e->sequences[step->runs[i].slot];
+        if (s->has_adapter) {
+            adapter_pin(e->options.adapters, s->adapter);
+            step->runs[i].adapter = adapter_view_index(e->options.adapters, s->adapter);
+        }
+    }
+    fill_places(e, step);
+    step->state = STEP_READY;
+    e->current = step;
+    return true;
+}
+
+// ---- running ----
+
+static uint32_t segment_length(const struct engine *e, const struct step *step)
+{
+    if (e->options.force_leave)
+        return 1;
+    if (step->plan.class == ENGINE_INTERACTIVE)
+        return e->options.segment_halves_max; // nobody may overtake it
+    float half_us = e->half_us_per_row * (float)step->plan.rows;
+    float halves = half_us > 0 ? (float)SEGMENT_TARGET_US / half_us : 1.0f;
+    uint32_t n = halves >= (float)e->options.segment_halves_max ? e->options.segment_halves_max
+                                                                : (uint32_t)halves;
+    return n ? n : 1;
+}
+
+static enum status submit(struct engine *e, struct step *step)
+{
+    uint32_t halves = 2 * e->options.model->config.layers;
+    uint32_t end = step->half + segment_length(e, step);
+    step->segment_end = end < halves ? end : halves;
+    if (e->options.experts)
+        experts_flush(e->options.experts, e->stream);
+    forward_begin(e, step);
+    for (uint32_t h = step->half; h < step->segment_end; h++)
+        forward_half(e, step, h, h == step->half && step->resume_gate);
+    step->segment_head = step->segment_end == halves && step->plan.samples;
+    if (step->segment_head)
+        forward_head(e, step);
+    step->epoch = pool_epoch_open(e->options.pool);
+    e->submitted_us = clock_now_us(&e->options.clock);
+    step->state = STEP_FLIGHT;
+    e->counters.segments++;
+    return e->table->submit(e->stream);
+}
+
+static void account_experts(struct engine *e, uint32_t from, uint32_t to)
+{
+    const struct model_config *c = &e->options.model->config;
+    for (uint32_t half = from | 1; half < to; half += 2) {
+        uint32_t moe = e->moe_index[half / 2];
+        if (moe == NO_SLOT)
+            continue;
+        experts_gate_done(e->options.experts, moe);
+        experts_used(e->options.experts, moe, e->scratch.need + (size_t)moe * c->experts);
+    }
+}
+
+static void gate_bring(struct engine *e, struct step *step)
+{
+    uint32_t started = 0, moe = e->moe_index[step->half / 2];
+    enum status status = experts_gate_bring(e->options.experts, moe, e->scratch.moe.state,
+                                            (enum copy_class)step->plan.class, &started);
+    if (status == STATUS_FULL && !started && copy_is_idle(e->options.copies))
+        fail_step(e, step, STATUS_FULL, "No pool pages are left for an expert; raise --pool-bytes.");
+    else if (status && status != STATUS_FULL)
+        fail_step(e, step, status, "An expert could not be brought in.");
+}
+
+static void at_preemption_point(struct engine *e, struct step *step)
+{
+    struct plan_leave_inputs in = {.step_class = step->plan.class,
+                                   .waiting_class = sequence_waiting_class(e)};
+    if (e->options.force_leave)
+        in.forced = e->options.force_leave(e->options.force_leave_context, step->plan.class, step->half);
+    if (plan_should_leave(&in)) {
+        log_line(LOG_DEBUG, "step %llu left at half %u: class %u, waiting %u%s",
+                 (unsigned long long)step->plan.step, step->half, in.step_class, in.waiting_class,
+                 in.forced ? ", forced" : "");
+        pause(e, step);
+    } else {
+        step->state = STEP_READY;
+    }
+}
+
+static void measure(struct engine *e, const struct step *step)
+{
+    uint64_t us = clock_now_us(&e->options.clock) - e->submitted_us;
+    uint32_t halves = step->segment_end - step->half;
+    float per = (float)us / (float)(halves * step->plan.rows);
+    e->half_us_per_row = e->half_us_per_row > 0 ? 0.8f * e->half_us_per_row + 0.2f * per : per;
+}
+
+static void retired(struct engine *e, struct step *step, const struct segment_result *result)
+{
+    pool_epoch_retire(e->options.pool, step->epoch);
+    if (result->missed) {
+        uint32_t half = 2 * result->miss_layer + 1;
+        account_experts(e, step->half, half);
+        step->halves_run += half - step->half;
+        experts_gate_done(e->options.experts, e->moe_index[result->miss_layer]);
+        step->half = half;
+        step->state = STEP_GATE;
+        e->counters.gate_misses++;
+        gate_bring(e, step);
+        return;
+    }
+    if (!step->resume_gate)
+        measure(e, step);
+    account_experts(e, step->half, step->segment_end);
+    step->halves_run += step->segment_end - step->half;
+    step->half = step->segment_end;
+    step->resume_gate = false;
+    if (step->half < 2 * e->options.model->config.layers)
+        at_preemption_point(e, step);
+    else
+        step->state = STEP_RESULTS;
+}
+
+static bool advance_flight(struct engine *e, struct step *step)
+{
+    struct segment_result result = {0};
+    enum status status = STATUS_OK;
+    if (e->options.may_block)
+        status = e->table->wait(e->stream, &result);
+    else if (!e->table->poll(e->stream, &result))
+        return false;
+    if (status) {
+        pool_epoch_retire(e->options.pool, step->epoch);
+        fail_step(e, step, status, "The device failed while running a step.");
+        return true;
+    }
+    retired(e, step, &result);
+    return true;
+}
+
+static bool advance_gate(struct engine *e, struct step *step)
+{
+    enum status status = STATUS_OK;
+    if (!experts_gate_ready(e->options.experts, e->moe_index[step->half / 2], &status))
+        return false;
+    if (status) {
+        experts_gate_done(e->options.experts, e->moe_index[step->half / 2]);
+        fail_step(e, step, status, "Reading an expert from its store failed.");
+        return true;
+    }
+    step->resume_gate = true;
+    step->state = STEP_READY;
+    return true;
+}
+
+bool step_advance(struct engine *engine)
+{
+    struct step *step = engine->current;
+    if (!step) {
+        if (step_plan_next(engine))
+            return true;
+        struct step *paused = step_paused_most_urgent(engine);
+        return paused && resume(engine, paused);
+    }
+    switch (step->state) {
+    case STEP_READY:
+        if (submit(engine, step))
+            fail_step(engine, step, STATUS_DEVICE, "The device refused a segment.");
+        return true;
+    case STEP_FLIGHT:
+        return advance_flight(engine, step);
+    case STEP_GATE:
+        return advance_gate(engine, step);
+    case STEP_RESULTS:
+        return output_results(engine, step);
+    default:
+        CHECK(false);
+    }
+    return false;
+}
