@@ -1,0 +1,590 @@
+// SPDX-License-Identifier: Apache-2.0
+// See stack.h. stack_size decides every size from options and model shape, for the real thing and for the
+// dry run alike.
+#include "runtime/engine/stack.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "base/check.h"
+#include "base/log.h"
+
+struct stack {
+    struct stack_options options;
+    struct device *device;
+    struct model *model;
+    struct copy_queues *copies;
+    struct pool *pool;
+    struct kv *kv;
+    struct experts *experts;
+    struct adapters *adapters;
+    struct engine_port port;
+    struct engine *engine;
+    struct kv_shape kv_shape;
+    struct adapter_base base;
+    struct digest secret;
+    uint8_t *device_arena, *host_arena;
+    uint32_t device_pages, host_pages;
+    uint64_t pool_bytes, host_bytes;
+    size_t page_bytes;
+    pthread_t thread;
+    bool running;
+};
+
+enum { CONTEXT_DEFAULT_MAX = 32768, KV_CONTEXTS_DEFAULT = 8 };
+
+static void default_u32(uint32_t *value, uint32_t otherwise)
+{
+    *value = *value ? *value : otherwise;
+}
+
+static void fill_defaults(struct stack_options *o, const struct model_config *c)
+{
+    uint32_t context = c->max_positions < CONTEXT_DEFAULT_MAX ? c->max_positions : CONTEXT_DEFAULT_MAX;
+    default_u32(&o->context_max, context);
+    default_u32(&o->sequences_max, 64);
+    default_u32(&o->rows_max, 512);
+    default_u32(&o->queue_max, 256);
+    default_u32(&o->adapters_max, 4096);
+    default_u32(&o->rank_max, 512);
+    default_u32(&o->tenants_max, 1);
+    default_u32(&o->segment_halves_max, 12);
+    if (o->rows_max < o->sequences_max)
+        o->rows_max = o->sequences_max;
+}
+
+static enum status check_context(const struct stack_options *o, const struct model_config *c,
+                                 struct fault *fault)
+{
+    if (o->context_max > c->max_positions)
+        return fault_set(fault, STATUS_INVALID,
+                         "--max-model-len %u is longer than the model's %u positions.",
+                         o->context_max, c->max_positions);
+    return STATUS_OK;
+}
+
+// Pool and host sizes in whole pages.
+static void choose_sizes(const struct stack_options *o, const struct model_config *c,
+                         const struct expert_shape *shape, size_t page_bytes,
+                         const struct kv_shape *kv, uint64_t *pool_bytes, uint64_t *host_bytes)
+{
+    uint64_t experts = (uint64_t)shape->layers * shape->experts * shape->pages_per_expert * page_bytes;
+    uint64_t blocks = div_up(o->context_max, kv->block_tokens);
+    uint64_t context = blocks * kv->pages_per_block * page_bytes;
+    uint64_t wanted = experts + KV_CONTEXTS_DEFAULT * context + ((uint64_t)64 << 20);
+    *pool_bytes = (o->pool_bytes ? o->pool_bytes : wanted) / page_bytes * page_bytes;
+    uint64_t host = o->host_bytes ? o->host_bytes : (uint64_t)256 << 20;
+    *host_bytes = max_size(host / page_bytes, 8) * page_bytes;
+    (void)c;
+}
+
+static enum status make_directory(const char *path, struct fault *fault)
+{
+    char part[ENGINE_PATH];
+    if (snprintf(part, sizeof part, "%s", path) >= (int)sizeof part)
+        return fault_set(fault, STATUS_INVALID, "the path %s is too long.", path);
+    for (char *at = part + 1;; at++) {
+        if (*at && *at != '/')
+            continue;
+        char kept = *at;
+        *at = 0;
+        if (mkdir(part, 0700) != 0 && errno != EEXIST)
+            return fault_set(fault, STATUS_IO, "cannot make the directory %s: %s.", part,
+                             strerror(errno));
+        if (!kept)
+            return STATUS_OK;
+        *at = kept;
+    }
+}
+
+static enum status make_state(const struct stack_options *o, struct fault *fault)
+{
+    char adapters[ENGINE_PATH];
+    (void)snprintf(adapters, sizeof adapters, "%s/adapters", o->state_directory);
+    return make_directory(adapters, fault);
+}
+
+static enum status make_device_and_model(struct stack *s, struct fault *fault)
+{
+    struct stack_options *o = &s->options;
+    if (o->device && strcmp(o->device, "cpu") != 0)
+        return fault_set(fault, STATUS_UNSUPPORTED,
+                         "there is no device \"%s\" in this build; use --device cpu.", o->device);
+    struct cpu_options cpu = {
+        .threads = o->threads, .dtype = o->dtype, .instruction_set = o->instruction_set};
+    enum status status = device_create_cpu(&cpu, &s->device, fault);
+    if (status)
+        return status;
+    struct model_options model = {.directory = o->model,
+                                  .state_directory = o->state_directory,
+                                  .page_bytes = o->page_bytes,
+                                  .progress = o->progress,
+                                  .progress_context = o->progress_context};
+    status = model_load(s->device, &model, &s->model, fault);
+    if (status)
+        return status;
+    fill_defaults(o, &s->model->config);
+    return check_context(o, &s->model->config, fault);
+}
+
+static void zero_pages(void *context, void *memory, size_t bytes)
+{
+    (void)context;
+    memset(memory, 0, bytes); // CPU pages; the epoch rule says that no segment reads them now
+}
+
+static enum status make_arenas(struct stack *s, struct fault *fault)
+{
+    const struct device_table *table = s->device->table;
+    void *memory = NULL;
+    s->device_pages = (uint32_t)(s->pool_bytes / s->page_bytes);
+    s->host_pages = (uint32_t)(s->host_bytes / s->page_bytes);
+    if (!s->device_pages)
+        return fault_set(fault, STATUS_INVALID, "--pool-bytes holds not even one page of %zu bytes.",
+                         s->page_bytes);
+    if (table->alloc(s->device, s->pool_bytes, &memory))
+        return fault_set(fault, STATUS_NO_MEMORY,
+                         "a pool of %llu bytes was asked for and could not be had; lower --pool-bytes.",
+                         (unsigned long long)s->pool_bytes);
+    s->device_arena = memory;
+    s->host_arena = aligned_alloc(4096, round_up(s->host_bytes, 4096));
+    if (!s->host_arena)
+        return fault_set(fault, STATUS_NO_MEMORY, "a host tier of %llu bytes could not be had.",
+                         (unsigned long long)s->host_bytes);
+    return STATUS_OK;
+}
+
+static enum status make_pool(struct stack *s, struct fault *fault)
+{
+    struct stack_options *o = &s->options;
+    const struct expert_shape *shape = &s->model->expert_shape;
+    uint32_t experts = shape->layers * shape->experts;
+    uint32_t owners = o->tenants_max + 1; // and one for the base model's experts
+    struct link_options speeds = {.h2d_gbytes_per_s = o->h2d_gbytes_per_s,
+                                  .d2h_gbytes_per_s = o->d2h_gbytes_per_s,
+                                  .read_gbytes_per_s = o->read_gbytes_per_s,
+                                  .latency_us = o->link_latency_us};
+    struct link *link = NULL;
+    enum status status = copy_link_threads(&speeds, &link);
+    if (status)
+        return fault_set(fault, status, "the copy threads could not be started.");
+    struct copy_options copies = {.link = link,
+                                  .clock = clock_monotonic(),
+                                  .copies_max = s->device_pages + s->host_pages + 1024,
+                                  .owners_max = owners};
+    status = copy_create(&copies, &s->copies);
+    if (status) {
+        link->destroy(link);
+        return fault_set(fault, status, "the copy queues could not be made.");
+    }
+    // KV objects: every device and host page could be a block of its own.
+    uint32_t objects = experts + o->adapters_max + s->device_pages + s->host_pages + 64;
+    uint64_t slots = (uint64_t)experts * shape->pages_per_expert + s->device_pages + s->host_pages +
+                     (uint64_t)o->adapters_max * 1024;
+    struct pool_options pool = {.page_bytes = s->page_bytes,
+                                .device_pages = s->device_pages,
+                                .host_pages = s->host_pages,
+                                .objects_max = objects,
+                                .slots_max = (uint32_t)slots,
+                                .owners_max = owners,
+                                .device_arena = s->device_arena,
+                                .host_arena = s->host_arena,
+                                .copies = s->copies,
+                                .zero = zero_pages};
+    return pool_create(&pool, &s->pool, fault);
+}
+
+static float fetch_price(const struct stack_options *o)
+{
+    double speed = o->h2d_gbytes_per_s > 0 ? o->h2d_gbytes_per_s : 8.0;
+    return (float)(1.0 / (speed * 1e3)); // microseconds per byte
+}
+
+static enum status make_kv(struct stack *s, struct fault *fault)
+{
+    const struct stack_options *o = &s->options;
+    struct kv_options kv = {.pool = s->pool,
+                            .clock = clock_monotonic(),
+                            .shape = s->kv_shape,
+                            .page_bytes = s->page_bytes,
+                            .sequences_max = o->sequences_max + 8,
+                            .blocks_max = (uint32_t)div_up(o->context_max, s->kv_shape.block_tokens),
+                            .secret = s->secret,
+                            .recompute_us_per_token = 100.0f,
+                            .prefix_sharing = !o->no_prefix_sharing};
+    if (kv_create(&kv, &s->kv))
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory for the KV tables.");
+    return STATUS_OK;
+}
+
+static void fill_base(struct stack *s)
+{
+    const struct model_config *c = &s->model->config;
+    s->base = (struct adapter_base){.layers = c->layers,
+                                    .hidden = c->hidden,
+                                    .heads = c->heads,
+                                    .kv_heads = c->kv_heads,
+                                    .head_dim = c->head_dim,
+                                    .intermediate = c->intermediate,
+                                    .experts = c->experts,
+                                    .moe_intermediate = c->moe_intermediate,
+                                    .is_moe = c->is_moe,
+                                    .dtype = s->model->dtype,
+                                    .digest = s->model->digest};
+}
+
+static enum status make_residents(struct stack *s, struct fault *fault)
+{
+    const struct stack_options *o = &s->options;
+    struct expert_options experts = {.shape = s->model->expert_shape,
+                                     .pool = s->pool,
+                                     .device = s->device,
+                                     .arena = s->device_arena,
+                                     .store = s->model->expert_store,
+                                     .clock = clock_monotonic(),
+                                     .owner = o->tenants_max,
+                                     .fetch_us_per_byte = fetch_price(o)};
+    enum status status = STATUS_OK;
+    if (s->model->expert_shape.experts)
+        status = experts_create(&experts, &s->experts, fault);
+    if (status)
+        return status;
+    fill_base(s);
+    struct adapter_options adapters = {.pool = s->pool,
+                                       .arena = s->device_arena,
+                                       .base = s->base,
+                                       .clock = clock_monotonic(),
+                                       .adapters_max = o->adapters_max,
+                                       .resident_max = o->adapters_max,
+                                       .fetch_us_per_byte = fetch_price(o)};
+    if (adapters_create(&adapters, &s->adapters))
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory for the adapter registry.");
+    return STATUS_OK;
+}
+
+static enum status make_engine(struct stack *s, struct fault *fault)
+{
+    const struct stack_options *o = &s->options;
+    if (engine_port_create((size_t)8 << 20, (size_t)8 << 20, &s->port))
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory for the engine's queues.");
+    struct engine_options engine = {.model = s->model,
+                                    .device = s->device,
+                                    .pool = s->pool,
+                                    .copies = s->copies,
+                                    .arena = s->device_arena,
+                                    .page_bytes = s->page_bytes,
+                                    .kv = s->kv,
+                                    .kv_shape = s->kv_shape,
+                                    .experts = s->experts,
+                                    .adapters = s->adapters,
+                                    .decoder = o->decoder,
+                                    .port = &s->port,
+                                    .clock = clock_monotonic(),
+                                    .sequences_max = o->sequences_max,
+                                    .rows_max = o->rows_max,
+                                    .context_max = o->context_max,
+                                    .queue_max = o->queue_max,
+                                    .tenants_max = o->tenants_max,
+                                    .rank_max = o->rank_max,
+                                    .segment_halves_max = o->segment_halves_max,
+                                    .secret = s->secret,
+                                    .trace = o->trace,
+                                    .trace_context = o->trace_context,
+                                    .force_leave = o->force_leave,
+                                    .force_leave_context = o->force_leave_context,
+                                    .may_block = true};
+    return engine_create(&engine, &s->engine, fault);
+}
+
+static enum status build(struct stack *s, struct fault *fault)
+{
+    enum status status = make_state(&s->options, fault);
+    if (!status)
+        status = make_device_and_model(s, fault);
+    if (status)
+        return status;
+    const struct model_config *c = &s->model->config;
+    s->page_bytes = s->model->expert_shape.page_bytes;
+    status = kv_shape_choose(c->layers, c->kv_heads, c->head_dim, s->model->dtype, s->page_bytes,
+                             &s->kv_shape, fault);
+    if (status)
+        return status;
+    choose_sizes(&s->options, c, &s->model->expert_shape, s->page_bytes, &s->kv_shape,
+                 &s->pool_bytes, &s->host_bytes);
+    random_bytes(&s->secret, sizeof s->secret);
+    status = make_arenas(s, fault);
+    if (!status)
+        status = make_pool(s, fault);
+    if (!status)
+        status = make_kv(s, fault);
+    if (!status)
+        status = make_residents(s, fault);
+    if (!status)
+        status = make_engine(s, fault);
+    return status;
+}
+
+enum status stack_create(const struct stack_options *options, struct stack **out, struct fault *fault)
+{
+    struct stack *s = calloc(1, sizeof *s);
+    if (!s)
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory.");
+    s->options = *options;
+    enum status status = build(s, fault);
+    if (status) {
+        stack_destroy(s);
+        return status;
+    }
+    *out = s;
+    return STATUS_OK;
+}
+
+static void *engine_thread(void *argument)
+{
+    engine_run(argument);
+    return NULL;
+}
+
+enum status stack_start(struct stack *stack)
+{
+    CHECK(!stack->running);
+    if (pthread_create(&stack->thread, NULL, engine_thread, stack->engine))
+        return STATUS_NO_MEMORY;
+    stack->running = true;
+    return STATUS_OK;
+}
+
+static void stop(struct stack *s)
+{
+    struct engine_control quit = {.kind = ENGINE_QUIT};
+    const void *record;
+    size_t bytes;
+    // The engine may wait for room in the event ring: keep emptying it until the command is in.
+    while (engine_send(&s->port, &quit, sizeof quit)) {
+        while (ring_peek(s->port.events, &record, &bytes))
+            ring_pop(s->port.events);
+    }
+    for (bool stopped = false; !stopped;) {
+        while (ring_peek(s->port.events, &record, &bytes)) {
+            uint32_t kind;
+            memcpy(&kind, record, sizeof kind);
+            stopped = stopped || kind == ENGINE_STOPPED;
+            ring_pop(s->port.events);
+        }
+        if (pthread_tryjoin_np(s->thread, NULL) == 0)
+            return;
+        struct timespec little = {.tv_nsec = 1000000};
+        (void)nanosleep(&little, NULL);
+    }
+    (void)pthread_join(s->thread, NULL);
+}
+
+void stack_destroy(struct stack *stack)
+{
+    if (!stack)
+        return;
+    if (stack->running)
+        stop(stack);
+    engine_destroy(stack->engine);
+    engine_port_destroy(&stack->port);
+    adapters_destroy(stack->adapters);
+    experts_destroy(stack->experts);
+    kv_destroy(stack->kv);
+    if (stack->copies)
+        copy_destroy(stack->copies);
+    pool_destroy(stack->pool);
+    if (stack->device_arena)
+        stack->device->table->release(stack->device, stack->device_arena);
+    free(stack->host_arena);
+    model_destroy(stack->model);
+    if (stack->device)
+        stack->device->table->destroy(stack->device);
+    free(stack);
+}
+
+// ---- faces ----
+
+struct engine *stack_engine(struct stack *stack)
+{
+    return stack->engine;
+}
+
+struct engine_port *stack_port(struct stack *stack)
+{
+    return &stack->port;
+}
+
+const struct model *stack_model(const struct stack *stack)
+{
+    return stack->model;
+}
+
+struct pool *stack_pool(struct stack *stack)
+{
+    return stack->pool;
+}
+
+struct kv *stack_kv(struct stack *stack)
+{
+    return stack->kv;
+}
+
+struct adapters *stack_adapters(struct stack *stack)
+{
+    return stack->adapters;
+}
+
+const struct adapter_base *stack_adapter_base(const struct stack *stack)
+{
+    return &stack->base;
+}
+
+size_t stack_page_bytes(const struct stack *stack)
+{
+    return stack->page_bytes;
+}
+
+struct engine_limits stack_limits(const struct stack *stack)
+{
+    const struct model_config *c = &stack->model->config;
+    struct engine_limits limits = {.vocab = c->vocab,
+                                   .context_tokens = stack->options.context_max,
+                                   .queue_max = stack->options.queue_max,
+                                   .eos_count = c->eos_count};
+    for (uint32_t i = 0; i < c->eos_count && i < ARRAY_COUNT(limits.eos); i++)
+        limits.eos[i] = c->eos[i];
+    return limits;
+}
+
+void stack_describe(const struct stack *stack, char *out, size_t room)
+{
+    struct device_info info;
+    stack->device->table->info(stack->device, &info);
+    (void)snprintf(out, room,
+                   "%s; %s, %.1f MiB static weights; pool %.1f MiB in %u pages of %zu KiB, KV blocks of "
+                   "%u tokens, host tier %.1f MiB, context %u",
+                   info.name, stack->model->config.architecture,
+                   (double)stack->model->static_bytes / 1048576.0,
+                   (double)stack->pool_bytes / 1048576.0, stack->device_pages,
+                   stack->page_bytes / 1024, stack->kv_shape.block_tokens,
+                   (double)stack->host_bytes / 1048576.0, stack->options.context_max);
+}
+
+// ---- adapters on disk ----
+
+enum status stack_convert_adapter(const struct stack *stack, const char *name, const char *directory,
+                                  char *store_path, size_t store_path_room,
+                                  struct adapter_report *report, struct fault *fault)
+{
+    if (!adapter_name_is_valid(name))
+        return fault_set(fault, STATUS_INVALID,
+                         "\"%.80s\" is not an adapter name; use letters, digits, '.', '_' and '-', at "
+                         "most %d.", name, ADAPTER_NAME_MAX - 1);
+    int n = snprintf(store_path, store_path_room, "%s/adapters/%s.adapter",
+                     stack->options.state_directory, name);
+    if (n < 0 || (size_t)n >= store_path_room)
+        return fault_set(fault, STATUS_INVALID, "the state directory's path is too long.");
+    return adapter_convert(directory, &stack->base, stack->page_bytes, store_path, report, fault);
+}
+
+enum status stack_add_adapter(struct stack *stack, const char *name, const char *directory,
+                              struct adapter_report *report, struct fault *fault)
+{
+    char path[ENGINE_PATH];
+    adapter_id id;
+    enum status status =
+        stack_convert_adapter(stack, name, directory, path, sizeof path, report, fault);
+    if (!status)
+        status = adapter_register(stack->adapters, name, path, stack->options.tenants_max, &id, fault);
+    return status;
+}
+
+uint32_t stack_load_adapters(struct stack *stack)
+{
+    char path[ENGINE_PATH];
+    uint32_t count = 0;
+    (void)snprintf(path, sizeof path, "%s/adapters", stack->options.state_directory);
+    DIR *directory = opendir(path);
+    for (struct dirent *entry; directory && (entry = readdir(directory));) {
+        char name[ADAPTER_NAME_MAX + 16];
+        size_t length = strlen(entry->d_name);
+        if (length <= 8 || length >= sizeof name || strcmp(entry->d_name + length - 8, ".adapter"))
+            continue;
+        memcpy(name, entry->d_name, length - 8);
+        name[length - 8] = 0;
+        (void)snprintf(path, sizeof path, "%s/adapters/%s", stack->options.state_directory,
+                       entry->d_name);
+        struct fault fault = {.text = ""};
+        adapter_id id;
+        if (!adapter_name_is_valid(name) ||
+            adapter_register(stack->adapters, name, path, stack->options.tenants_max, &id, &fault))
+            log_line(LOG_WARN, "the adapter store %s was left alone: %s", path, fault.text);
+        else
+            count++;
+    }
+    if (directory)
+        (void)closedir(directory);
+    return count;
+}
+
+// ---- dry run ----
+
+enum status stack_fit(const struct stack_options *options, uint64_t memory_bytes, struct stack_fit *out,
+                      struct fault *fault)
+{
+    struct stack_options o = *options;
+    memset(out, 0, sizeof *out);
+    enum status status = model_fit(o.model, o.dtype, o.page_bytes, &out->model, fault);
+    if (status)
+        return status;
+    const struct model_config *c = &out->model.config;
+    fill_defaults(&o, c);
+    struct kv_shape kv;
+    struct expert_shape shape = {.experts = c->experts,
+                                 .hidden = c->hidden,
+                                 .intermediate = c->moe_intermediate,
+                                 .dtype = o.dtype,
+                                 .page_bytes = out->model.page_bytes};
+    for (uint32_t layer = 0; layer < c->layers; layer++)
+        shape.layers += c->is_moe[layer];
+    if (shape.layers && shape.experts)
+        expert_shape_complete(&shape);
+    status = check_context(&o, c, fault);
+    if (!status)
+        status = kv_shape_choose(c->layers, c->kv_heads, c->head_dim, o.dtype, out->model.page_bytes,
+                                 &kv, fault);
+    if (status)
+        return status;
+    choose_sizes(&o, c, &shape, out->model.page_bytes, &kv, &out->pool_bytes, &out->host_bytes);
+    out->context_max = o.context_max;
+    out->pool_pages = out->pool_bytes / out->model.page_bytes;
+    out->expert_pages = (uint64_t)shape.layers * shape.experts * shape.pages_per_expert;
+    out->kv_bytes_per_token = kv.pages_per_block * out->model.page_bytes / kv.block_tokens;
+    uint64_t left = out->pool_pages > out->expert_pages ? out->pool_pages - out->expert_pages : 0;
+    out->kv_tokens = left / kv.pages_per_block * kv.block_tokens;
+    uint64_t pairs = (uint64_t)o.rows_max * (c->top_k ? c->top_k : 1);
+    out->work_bytes = pairs * c->hidden * 8 + (uint64_t)o.sequences_max * c->vocab * 4 +
+                      (uint64_t)(o.sequences_max + o.queue_max) * o.context_max * 4;
+    out->total_bytes =
+        out->model.static_bytes + out->pool_bytes + out->host_bytes + out->work_bytes;
+    uint64_t floor = engine_expert_floor(&shape, c->top_k);
+    uint64_t one = div_up(o.context_max, kv.block_tokens) * kv.pages_per_block;
+    if (one + floor > out->pool_pages)
+        return fault_set(fault, STATUS_LIMIT,
+                         "the pool has %llu pages, but one sequence of %u tokens needs %llu and one "
+                         "token's experts %llu: raise --pool-bytes or lower --max-model-len.",
+                         (unsigned long long)out->pool_pages, o.context_max, (unsigned long long)one,
+                         (unsigned long long)floor);
+    if (memory_bytes && out->total_bytes > memory_bytes)
+        return fault_set(fault, STATUS_NO_MEMORY,
+                         "%llu MiB are needed and this machine has %llu MiB: lower --pool-bytes, "
+                         "--host-bytes or --max-num-seqs.",
+                         (unsigned long long)(out->total_bytes >> 20),
+                         (unsigned long long)(memory_bytes >> 20));
+    return STATUS_OK;
+}

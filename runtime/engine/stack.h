@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// A stack: everything an engine needs, made in order and undone in reverse. The server, the offline
+// commands, the tests and the benchmarks all start one, so there is one place that knows the order.
+//
+//   device -> model (static weights, expert store) -> copy queues -> pool -> kv -> experts -> adapters
+//          -> port -> engine
+//
+// Made and destroyed by one thread; stack_start gives the engine to a thread of its own.
+#ifndef POLDER_RUNTIME_ENGINE_STACK_H
+#define POLDER_RUNTIME_ENGINE_STACK_H
+
+#include "runtime/engine/engine.h"
+
+struct stack_options {
+    const char *model;           // Hugging Face directory
+    const char *state_directory; // expert store, converted adapters; made when missing
+    const char *device;          // "cpu" (NULL: cpu)
+    enum dtype dtype;
+    const char *instruction_set; // NULL: the best this processor has
+    uint32_t threads;            // 0: all cores
+    uint64_t pool_bytes;         // 0: experts + KV of kv_contexts_default contexts + adapters' share
+    uint64_t host_bytes;         // 0: 256 MiB, at least eight pages
+    size_t page_bytes;           // 0: chosen to waste least
+    uint32_t context_max;        // 0: what the model allows, at most 32,768
+    uint32_t sequences_max, rows_max, queue_max; // 0: 64, 512, 256
+    uint32_t adapters_max, rank_max;             // 0: 4096, 512
+    uint32_t tenants_max;                        // 0: 1
+    uint32_t segment_halves_max;                 // 0: 12
+    double h2d_gbytes_per_s, d2h_gbytes_per_s, read_gbytes_per_s; // 0: as fast as it goes
+    uint32_t link_latency_us;
+    bool no_prefix_sharing;
+    struct engine_text_decoder decoder;
+    void (*trace)(void *context, const char *line);
+    void *trace_context;
+    bool (*force_leave)(void *context, uint32_t step_class, uint32_t half);
+    void *force_leave_context;
+    void (*progress)(void *context, uint64_t done_bytes, uint64_t total_bytes);
+    void *progress_context;
+};
+
+struct stack; // opaque
+
+MUST_USE enum status stack_create(const struct stack_options *options, struct stack **out,
+                                  struct fault *fault);
+// Starts the engine thread. Without it the caller turns the engine itself (tests).
+MUST_USE enum status stack_start(struct stack *stack);
+// Sends ENGINE_QUIT when the thread still runs, joins it, undoes everything.
+void stack_destroy(struct stack *stack);
+
+struct engine *stack_engine(struct stack *stack);
+struct engine_port *stack_port(struct stack *stack);
+const struct model *stack_model(const struct stack *stack);
+struct pool *stack_pool(struct stack *stack);
+struct kv *stack_kv(struct stack *stack);
+struct adapters *stack_adapters(struct stack *stack);
+struct engine_limits stack_limits(const struct stack *stack);
+// What is needed to convert adapters for this stack; any thread. Lives as long as the stack.
+const struct adapter_base *stack_adapter_base(const struct stack *stack);
+size_t stack_page_bytes(const struct stack *stack);
+// "cpu avx512bf16, 2 threads" and the sizes, one line, for the log.
+void stack_describe(const struct stack *stack, char *out, size_t room);
+
+// Converts directory into <state>/adapters/<name>.adapter. Any thread.
+MUST_USE enum status stack_convert_adapter(const struct stack *stack, const char *name,
+                                           const char *directory, char *store_path,
+                                           size_t store_path_room, struct adapter_report *report,
+                                           struct fault *fault);
+// Before stack_start: converts and registers.
+MUST_USE enum status stack_add_adapter(struct stack *stack, const char *name, const char *directory,
+                                       struct adapter_report *report, struct fault *fault);
+// Before stack_start: registers every store file already in <state>/adapters that fits this base; others are
+// named in the log and left alone. Returns how many.
+uint32_t stack_load_adapters(struct stack *stack);
+
+// How the pool would be filled, without loading weights (polder serve --dry-run).
+struct stack_fit {
+    struct model_fit model;
+    uint64_t pool_bytes, pool_pages, expert_pages, kv_bytes_per_token, kv_tokens, host_bytes;
+    uint64_t work_bytes, total_bytes;
+    uint32_t context_max;
+};
+// Refuses with a sentence what cannot fit the pool or the machine's memory. Clear out->model.config.
+MUST_USE enum status stack_fit(const struct stack_options *options, uint64_t memory_bytes,
+                               struct stack_fit *out, struct fault *fault);
+
+#endif
