@@ -184,8 +184,9 @@ static enum status make_pool(struct stack *s, struct fault *fault)
     }
     // KV objects: every device and host page could be a block of its own.
     uint32_t objects = experts + o->adapters_max + s->device_pages + s->host_pages + 64;
-    uint64_t slots = (uint64_t)experts * shape->pages_per_expert + s->device_pages + s->host_pages +
-                     (uint64_t)o->adapters_max * 1024;
+    // Adapters that are registered, resident or not, may have 16 times the pages of the device.
+    uint64_t slots = (uint64_t)experts * shape->pages_per_expert + s->host_pages + 65536 +
+                     17ull * s->device_pages;
     struct pool_options pool = {.page_bytes = s->page_bytes,
                                 .device_pages = s->device_pages,
                                 .host_pages = s->host_pages,
