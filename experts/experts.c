@@ -397,8 +397,10 @@ enum status experts_gate_bring(struct experts *experts, uint32_t layer, const ui
             enum status status = bring(experts, first + e, class);
             if (status == STATUS_FULL && *started)
                 return STATUS_OK;
-            if (status == STATUS_FULL) // the caller tries again: by then their pages are free
+            if (status == STATUS_FULL) { // prefetches may sit on all the room there is
                 cancel_prefetches(experts, layer, NULL);
+                status = bring(experts, first + e, class);
+            }
             if (status)
                 return status;
             ++*started;
