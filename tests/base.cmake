@@ -1,0 +1,2 @@
+polder_test(test_base LIBS polder_base LABELS fast)
+polder_test(test_tidy LABELS fast)
