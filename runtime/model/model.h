@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // A loaded base model: configuration, static weights on the device, routed experts in a store file.
 //
-// Loads a Hugging Face directory (config.json, model.safetensors or sharded with an index, tokenizer.json)
-// for Qwen3-MoE and dense Qwen3; every other architecture or unknown option that changes the maths is
-// refused by name. Static weights (embeddings, attention, norms, routers, dense MLPs, head) live in device
-// memory outside the pool; routed experts always live in the pool and come from the expert store.
+// Loads a Hugging Face directory (config.json, model.safetensors or sharded with an index,
+// tokenizer.json) for Qwen3-MoE and dense Qwen3; every other architecture or unknown option that
+// changes the maths is refused by name. Static weights (embeddings, attention, norms, routers,
+// dense MLPs, head) live in device memory outside the pool; routed experts always live in the pool
+// and come from the expert store.
 #ifndef POLDER_RUNTIME_MODEL_MODEL_H
 #define POLDER_RUNTIME_MODEL_MODEL_H
 
@@ -23,13 +24,13 @@ enum { MODEL_EOS_MAX = 8 };
 struct model_config {
     char architecture[64]; // "Qwen3MoeForCausalLM", "Qwen3ForCausalLM"
     uint32_t hidden, layers, heads, kv_heads, head_dim, vocab, max_positions;
-    uint32_t intermediate;                       // dense MLP units, 0 when no layer is dense
-    uint32_t experts, top_k, moe_intermediate;   // 0 for a dense model
+    uint32_t intermediate;                     // dense MLP units, 0 when no layer is dense
+    uint32_t experts, top_k, moe_intermediate; // 0 for a dense model
     bool normalize_top_k, tied_embeddings;
     float rms_epsilon;
     double rope_theta;
-    uint32_t eos[MODEL_EOS_MAX], eos_count;      // config.json and generation_config.json
-    uint8_t *is_moe;                             // [layers]
+    uint32_t eos[MODEL_EOS_MAX], eos_count; // config.json and generation_config.json
+    uint8_t *is_moe;                        // [layers]
 };
 
 // Parses config.json (and generation_config.json when there is one). Frees with model_config_clear.
@@ -42,10 +43,10 @@ void model_config_clear(struct model_config *config);
 struct model_layer {
     float *attention_norm, *mlp_norm; // [hidden]
     float *q_norm, *k_norm;           // [head_dim]
-    void *qkv;                        // tiles, (heads + 2 * kv_heads) * head_dim x hidden, q then k then v
-    void *o;                          // tiles, hidden x heads * head_dim
-    float *router;                    // [experts][hidden], MoE layers
-    void *gate_up, *down;             // dense layers: interleaved tiles, tiles
+    void *qkv;            // tiles, (heads + 2 * kv_heads) * head_dim x hidden, q then k then v
+    void *o;              // tiles, hidden x heads * head_dim
+    float *router;        // [experts][hidden], MoE layers
+    void *gate_up, *down; // dense layers: interleaved tiles, tiles
 };
 
 struct model {
@@ -59,14 +60,15 @@ struct model {
     struct model_layer *layers;
     struct expert_shape expert_shape; // experts 0 for a dense model
     struct reader *expert_store;      // NULL for a dense model
-    struct digest digest;             // of config, tokenizer and weights: what adapters and KV keys name
+    struct digest digest; // of config, tokenizer and weights: what adapters and KV keys name
     size_t static_bytes;
 };
 
 struct model_options {
     const char *directory;
-    const char *state_directory; // where the expert store is kept (named by digest, dtype and page size)
-    size_t page_bytes;           // 0: chosen to waste least
+    const char
+        *state_directory; // where the expert store is kept (named by digest, dtype and page size)
+    size_t page_bytes;    // 0: chosen to waste least
     void (*progress)(void *context, uint64_t done_bytes, uint64_t total_bytes);
     void *progress_context;
 };
@@ -75,7 +77,8 @@ MUST_USE enum status model_load(struct device *device, const struct model_option
                                 struct model **out, struct fault *fault);
 void model_destroy(struct model *model);
 
-// What a model will need, from config.json and the safetensors headers alone (polder serve --dry-run).
+// What a model will need, from config.json and the safetensors headers alone (polder serve
+// --dry-run).
 struct model_fit {
     struct model_config config; // clear with model_config_clear
     size_t page_bytes, static_bytes, expert_bytes, kv_bytes_per_token;
