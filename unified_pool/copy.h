@@ -51,7 +51,7 @@ MUST_USE enum status copy_link_threads(const struct link_options *options, struc
 struct copy_queues;
 
 struct copy_options {
-    struct link *link; // owned from now on
+    struct link *link;
     struct clock clock;
     uint32_t copies_max; // queued at once, per resource
     uint32_t owners_max;
@@ -72,13 +72,16 @@ struct copy_request {
     uint64_t tag;
 };
 
+// The link is the queues' own when this succeeds, else still the caller's.
 MUST_USE enum status copy_create(const struct copy_options *options, struct copy_queues **out);
 void copy_destroy(struct copy_queues *queues); // waits for chunks in flight; no callbacks
+// FULL when copies_max are queued on this resource. Starts nothing: copy_poll does.
 MUST_USE enum status copy_submit(struct copy_queues *queues, const struct copy_request *request,
                                  copy_id *out);
 void copy_promote(struct copy_queues *queues, copy_id id, enum copy_class class, enum copy_need need);
 // The callback still comes (CANCELLED, at once when no chunk is in flight, else after it).
 void copy_cancel(struct copy_queues *queues, copy_id id);
+// Takes finished chunks, calls done(), starts the next ones, until no chunk is done. Not from done().
 void copy_poll(struct copy_queues *queues);
 bool copy_is_idle(const struct copy_queues *queues);
 

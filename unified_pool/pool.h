@@ -20,7 +20,8 @@
 // zeroed before an object of another owner can read what it held. 6. no page is handed out before the
 // epochs that might read it have retired.
 //
-// Engine thread only. Nothing allocates after pool_create.
+// Engine thread only. Nothing allocates after pool_create. Copies move in pool_poll; give the copy queues room
+// for device_pages + host_pages copies, then a fetch never waits for a place in a queue.
 #ifndef POLDER_UNIFIED_POOL_POOL_H
 #define POLDER_UNIFIED_POOL_POOL_H
 
@@ -53,12 +54,14 @@ struct pool_options {
     uint8_t *device_arena;     // device_pages * page_bytes, from the device's alloc
     uint8_t *host_arena;       // host_pages * page_bytes
     struct copy_queues *copies; // not owned
-    void (*zero)(void *context, void *device_memory, size_t bytes); // how device pages are zeroed
+    // How device pages are zeroed, in the order of the device's work; NULL: memset.
+    void (*zero)(void *context, void *device_memory, size_t bytes);
     void *zero_context;
 };
 
 MUST_USE enum status pool_create(const struct pool_options *options, struct pool **out,
                                  struct fault *fault);
+// No copy_poll after this: destroy the queues first (they wait for chunks in flight), the arenas last.
 void pool_destroy(struct pool *pool);
 
 // ---- pressure: how each kind offers to give pages back ----
@@ -90,7 +93,7 @@ struct pool_object_options {
     uint64_t tag;         // the kind's own number, given back by pool_tag
 };
 
-// FULL when objects_max or slots_max is reached.
+// FULL when objects_max is reached or no run of `slots` free slots is left.
 MUST_USE enum status pool_object_create(struct pool *pool, const struct pool_object_options *options,
                                         pool_object *out);
 // Gives back every page (device pages after their epochs). CHECKs that it is not pinned. Copies in flight are
@@ -105,29 +108,42 @@ const uint32_t *pool_device_pages(const struct pool *pool, pool_object object);
 bool pool_is_resident(const struct pool *pool, pool_object object);
 bool pool_is_fetching(const struct pool *pool, pool_object object);
 bool pool_has_host_copy(const struct pool *pool, pool_object object);
+bool pool_is_writing_back(const struct pool *pool, pool_object object);
+// Where a device page stands, for copy-on-write.
+void *pool_device_address(const struct pool *pool, uint32_t page);
 
 // ---- device pages ----
 
 // Device pages for all slots that have none, to be written by the caller (a fresh KV block). Takes free
 // pages, else the cheapest offers. FULL, with nothing changed for this object, when they do not suffice
-// now; pages waiting for an epoch do not count.
+// now; pages waiting for an epoch do not count. Offers are taken also while an epoch is open: their pages are
+// not room now, but they are after it has retired, and until then the same request takes no more. When all
+// that could be offered would not suffice, nothing is given back. Pages that held bytes of another owner or
+// kind are zeroed.
 MUST_USE enum status pool_reserve(struct pool *pool, pool_object object);
+// The same without an object: OK when `pages` device pages are free, so that several reservations that
+// follow at once cannot fail half way.
+MUST_USE enum status pool_make_room(struct pool *pool, uint32_t pages);
 // Reserves and starts copies from the highest tier that holds each slot (host, else file through a host
 // page, which stays as a host copy while there is room). OK when started or already there or under way; a
-// repeated call with a more urgent (class, need) promotes. FULL as pool_reserve.
-// When a copy fails the object is not resident, pages are given back, and pool_fetch_status says why.
+// repeated call with a more urgent (class, need) promotes. FULL as pool_reserve, or when no host page can
+// come; NOT_FOUND when no tier holds it. When a copy fails the object is not resident, pages are given
+// back, and pool_fetch_status says why (IO, FULL, CANCELLED; OK while under way and after success).
 MUST_USE enum status pool_fetch(struct pool *pool, pool_object object, enum copy_class class,
                                 enum copy_need need);
 enum status pool_fetch_status(const struct pool *pool, pool_object object);
 void pool_fetch_cancel(struct pool *pool, pool_object object); // prefetches that are no longer wanted
-// Forget the device pages (free of copies; content is lost unless a lower tier has it).
+// Forget the device pages (free of copies; content is lost unless a lower tier has it). Cancels a fetch or
+// write-back under way; CHECKs that the object is not pinned.
 void pool_drop_device(struct pool *pool, pool_object object);
 // Copies the device content to host pages (KV swap-out); when pool_is_written_back turns true the caller
 // may pool_drop_device. Host pages come from the free list or from droppable host copies of read-only
-// objects; FULL otherwise.
+// objects, except the last few (1/16, at most 8) that file reads pass through; FULL otherwise. The content must
+// not change meanwhile. When a copy fails the host pages are given back and neither
+// pool_is_writing_back nor pool_is_written_back is true.
 MUST_USE enum status pool_write_back(struct pool *pool, pool_object object, enum copy_class class);
 bool pool_is_written_back(const struct pool *pool, pool_object object);
-void pool_drop_host(struct pool *pool, pool_object object);
+void pool_drop_host(struct pool *pool, pool_object object); // cancels a fetch or write-back under way
 
 void pool_pin(struct pool *pool, pool_object object);
 void pool_unpin(struct pool *pool, pool_object object);

@@ -1,0 +1,170 @@
+// SPDX-License-Identifier: Apache-2.0
+// The link of the CPU backend: one worker thread per resource, each with a mailbox for one chunk, moving
+// bytes with memcpy or a read and holding the result back until the configured speed allows it. It
+// decides nothing about order.
+//
+//   EMPTY --start (engine)--> POSTED --worker--> DONE --poll (engine)--> EMPTY
+//
+// The side whose turn it is owns the chunk; `state` (release/acquire) hands it over. A worker without a
+// chunk sleeps on the condition variable and uses no CPU; one that paces sleeps on the clock.
+#include "unified_pool/copy.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <time.h>
+
+#include "base/check.h"
+
+enum mailbox_state { MAILBOX_EMPTY, MAILBOX_POSTED, MAILBOX_DONE };
+
+struct worker {
+    pthread_t thread;
+    pthread_mutex_t lock; // guards the sleep only
+    pthread_cond_t wake;
+    _Atomic int state;
+    _Atomic bool stop;
+    struct copy_chunk chunk;
+    enum status status;
+    uint64_t posted_ns;
+    double ns_per_byte;
+    uint64_t latency_ns;
+    bool is_running;
+};
+
+struct thread_link {
+    struct link link;
+    struct worker workers[COPY_RESOURCES];
+};
+
+// Nanoseconds, which base/clock.h does not offer: pacing is mechanism, no policy depends on it.
+static uint64_t now_ns(void)
+{
+    struct timespec t;
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+static void sleep_until(uint64_t ns)
+{
+    struct timespec t = {.tv_sec = (time_t)(ns / 1000000000u), .tv_nsec = (long)(ns % 1000000000u)};
+    while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &t, NULL) != 0)
+        ;
+}
+
+static enum status move_bytes(const struct copy_chunk *chunk)
+{
+    if (chunk->resource == COPY_READ)
+        return reader_read(chunk->file, chunk->offset, chunk->to, chunk->bytes);
+    memcpy(chunk->to, chunk->from, chunk->bytes);
+    return STATUS_OK;
+}
+
+static bool wait_for_post(struct worker *worker)
+{
+    (void)pthread_mutex_lock(&worker->lock);
+    while (atomic_load_explicit(&worker->state, memory_order_acquire) != MAILBOX_POSTED &&
+           !atomic_load(&worker->stop))
+        (void)pthread_cond_wait(&worker->wake, &worker->lock);
+    (void)pthread_mutex_unlock(&worker->lock);
+    return !atomic_load(&worker->stop);
+}
+
+static void *work(void *argument)
+{
+    struct worker *worker = argument;
+    (void)prctl(PR_SET_TIMERSLACK, 1); // the default of 50 us is longer than most chunks
+    while (wait_for_post(worker)) {
+        worker->status = move_bytes(&worker->chunk);
+        uint64_t wait_ns =
+            worker->latency_ns + (uint64_t)((double)worker->chunk.bytes * worker->ns_per_byte);
+        if (wait_ns && !atomic_load(&worker->stop))
+            sleep_until(worker->posted_ns + wait_ns);
+        atomic_store_explicit(&worker->state, MAILBOX_DONE, memory_order_release);
+    }
+    return NULL;
+}
+
+static void thread_link_start(struct link *link, const struct copy_chunk *chunk)
+{
+    struct worker *worker = &((struct thread_link *)link)->workers[chunk->resource];
+    CHECK(atomic_load(&worker->state) == MAILBOX_EMPTY);
+    worker->chunk = *chunk;
+    worker->posted_ns = now_ns();
+    (void)pthread_mutex_lock(&worker->lock);
+    atomic_store_explicit(&worker->state, MAILBOX_POSTED, memory_order_release);
+    (void)pthread_cond_signal(&worker->wake);
+    (void)pthread_mutex_unlock(&worker->lock);
+}
+
+static bool thread_link_poll(struct link *link, enum copy_resource resource, enum status *status)
+{
+    struct worker *worker = &((struct thread_link *)link)->workers[resource];
+    int state = atomic_load_explicit(&worker->state, memory_order_acquire);
+    if (state == MAILBOX_POSTED)
+        return false;
+    *status = state == MAILBOX_DONE ? worker->status : STATUS_OK;
+    atomic_store_explicit(&worker->state, MAILBOX_EMPTY, memory_order_relaxed);
+    return true;
+}
+
+static void thread_link_destroy(struct link *link)
+{
+    struct thread_link *self = (struct thread_link *)link;
+    for (int r = 0; r < COPY_RESOURCES; r++) {
+        struct worker *worker = &self->workers[r];
+        if (!worker->is_running)
+            continue;
+        (void)pthread_mutex_lock(&worker->lock);
+        atomic_store(&worker->stop, true);
+        (void)pthread_cond_signal(&worker->wake);
+        (void)pthread_mutex_unlock(&worker->lock);
+        (void)pthread_join(worker->thread, NULL);
+        (void)pthread_cond_destroy(&worker->wake);
+        (void)pthread_mutex_destroy(&worker->lock);
+    }
+    free(self);
+}
+
+static enum status start_worker(struct worker *worker, double gbytes_per_s, uint32_t latency_us)
+{
+    worker->ns_per_byte = gbytes_per_s > 0 ? 1.0 / gbytes_per_s : 0; // GB/s = bytes per ns
+    worker->latency_ns = (uint64_t)latency_us * 1000;
+    atomic_init(&worker->state, MAILBOX_EMPTY);
+    atomic_init(&worker->stop, false);
+    if (pthread_mutex_init(&worker->lock, NULL) != 0)
+        return STATUS_NO_MEMORY;
+    if (pthread_cond_init(&worker->wake, NULL) != 0)
+        goto no_cond;
+    if (pthread_create(&worker->thread, NULL, work, worker) != 0)
+        goto no_thread;
+    worker->is_running = true;
+    return STATUS_OK;
+no_thread:
+    (void)pthread_cond_destroy(&worker->wake);
+no_cond:
+    (void)pthread_mutex_destroy(&worker->lock);
+    return STATUS_NO_MEMORY;
+}
+
+enum status copy_link_threads(const struct link_options *options, struct link **out)
+{
+    struct thread_link *self = calloc(1, sizeof *self);
+    if (!self)
+        return STATUS_NO_MEMORY;
+    self->link = (struct link){thread_link_start, thread_link_poll, thread_link_destroy};
+    const double speeds[COPY_RESOURCES] = {[COPY_H2D] = options->h2d_gbytes_per_s,
+                                           [COPY_D2H] = options->d2h_gbytes_per_s,
+                                           [COPY_READ] = options->read_gbytes_per_s};
+    for (int r = 0; r < COPY_RESOURCES; r++) {
+        enum status status = start_worker(&self->workers[r], speeds[r], options->latency_us);
+        if (status) {
+            thread_link_destroy(&self->link);
+            return status;
+        }
+    }
+    *out = &self->link;
+    return STATUS_OK;
+}

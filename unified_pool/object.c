@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// Objects: handles with generations, their runs of slots, pins, and the questions about residency.
+//
+// A handle is (generation, index + 1). Destroying an object counts its generation up, so that a stale handle
+// is caught at its next use. No object waits for a copy: pages do (internal.h).
+#include "unified_pool/internal.h"
+
+struct object *pool__object(const struct pool *pool, pool_object handle)
+{
+    uint32_t index = (uint32_t)handle.bits - 1;
+    CHECK(index < pool->options.objects_max);
+    struct object *object = &pool->objects[index];
+    CHECK(object->is_live && object->generation == (uint32_t)(handle.bits >> 32));
+    return object;
+}
+
+pool_object pool__handle(const struct pool *pool, const struct object *object)
+{
+    uint32_t index = (uint32_t)(object - pool->objects);
+    return (pool_object){(uint64_t)object->generation << 32 | (index + 1)};
+}
+
+struct object *pool__object_of_slot(const struct pool *pool, uint32_t slot)
+{
+    return &pool->objects[pool->slot_object[slot]];
+}
+
+void pool__recount(struct pool *pool, struct object *object)
+{
+    bool can_go = object->is_live && !object->pins && !object->is_fetching && !object->is_writing;
+    uint32_t now = can_go ? object->device : 0;
+    pool->evictable = pool->evictable - object->evictable + now;
+    object->evictable = now;
+}
+
+enum status pool_object_create(struct pool *pool, const struct pool_object_options *options,
+                               pool_object *out)
+{
+    CHECK((unsigned)options->kind < PAGE_KINDS && options->slots);
+    CHECK(options->owner < pool->options.owners_max);
+    uint32_t index = pool->object_free;
+    if (index == NONE)
+        return STATUS_FULL;
+    uint32_t first = pool__runs_take(&pool->runs, options->slots);
+    if (first == NONE)
+        return STATUS_FULL;
+    struct object *object = &pool->objects[index];
+    pool->object_free = object->next_free;
+    *object = (struct object){.generation = object->generation,
+                              .next_free = NONE,
+                              .owner = options->owner,
+                              .first = first,
+                              .slots = options->slots,
+                              .next = NONE,
+                              .prev = NONE,
+                              .kind = (uint8_t)options->kind,
+                              .is_live = true,
+                              .file = options->file,
+                              .file_offset = options->file_offset,
+                              .tag = options->tag};
+    for (uint32_t s = first; s < first + options->slots; s++) {
+        pool->device_page[s] = pool->host_page[s] = NONE;
+        pool->slot_object[s] = index;
+        pool->slot_flags[s] = 0;
+    }
+    pool->objects_live++;
+    *out = pool__handle(pool, object);
+    return STATUS_OK;
+}
+
+void pool_object_destroy(struct pool *pool, pool_object handle)
+{
+    struct object *object = pool__object(pool, handle);
+    CHECK(!object->pins);
+    pool__drop_device(pool, object);
+    pool__drop_host(pool, object);
+    CHECK(!object->device && !object->host && !object->is_stalled);
+    for (uint32_t s = object->first; s < object->first + object->slots; s++)
+        pool->slot_object[s] = NONE;
+    pool__runs_give(&pool->runs, object->first, object->slots);
+    object->is_live = false;
+    pool__recount(pool, object);
+    object->generation++;
+    object->next_free = pool->object_free;
+    pool->object_free = (uint32_t)(object - pool->objects);
+    pool->objects_live--;
+}
+
+uint64_t pool_tag(const struct pool *pool, pool_object handle)
+{
+    return pool__object(pool, handle)->tag;
+}
+
+uint32_t pool_slots(const struct pool *pool, pool_object handle)
+{
+    return pool__object(pool, handle)->slots;
+}
+
+const uint32_t *pool_device_pages(const struct pool *pool, pool_object handle)
+{
+    return pool->device_page + pool__object(pool, handle)->first;
+}
+
+bool pool_is_resident(const struct pool *pool, pool_object handle)
+{
+    const struct object *object = pool__object(pool, handle);
+    return object->filled == object->slots;
+}
+
+bool pool_is_fetching(const struct pool *pool, pool_object handle)
+{
+    return pool__object(pool, handle)->is_fetching;
+}
+
+bool pool_is_writing_back(const struct pool *pool, pool_object handle)
+{
+    return pool__object(pool, handle)->is_writing;
+}
+
+bool pool_has_host_copy(const struct pool *pool, pool_object handle)
+{
+    const struct object *object = pool__object(pool, handle);
+    return object->on_host == object->slots;
+}
+
+bool pool_is_written_back(const struct pool *pool, pool_object handle)
+{
+    return pool_has_host_copy(pool, handle);
+}
+
+enum status pool_fetch_status(const struct pool *pool, pool_object handle)
+{
+    return pool__object(pool, handle)->fetch_status;
+}
+
+void pool_pin(struct pool *pool, pool_object handle)
+{
+    struct object *object = pool__object(pool, handle);
+    CHECK(object->filled == object->slots && object->pins < UINT32_MAX);
+    object->pins++;
+    pool__recount(pool, object);
+}
+
+void pool_unpin(struct pool *pool, pool_object handle)
+{
+    struct object *object = pool__object(pool, handle);
+    CHECK(object->pins);
+    object->pins--;
+    pool__recount(pool, object);
+}
+
+uint32_t pool_pins(const struct pool *pool, pool_object handle)
+{
+    return pool__object(pool, handle)->pins;
+}
