@@ -152,12 +152,14 @@ static bool take_adapter(struct engine *e, const struct engine_adapter_command *
     if (bytes < sizeof *c)
         return true;
     adapter_id id;
+    // Owners beyond the tenants stand for the operator, who shares a number with the base model.
+    uint32_t owner = c->owner < e->options.tenants_max ? c->owner : e->options.tenants_max;
     if (ring_room(e->options.port->events) < sizeof(struct engine_reply) + 16)
         return false;
     if (!e->options.adapters)
         status = fault_set(&fault, STATUS_UNSUPPORTED, "This server was started without adapters.");
     else if (c->kind == ENGINE_ADAPTER_ADD)
-        status = adapter_register(e->options.adapters, c->name, c->store_path, c->owner, &id, &fault);
+        status = adapter_register(e->options.adapters, c->name, c->store_path, owner, &id, &fault);
     else
         status = adapter_remove(e->options.adapters, c->name);
     if (status == STATUS_NOT_FOUND)

@@ -310,7 +310,7 @@ static enum status build(struct stack *s, struct fault *fault)
     if (status)
         return status;
     const struct model_config *c = &s->model->config;
-    s->page_bytes = s->model->expert_shape.page_bytes;
+    s->page_bytes = s->model->page_bytes;
     status = kv_shape_choose(c->layers, c->kv_heads, c->head_dim, s->model->dtype, s->page_bytes,
                              &s->kv_shape, fault);
     if (status)

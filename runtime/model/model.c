@@ -162,6 +162,7 @@ static enum status load(struct loader *loader, const struct model_options *optio
         prepare(loader, options->directory, options->page_bytes, &page_bytes, fault);
     if (status)
         return status;
+    model->page_bytes = page_bytes;
     // Every tensor is read twice, for the digest and for its place; a store that exists saves its
     // part.
     progress->total = 2 * checkpoint_bytes(loader->checkpoint);
