@@ -347,6 +347,12 @@ void engine_run(struct engine *engine)
     }
 }
 
+const float *engine_logits(const struct engine *engine, uint32_t index)
+{
+    CHECK(index < engine->options.sequences_max);
+    return engine->scratch.logits + (size_t)index * engine->options.model->config.vocab;
+}
+
 void engine_counters(const struct engine *engine, struct engine_counters *out)
 {
     *out = engine->counters;

@@ -80,6 +80,10 @@ enum engine_turn engine_turn(struct engine *engine);
 // Turns until halted, sleeping on the port's eventfd when idle: the body of the engine thread.
 void engine_run(struct engine *engine);
 
+// Logits [vocab] of sample `index` of the last step that sampled, valid until the next turn. For tests and
+// tools that turn the engine themselves.
+const float *engine_logits(const struct engine *engine, uint32_t index);
+
 struct engine_counters {
     uint64_t steps, segments, gate_misses, pauses, swaps_out, swaps_in, drops;
     uint64_t rows;                          // rows of finished steps
