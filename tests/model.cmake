@@ -1,0 +1,3 @@
+# base/safetensors, experts/, runtime/model.
+polder_test(test_safetensors LIBS polder_base LABELS fast)
+polder_fuzzer(fuzz_safetensors LIBS polder_base)
