@@ -140,7 +140,7 @@ static void check_file(struct tally *tally, const char *path, const char *name)
 
 typedef void (*visit)(struct tally *tally, const char *path, const char *name);
 
-static void walk(struct tally *tally, const char *folder, visit visit)
+static void walk(struct tally *tally, const char *folder, visit each)
 {
     DIR *directory = opendir(folder);
     for (struct dirent *entry; directory && (entry = readdir(directory));) {
@@ -149,9 +149,9 @@ static void walk(struct tally *tally, const char *folder, visit visit)
             continue;
         (void)snprintf(path, sizeof path, "%s/%s", folder, entry->d_name);
         if (entry->d_type == DT_DIR)
-            walk(tally, path, visit);
+            walk(tally, path, each);
         else
-            visit(tally, path, entry->d_name);
+            each(tally, path, entry->d_name);
     }
     if (directory)
         (void)closedir(directory);

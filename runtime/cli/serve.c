@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+// polder serve, its dry run, and polder check-config.
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/sysinfo.h>
+
+#include "base/log.h"
+#include "runtime/cli/commands.h"
+#include "runtime/cli/wire.h"
+#include "runtime/server/server.h"
+#include "tenants/tenants.h"
+
+enum { ADDRESS_ROOM = 300 };
+
+// ---- seams between the server and what is below it ----
+
+struct face {
+    struct stack *stack;
+    struct tokenizer *tokenizer;
+};
+
+static enum status encode(void *context, const char *text, size_t bytes, int32_t *out, size_t max,
+                          size_t *count)
+{
+    const struct face *face = context;
+    return wire_encode(face->tokenizer, text, bytes, out, max, count);
+}
+
+static enum status decode(void *context, const int32_t *tokens, size_t count, char *out, size_t max,
+                          size_t *bytes)
+{
+    const struct face *face = context;
+    return wire_decode(face->tokenizer, tokens, count, out, max, bytes);
+}
+
+static enum status convert(void *context, const char *directory, const char *store_path, char *report,
+                           size_t report_bytes, struct fault *fault)
+{
+    const struct face *face = context;
+    struct adapter_report r;
+    enum status status =
+        adapter_convert(directory, stack_adapter_base(face->stack), stack_page_bytes(face->stack),
+                        store_path, &r, fault);
+    if (!status)
+        (void)snprintf(report, report_bytes,
+                       "{\"applied\":%u,\"possible\":%u,\"rank_min\":%u,\"rank_max\":%u,\"bytes\":%llu,"
+                       "\"layout\":\"%s\",\"ignored\":\"%s\"}",
+                       r.matrices_applied, r.matrices_possible, r.rank_min, r.rank_max,
+                       (unsigned long long)r.bytes, r.layout, r.ignored);
+    return status;
+}
+
+static void ready(void *context, const char *addresses)
+{
+    (void)context;
+    log_line(LOG_INFO, "ready on %s", addresses);
+    // One line on standard output for scripts that wait for it.
+    (void)printf("polder: ready on %s\n", addresses);
+    (void)fflush(stdout);
+}
+
+static enum status count_tenants(const char *path, uint32_t *count, struct fault *fault)
+{
+    struct tenants *tenants = NULL;
+    enum status status = tenants_load(path, NULL, &tenants, fault);
+    if (status)
+        return status;
+    *count = tenants_count(tenants);
+    tenants_free(tenants);
+    return STATUS_OK;
+}
+
+// ---- dry run ----
+
+static double mib(uint64_t bytes)
+{
+    return (double)bytes / 1048576.0;
+}
+
+static int dry_run(const struct settings *settings)
+{
+    struct fault fault = {.text = ""};
+    struct stack_options options;
+    char state[ENGINE_PATH];
+    struct stack_fit fit;
+    struct sysinfo info;
+    if (wire_stack_options(settings, NULL, state, sizeof state, &options, &fault))
+        return complain(&fault);
+    uint64_t memory = sysinfo(&info) == 0 ? (uint64_t)info.totalram * info.mem_unit : 0;
+    enum status status = stack_fit(&options, memory, &fit, &fault);
+    if (fit.model.config.layers) {
+        (void)printf("model            %s, %u layers, hidden %u, %u experts\n",
+                     fit.model.config.architecture, fit.model.config.layers, fit.model.config.hidden,
+                     fit.model.config.experts);
+        (void)printf("static weights   %10.1f MiB\n", mib(fit.model.static_bytes));
+        (void)printf("pool             %10.1f MiB, %llu pages of %zu KiB\n", mib(fit.pool_bytes),
+                     (unsigned long long)fit.pool_pages, fit.model.page_bytes / 1024);
+        (void)printf("  all experts    %10.1f MiB, %llu pages%s\n",
+                     mib(fit.expert_pages * fit.model.page_bytes), (unsigned long long)fit.expert_pages,
+                     fit.expert_pages > fit.pool_pages ? " (more than the pool: offloaded)" : "");
+        (void)printf("  KV             %10llu tokens beside all experts, %llu bytes each\n",
+                     (unsigned long long)fit.kv_tokens, (unsigned long long)fit.kv_bytes_per_token);
+        (void)printf("host tier        %10.1f MiB\n", mib(fit.host_bytes));
+        (void)printf("work areas       %10.1f MiB\n", mib(fit.work_bytes));
+        (void)printf("in all           %10.1f MiB of %.1f MiB; context %u tokens\n", mib(fit.total_bytes),
+                     mib(memory), fit.context_max);
+    }
+    model_config_clear(&fit.model.config);
+    if (status)
+        return complain(&fault);
+    (void)printf("fits\n");
+    return EXIT_DONE;
+}
+
+// ---- serving ----
+
+static void fill_listen(const struct settings *s, struct server_options *o, char *tcp, char *uds)
+{
+    int n = 0;
+    if (!s->no_tcp) {
+        (void)snprintf(tcp, ADDRESS_ROOM, "%s:%u", s->host, s->port);
+        o->listen[n++] = tcp;
+    }
+    if (s->uds) {
+        (void)snprintf(uds, ADDRESS_ROOM, "unix:%s", s->uds);
+        o->listen[n++] = uds;
+    }
+}
+
+static int serve_stack(const struct settings *s, struct face *face, struct fault *fault)
+{
+    char tcp[ADDRESS_ROOM], uds[ADDRESS_ROOM], store[ENGINE_PATH], state[ENGINE_PATH];
+    struct stack_options paths;
+    if (wire_stack_options(s, NULL, state, sizeof state, &paths, fault))
+        return complain(fault);
+    (void)snprintf(store, sizeof store, "%.1000s/adapters", paths.state_directory);
+    struct server_options o = {
+        .port = stack_port(face->stack),
+        .engine = stack_limits(face->stack),
+        .tokenizer = {.context = face, .encode = encode, .decode = decode},
+        .converter = {.context = face, .convert = s->adapter_dirs.count ? convert : NULL},
+        .store_dir = store,
+        .tenants_path = s->tenants,
+        .open_access = !s->tenants,
+        .clock = clock_monotonic(),
+        .limits = {.connections_max = s->max_connections,
+                   .frame_bytes = s->max_frame_bytes,
+                   .idle_timeout_ms = s->idle_timeout * 1000,
+                   .shutdown_timeout_ms = s->shutdown_timeout * 1000},
+        .ready = ready};
+    for (uint32_t i = 0; i < s->adapter_dirs.count && i < SERVER_ADAPTER_DIRS_MAX; i++)
+        o.adapter_dirs[i] = s->adapter_dirs.item[i];
+    wire_model_name(s, o.engine.model_name, sizeof o.engine.model_name);
+    fill_listen(s, &o, tcp, uds);
+    if (stack_start(face->stack)) {
+        (void)fault_set(fault, STATUS_NO_MEMORY, "the engine thread could not be started.");
+        return complain(fault);
+    }
+    if (!s->tenants)
+        log_line(LOG_WARN, "no --tenants file: anyone who can connect is served, as one tenant");
+    enum status status = server_run(&o, fault);
+    if (!status)
+        return EXIT_DONE;
+    (void)complain(fault);
+    return status == STATUS_DEVICE ? EXIT_DEVICE : EXIT_FAILED;
+}
+
+int command_serve(const struct settings *settings)
+{
+    struct fault fault = {.text = ""};
+    struct face face = {0};
+    if (settings->dry_run)
+        return dry_run(settings);
+    // A reload may add tenants, so the engine has room for as many as a table may hold.
+    uint32_t tenants = settings->tenants ? TENANTS_MAX : 1, listed;
+    if (settings->tenants && count_tenants(settings->tenants, &listed, &fault))
+        return complain(&fault);
+    if (wire_tokenizer(settings, &face.tokenizer, &fault))
+        return complain(&fault);
+    int code = EXIT_FAILED;
+    if (wire_stack(settings, face.tokenizer, tenants, &face.stack, &fault))
+        (void)complain(&fault);
+    else
+        code = serve_stack(settings, &face, &fault);
+    stack_destroy(face.stack);
+    tokenizer_free(face.tokenizer);
+    return code;
+}
+
+int command_check_config(const struct settings *settings)
+{
+    struct fault fault = {.text = ""};
+    uint32_t tenants = 0;
+    if (settings->tenants && count_tenants(settings->tenants, &tenants, &fault))
+        return complain(&fault);
+    if (settings->model) {
+        struct model_config config;
+        if (model_config_load(settings->model, &config, &fault))
+            return complain(&fault);
+        (void)printf("model: %s, %u layers\n", config.architecture, config.layers);
+        model_config_clear(&config);
+    }
+    (void)printf("options are in order");
+    if (settings->tenants)
+        (void)printf("; %u tenants", tenants);
+    (void)printf("\n");
+    return EXIT_DONE;
+}

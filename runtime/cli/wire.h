@@ -1,0 +1,24 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shared inside runtime/cli only: from settings to a running stack with its tokenizer.
+#ifndef POLDER_RUNTIME_CLI_WIRE_H
+#define POLDER_RUNTIME_CLI_WIRE_H
+
+#include "runtime/cli/options.h"
+#include "runtime/engine/stack.h"
+#include "runtime/tokenizer/tokenizer.h"
+
+// Loads <model>/tokenizer.json.
+MUST_USE enum status wire_tokenizer(const struct settings *settings, struct tokenizer **out,
+                                    struct fault *fault);
+// Fills stack options from settings; `state` holds the expanded state directory and outlives them.
+MUST_USE enum status wire_stack_options(const struct settings *settings,
+                                        const struct tokenizer *tokenizer, char *state,
+                                        size_t state_room, struct stack_options *out,
+                                        struct fault *fault);
+// Makes the stack and registers what --lora-modules names, and what the state directory holds.
+MUST_USE enum status wire_stack(const struct settings *settings, const struct tokenizer *tokenizer,
+                                uint32_t tenants, struct stack **out, struct fault *fault);
+// The name requests use for the base model: --served-model-name, or the directory's last part.
+void wire_model_name(const struct settings *settings, char *out, size_t room);
+
+#endif

@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "engine_driver.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "runtime/model/synth.h"
+
+static void give_up(const char *what)
+{
+    (void)fprintf(stderr, "engine driver: %s\n", what);
+    abort();
+}
+
+struct driver *driver_create(const struct stack_options *options)
+{
+    struct fault fault = {.text = ""};
+    struct driver *d = calloc(1, sizeof *d);
+    if (!d)
+        give_up("out of memory");
+    d->answers = calloc(DRIVER_REQUESTS_MAX, sizeof *d->answers);
+    if (!d->answers || stack_create(options, &d->stack, &fault))
+        give_up(fault.text);
+    d->next_id = 1;
+    return d;
+}
+
+void driver_destroy(struct driver *driver)
+{
+    stack_destroy(driver->stack);
+    free(driver->answers);
+    free(driver);
+}
+
+void driver_reset(struct driver *driver)
+{
+    memset(driver->answers, 0, DRIVER_REQUESTS_MAX * sizeof *driver->answers);
+    driver->next_id = 1;
+}
+
+uint64_t driver_submit(struct driver *driver, const struct driver_ask *ask)
+{
+    struct engine_request r = {.kind = ENGINE_REQUEST,
+                               .tenant = ask->tenant,
+                               .id = driver->next_id++,
+                               .class = ask->class,
+                               .prompt_tokens = ask->prompt_tokens,
+                               .max_tokens = ask->max_tokens,
+                               .temperature = ask->temperature,
+                               .top_p = ask->top_p > 0 ? ask->top_p : 1.0f,
+                               .top_k = ask->top_k,
+                               .tops = ask->tops,
+                               .ignore_eos = 1,
+                               .seed = ask->seed};
+    if (r.id >= DRIVER_REQUESTS_MAX)
+        give_up("too many requests; use driver_reset");
+    if (ask->adapter)
+        (void)snprintf(r.adapter, sizeof r.adapter, "%s", ask->adapter);
+    size_t bytes = sizeof r + ask->prompt_tokens * sizeof *ask->prompt;
+    uint8_t *record = malloc(bytes);
+    if (!record)
+        give_up("out of memory");
+    memcpy(record, &r, sizeof r);
+    memcpy(record + sizeof r, ask->prompt, ask->prompt_tokens * sizeof *ask->prompt);
+    if (engine_send(stack_port(driver->stack), record, bytes))
+        give_up("the command ring is full");
+    free(record);
+    driver->open++;
+    return r.id;
+}
+
+void driver_control(struct driver *driver, uint32_t kind, uint64_t id)
+{
+    struct engine_control c = {.kind = kind, .id = id};
+    if (engine_send(stack_port(driver->stack), &c, sizeof c))
+        give_up("the command ring is full");
+}
+
+static void take_event(struct driver *driver, const void *record)
+{
+    uint32_t kind;
+    memcpy(&kind, record, sizeof kind);
+    if (kind == ENGINE_TEXT) {
+        const struct engine_text *text = record;
+        struct driver_answer *a = &driver->answers[text->id];
+        if (a->done || a->count != text->index || a->count == DRIVER_TOKENS_MAX)
+            give_up("a token out of order");
+        a->logprob[a->count] = text->logprob;
+        a->token[a->count++] = text->token;
+    } else if (kind == ENGINE_DONE) {
+        const struct engine_done *done = record;
+        struct driver_answer *a = &driver->answers[done->id];
+        if (a->done)
+            give_up("a second final status");
+        a->done = true;
+        a->status = done->status;
+        a->finish = done->finish;
+        a->cached = done->cached_tokens;
+        memcpy(a->message, done->message, sizeof a->message);
+        driver->open--;
+    }
+}
+
+enum engine_turn driver_turn(struct driver *driver)
+{
+    enum engine_turn turn = engine_turn(stack_engine(driver->stack));
+    struct engine_port *port = stack_port(driver->stack);
+    const void *record;
+    size_t bytes;
+    while (ring_peek(port->events, &record, &bytes)) {
+        take_event(driver, record);
+        ring_pop(port->events);
+    }
+    return turn;
+}
+
+void driver_finish(struct driver *driver)
+{
+    time_t start = time(NULL);
+    while (driver->open) {
+        if (driver_turn(driver) == ENGINE_WAITING)
+            (void)usleep(20);
+        if (time(NULL) - start > 300)
+            give_up("requests did not finish within 300 s");
+    }
+    engine_check(stack_engine(driver->stack));
+}
+
+const struct driver_answer *driver_answer_of(const struct driver *driver, uint64_t id)
+{
+    return &driver->answers[id];
+}
+
+void driver_make_directory(char *directory, size_t room)
+{
+    (void)snprintf(directory, room, "/tmp/polder-test-XXXXXX");
+    if (!mkdtemp(directory))
+        give_up("no temporary directory");
+}
+
+void driver_make_model(char *directory, size_t room, const char *shape,
+                       const char *const *overrides, size_t override_count, uint64_t seed)
+{
+    struct fault fault = {.text = ""};
+    driver_make_directory(directory, room);
+    struct synth_options o = {.directory = directory,
+                              .shape = shape,
+                              .overrides = overrides,
+                              .override_count = override_count,
+                              .seed = seed};
+    if (synth_write(&o, &fault))
+        give_up(fault.text);
+}
+
+void driver_remove(const char *directory)
+{
+    char command[400];
+    (void)snprintf(command, sizeof command, "rm -rf '%s'", directory);
+    if (strncmp(directory, "/tmp/polder-test-", 17) != 0 || system(command))
+        give_up("the temporary directory could not be removed");
+}
