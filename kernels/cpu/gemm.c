@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// y[row][j] = sum_k x[row][k] * W[j][k], W tile-major and contiguous. Task: one row block of 64 weight rows
+// x at most TOKENS_CHUNK tokens. Bound by memory up to about 8 tokens (every weight is read once), by the
+// dot unit above. Bits of one result: 4 lanes over ascending columns (micro.h), whatever the split.
+#include <string.h>
+
+#include "kernels/cpu/cpu.h"
+
+static void gemm_task(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task)
+{
+    const struct gemm_args *a = &c->a.gemm;
+    enum dtype dtype = cpu__device(s)->dtype;
+    size_t block = task / c->split, k_tiles = div_up(a->k, tile_cols(dtype));
+    size_t first = task % c->split * TOKENS_CHUNK, stride = cpu__act_row_bytes(dtype, a->k);
+    size_t tokens = min_size(TOKENS_CHUNK, a->rows - first);
+    size_t cols = min_size(TILE_ROWS, a->n - block * TILE_ROWS);
+    const uint8_t *tile = (const uint8_t *)a->weight + block * k_tiles * TILE_BYTES;
+    for (size_t i = 0; i < k_tiles + TILES_AHEAD; i++)
+        slot->tiles[i] = tile + i * TILE_BYTES;
+    for (size_t t = 0; t < tokens; t++)
+        slot->x[t] = (const uint8_t *)a->x + (first + t) * stride;
+    cpu__kernel(s)->strip(&(struct strip){.tiles = slot->tiles,
+                                          .k_tiles = k_tiles,
+                                          .x = slot->x,
+                                          .tokens = (uint32_t)tokens,
+                                          .rows = (uint32_t)cols,
+                                          .out = slot->out});
+    for (size_t t = 0; t < tokens; t++) {
+        float *y = a->y + (first + t) * a->y_stride + block * TILE_ROWS;
+        const float *out = slot->out + t * TILE_ROWS;
+        if (a->add)
+            for (size_t j = 0; j < cols; j++)
+                y[j] += out[j];
+        else
+            memcpy(y, out, cols * sizeof(float));
+    }
+}
+
+static const struct operation gemm_operation = {.task = gemm_task};
+
+void cpu__gemm(struct stream *s, const struct gemm_args *a)
+{
+    enum dtype dtype = ((struct cpu_device *)s->device)->dtype;
+    CHECK(a->k && div_up(a->k, tile_cols(dtype)) <= TILES_MAX && a->y_stride >= a->n);
+    if (!a->rows || !a->n)
+        return;
+    uint32_t chunks = (uint32_t)div_up(a->rows, TOKENS_CHUNK);
+    struct command *c =
+        cpu__record(s, &gemm_operation, (uint32_t)div_up(a->n, TILE_ROWS) * chunks);
+    c->a.gemm = *a;
+    c->split = chunks;
+    size_t x_bytes = cpu__act_row_bytes(dtype, a->k);
+    cpu__reads(c, a->x, x_bytes, x_bytes, a->rows);
+    cpu__writes(c, a->y, a->n * sizeof(float), a->y_stride * sizeof(float), a->rows);
+    cpu__record_end(s, c);
+}

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+// LoRA at true rank: shrink hidden = A x (dots over rows of A), expand y += scale * B^T hidden (mix over
+// rows of B^T, j ascending). Rows of one adapter stand together, so that a task reads a row of A or B once
+// for up to ROWS_TASK rows of the batch. Bound by the bytes of the distinct adapters at decode. Adapters
+// without the module, rank 0 and base rows cost a look.
+//
+// Tasks: shrink ROWS_TASK rows x RANK_TASK ranks, expand ROWS_TASK rows x COLUMNS_CHUNK columns.
+#include <string.h>
+
+#include "kernels/cpu/cpu.h"
+
+enum { ROWS_TASK = 16, RANK_TASK = 16, BASE = 0xffffffff };
+
+static uint32_t lora_segment(const struct lora_batch *b, uint32_t row)
+{
+    uint32_t low = 0, high = b->segments; // the last segment that begins at or before row
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (b->row_begin[middle] <= row)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+const struct lora_adapter_view *cpu__lora_view(const struct lora_batch *b, uint32_t row,
+                                               uint32_t *last)
+{
+    uint32_t segment = b->segments ? lora_segment(b, row) : 0;
+    bool base = !segment || row >= b->row_begin[segment];
+    if (base) { // before the first segment, or behind the last
+        *last = b->segments && !segment ? b->row_begin[0] : UINT32_MAX;
+        return NULL;
+    }
+    *last = b->row_begin[segment];
+    uint32_t adapter = b->adapter[segment - 1];
+    return adapter == BASE ? NULL : &b->adapters[adapter];
+}
+
+void cpu__lora_rows(const struct lora_batch *b, const struct lora_adapter_view *view,
+                    const struct lora_slice *slice, uint32_t first, uint32_t count,
+                    const uint8_t **rows)
+{
+    for (uint32_t j = 0; j < count; j++)
+        rows[j] = lora_row_at(b->arena, b->page_bytes, view->pages, slice, first + j);
+}
+
+static void shrink_task(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task)
+{
+    const struct lora_shrink_args *a = &c->a.shrink;
+    const struct lora_batch *b = a->batch;
+    uint32_t row = task / c->split * ROWS_TASK, rank0 = task % c->split * RANK_TASK, last;
+    uint32_t end = (uint32_t)min_size(row + ROWS_TASK, b->row_begin[b->segments]);
+    size_t x_bytes = cpu__act_row_bytes(cpu__device(s)->dtype, a->d_in);
+    for (; row < end; row = last) {
+        const struct lora_adapter_view *view = cpu__lora_view(b, row, &last);
+        last = last < end ? last : end;
+        const struct lora_slice *slice =
+            view ? &lora_pair_at(view, a->layer, a->module, 0)->a : NULL;
+        if (!view || slice->rank <= rank0)
+            continue;
+        uint32_t ranks = (uint32_t)min_size(RANK_TASK, slice->rank - rank0);
+        float out[RANK_TASK];
+        cpu__lora_rows(b, view, slice, rank0, ranks, slot->rows);
+        for (uint32_t r = row; r < last; r++) {
+            const uint8_t *x = (const uint8_t *)a->x + r * x_bytes;
+            cpu__kernel(s)->dots(x, slot->rows, ranks, a->d_in, out);
+            memcpy(a->hidden + (size_t)r * b->rank_max + rank0, out, ranks * sizeof(float));
+        }
+    }
+}
+
+static uint32_t shrink_prepare(struct cpu_stream *s, struct command *c)
+{
+    (void)s;
+    const struct lora_batch *b = c->a.shrink.batch;
+    c->split = (uint32_t)div_up(b->rank_max, RANK_TASK);
+    return (uint32_t)div_up(b->row_begin[b->segments], ROWS_TASK) * c->split;
+}
+
+static const struct operation shrink_operation = {.prepare = shrink_prepare, .task = shrink_task};
+
+void cpu__lora_shrink(struct stream *s, const struct lora_shrink_args *a)
+{
+    CHECK(a->batch->rank_max <= RANK_MAX && a->module < LORA_MODULES);
+    if (!a->batch->segments || !a->batch->rank_max)
+        return;
+    struct command *c = cpu__record(s, &shrink_operation, 0);
+    c->a.shrink = *a;
+    size_t rows = a->batch->row_begin[a->batch->segments];
+    size_t x_bytes = cpu__act_row_bytes(((struct cpu_device *)s->device)->dtype, a->d_in);
+    cpu__reads(c, a->x, rows * x_bytes, 0, 1);
+    cpu__writes(c, a->hidden, rows * a->batch->rank_max * sizeof(float), 0, 1);
+    cpu__record_end(s, c);
+}
+
+// y[0..n) += scale * from[0..n), columns from `first` on of a plain (half < 0) or interleaved row.
+static void expand_add(float *y, const float *from, float scale, size_t first, size_t n, int half)
+{
+    if (half < 0) {
+        for (size_t i = 0; i < n; i++)
+            y[first + i] += scale * from[i];
+        return;
+    }
+    for (size_t i = 0; i < n; i += 8) {
+        float *to = y + tile_interleaved_row(first + i, (size_t)half);
+        for (size_t j = 0; j < 8 && i + j < n; j++)
+            to[j] += scale * from[i + j];
+    }
+}
+
+void cpu__lora_expand_rows(struct cpu_stream *s, struct slot *slot, const struct expand_rows *e)
+{
+    size_t stride = round_up(e->cols, MIX_PAD), count = e->pair->b.rank;
+    CHECK(e->rows * stride <= ARRAY_COUNT(slot->mixed) && count <= RANK_MAX);
+    cpu__lora_rows(e->batch, e->view, &e->pair->b, 0, (uint32_t)count, slot->values);
+    memset(slot->mixed, 0, e->rows * stride * sizeof(float));
+    cpu__kernel(s)->mix(e->hidden, e->hidden_stride, slot->values, count, e->first, e->cols,
+                        slot->mixed, stride, e->rows);
+    for (size_t r = 0; r < e->rows; r++)
+        expand_add(e->y + r * e->y_stride, slot->mixed + r * stride, e->pair->scale, e->to,
+                   e->cols, e->half);
+}
+
+static void expand_task(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task)
+{
+    const struct lora_expand_args *a = &c->a.expand;
+    const struct lora_batch *b = a->batch;
+    uint32_t row = task / c->split * ROWS_TASK, last;
+    size_t first = (size_t)(task % c->split) * COLUMNS_CHUNK;
+    uint32_t end = (uint32_t)min_size(row + ROWS_TASK, b->row_begin[b->segments]);
+    for (; row < end; row = last) {
+        const struct lora_adapter_view *view = cpu__lora_view(b, row, &last);
+        last = last < end ? last : end;
+        const struct lora_pair *pair = view ? lora_pair_at(view, a->layer, a->module, 0) : NULL;
+        if (!view || !pair->b.rank)
+            continue;
+        cpu__lora_expand_rows(s, slot,
+                              &(struct expand_rows){.batch = b,
+                                                    .view = view,
+                                                    .pair = pair,
+                                                    .hidden = a->hidden + (size_t)row * b->rank_max,
+                                                    .hidden_stride = b->rank_max,
+                                                    .rows = last - row,
+                                                    .first = first,
+                                                    .cols = min_size(COLUMNS_CHUNK, a->d_out - first),
+                                                    .y = a->y + row * a->y_stride,
+                                                    .y_stride = a->y_stride,
+                                                    .to = first,
+                                                    .half = a->interleave_half});
+    }
+}
+
+static uint32_t expand_prepare(struct cpu_stream *s, struct command *c)
+{
+    (void)s;
+    const struct lora_batch *b = c->a.expand.batch;
+    c->split = (uint32_t)div_up(c->a.expand.d_out, COLUMNS_CHUNK);
+    return (uint32_t)div_up(b->row_begin[b->segments], ROWS_TASK) * c->split;
+}
+
+static const struct operation expand_operation = {.prepare = expand_prepare, .task = expand_task};
+
+void cpu__lora_expand(struct stream *s, const struct lora_expand_args *a)
+{
+    CHECK(a->batch->rank_max <= RANK_MAX && a->module < LORA_MODULES);
+    if (!a->batch->segments || !a->batch->rank_max || !a->d_out)
+        return;
+    struct command *c = cpu__record(s, &expand_operation, 0);
+    c->a.expand = *a;
+    size_t rows = a->batch->row_begin[a->batch->segments];
+    size_t width = a->interleave_half < 0 ? a->d_out : tile_interleaved_rows(a->d_out);
+    cpu__reads(c, a->hidden, rows * a->batch->rank_max * sizeof(float), 0, 1);
+    cpu__writes(c, a->y, width * sizeof(float), a->y_stride * sizeof(float), rows);
+    cpu__record_end(s, c);
+}

@@ -1,0 +1,476 @@
+// SPDX-License-Identifier: Apache-2.0
+// The bodies of the microkernels, included once by each micro_<instruction set>.c, which defines before:
+//   WIDTH (fp32 lanes), STRIP_T (tokens that share loads of weights), DOT_GROUP, MIX_Q, MIX_V,
+//   MICRO_NAME, MICRO_ENTRY, types vf, vu, vi, and v_fma, v_spread (16 bytes to every 128-bit lane),
+//   v_fold_rows (one sum per 128-bit lane), v_fold, v_fold_group (all lanes; the same tree), v_raw_part
+//   (bytes, zero-filled), v_dot_bf16, v_widen (bf16 -> fp32), v_narrow (fp32 -> bf16).
+//
+// strip: a tile is 8 x 8 core matrices of 8 rows x 16 bytes; a register holds WIDTH / 4 weight rows x 16
+// bytes, and 16 bytes of a token are spread over its 128-bit lanes. Registers: R weight registers x T
+// tokens of accumulators. Few tokens: R is large, so that every line is read once and in long runs (bound
+// by memory). Many tokens: R = 4, T = STRIP_T, so that a load serves several dot steps (bound by the dot
+// unit). The order of accumulation of one (row, token) is the same in all of them.
+#ifndef POLDER_KERNELS_CPU_MICRO_BODY_H
+#define POLDER_KERNELS_CPU_MICRO_BODY_H
+
+#include <math.h>
+
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { VECTOR_BYTES = 4 * WIDTH, PER_CORE = CORE_BYTES / VECTOR_BYTES, STRIP_BLOCKS = 8 };
+
+INLINE vf v_load(const float *p)
+{
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void v_store(float *p, vf v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
+INLINE vu v_raw(const uint8_t *p)
+{
+    vu v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE vf v_set(float a)
+{
+    vf v = {0};
+    return v + a;
+}
+
+INLINE vf v_part(const float *p, size_t n, float fill)
+{
+    vf v = v_set(fill);
+    memcpy(&v, p, n * sizeof(float));
+    return v;
+}
+
+INLINE vf v_select(vi mask, vf yes, vf no)
+{
+    return (vf)((mask & (vi)yes) | (~mask & (vi)no));
+}
+
+INLINE vf v_dot(enum dtype d, vf acc, vu w, vu x)
+{
+    return d == DTYPE_BF16 ? v_dot_bf16(acc, w, x) : v_fma((vf)w, (vf)x, acc);
+}
+
+// ---- strip -----------------------------------------------------------------------------------------
+
+#define STRIP_PART(R, T)                                                                           \
+    INLINE void strip_##R##_##T(enum dtype d, const struct strip *s, size_t first, size_t token)   \
+    {                                                                                              \
+        vf acc[T][R] = {{{0}}};                                                                    \
+        size_t base = first / CORE_ROWS * (STRIP_BLOCKS * CORE_BYTES) + first % CORE_ROWS * 16;    \
+        for (size_t i = 0; i < s->k_tiles; i++) {                                                  \
+            const uint8_t *tile = s->tiles[i] + base, *ahead = s->tiles[i + TILES_AHEAD] + base;   \
+            UNROLL for (size_t k = 0; k < STRIP_BLOCKS; k++)                                       \
+            {                                                                                      \
+                if (token == 0) {                                                                  \
+                    UNROLL for (size_t b = 0; b < R * VECTOR_BYTES; b += 64)                       \
+                        __builtin_prefetch(ahead + k * R * VECTOR_BYTES + b, 0, 3);                \
+                }                                                                                  \
+                vu x[T];                                                                           \
+                UNROLL for (size_t t = 0; t < T; t++)                                              \
+                    x[t] = v_spread(s->x[token + t] + i * TILE_ROW_BYTES + k * 16);                \
+                UNROLL for (size_t r = 0; r < R; r++)                                              \
+                {                                                                                  \
+                    vu w = v_raw(tile + r / PER_CORE * (STRIP_BLOCKS * CORE_BYTES) +               \
+                                 k * CORE_BYTES + r % PER_CORE * VECTOR_BYTES);                    \
+                    UNROLL for (size_t t = 0; t < T; t++)                                          \
+                        acc[t][r] = v_dot(d, acc[t][r], w, x[t]);                                  \
+                }                                                                                  \
+            }                                                                                      \
+        }                                                                                          \
+        UNROLL for (size_t t = 0; t < T; t++)                                                      \
+        {                                                                                          \
+            float *out = s->out + (token + t) * TILE_ROWS + first;                                 \
+            UNROLL for (size_t r = 0; r < R; r++)                                                  \
+                v_fold_rows(acc[t][r], out + r * (WIDTH / 4));                                     \
+        }                                                                                          \
+    }
+
+STRIP_PART(4, 1)
+STRIP_PART(4, 2)
+#if STRIP_WIDE
+STRIP_PART(16, 1)
+STRIP_PART(8, 2)
+STRIP_PART(8, 3)
+STRIP_PART(4, 3)
+STRIP_PART(4, 4)
+STRIP_PART(4, 5)
+STRIP_PART(4, 6)
+#endif
+
+INLINE void strip_any(enum dtype d, const struct strip *s)
+{
+    size_t rows = round_up(s->rows, WIDTH);
+#if STRIP_WIDE
+    if (s->tokens == 1 && rows == TILE_ROWS) {
+        strip_16_1(d, s, 0, 0);
+        return;
+    }
+    if ((s->tokens == 2 || s->tokens == 3) && rows == TILE_ROWS) {
+        for (size_t r = 0; r < TILE_ROWS; r += 2 * WIDTH) {
+            if (s->tokens == 2)
+                strip_8_2(d, s, r, 0);
+            else
+                strip_8_3(d, s, r, 0);
+        }
+        return;
+    }
+#endif
+    for (size_t r = 0; r < rows; r += WIDTH) {
+        size_t groups = div_up(s->tokens, STRIP_T);
+        for (size_t g = 0, t = 0; g < groups; g++) {
+            size_t n = div_up(s->tokens - t, groups - g); // as even as can be
+            switch (n) {
+            case 1:
+                strip_4_1(d, s, r, t);
+                break;
+            case 2:
+                strip_4_2(d, s, r, t);
+                break;
+#if STRIP_WIDE
+            case 3:
+                strip_4_3(d, s, r, t);
+                break;
+            case 4:
+                strip_4_4(d, s, r, t);
+                break;
+            case 5:
+                strip_4_5(d, s, r, t);
+                break;
+            default:
+                strip_4_6(d, s, r, t);
+                break;
+#endif
+            }
+            t += n;
+        }
+    }
+}
+
+// ---- dots ------------------------------------------------------------------------------------------
+
+INLINE void dots_group(enum dtype d, const uint8_t *x, const uint8_t *const *rows, size_t bytes,
+                       float *out)
+{
+    vf acc[DOT_GROUP] = {{0}};
+    size_t i = 0;
+    for (; i + VECTOR_BYTES <= bytes; i += VECTOR_BYTES) {
+        vu v = v_raw(x + i);
+        UNROLL for (size_t r = 0; r < DOT_GROUP; r++)
+            acc[r] = v_dot(d, acc[r], v_raw(rows[r] + i), v);
+    }
+    if (i < bytes) {
+        vu v = v_raw_part(x + i, bytes - i);
+        UNROLL for (size_t r = 0; r < DOT_GROUP; r++)
+            acc[r] = v_dot(d, acc[r], v_raw_part(rows[r] + i, bytes - i), v);
+    }
+    v_fold_group(acc, out);
+}
+
+INLINE void dots_any(enum dtype d, const void *vector, const uint8_t *const *rows, size_t n,
+                     size_t dim, float *out)
+{
+    const uint8_t *x = vector;
+    size_t bytes = dim * dtype_bytes(d), r = 0;
+    for (; r + DOT_GROUP <= n; r += DOT_GROUP)
+        dots_group(d, x, rows + r, bytes, out + r);
+    for (; r < n; r++) {
+        vf acc = {0};
+        size_t i = 0;
+        for (; i + VECTOR_BYTES <= bytes; i += VECTOR_BYTES)
+            acc = v_dot(d, acc, v_raw(rows[r] + i), v_raw(x + i));
+        if (i < bytes)
+            acc = v_dot(d, acc, v_raw_part(rows[r] + i, bytes - i), v_raw_part(x + i, bytes - i));
+        out[r] = v_fold(acc);
+    }
+}
+
+// ---- mix -------------------------------------------------------------------------------------------
+
+INLINE vf mix_row(enum dtype d, const uint8_t *row, size_t c)
+{
+    return d == DTYPE_BF16 ? v_widen(row + c * 2) : v_load((const float *)(const void *)row + c);
+}
+
+// The last columns of a row, fewer than WIDTH.
+INLINE vf mix_row_part(enum dtype d, const uint8_t *row, size_t c, size_t n)
+{
+    uint8_t part[VECTOR_BYTES] = {0};
+    memcpy(part, row + c * dtype_bytes(d), n * dtype_bytes(d));
+    return mix_row(d, part, 0);
+}
+
+#define MIX_PART(Q, V)                                                                             \
+    INLINE void mix_##Q##_##V(enum dtype d, const float *weight, size_t weight_stride,             \
+                              const uint8_t *const *rows, size_t n, size_t column, size_t part,    \
+                              float *acc, size_t acc_stride)                                       \
+    {                                                                                              \
+        vf a[Q][V];                                                                                \
+        UNROLL for (size_t q = 0; q < Q; q++)                                                      \
+            UNROLL for (size_t v = 0; v < V; v++)                                                  \
+                a[q][v] = v_load(acc + q * acc_stride + v * WIDTH);                                \
+        for (size_t i = 0; i < n; i++) {                                                           \
+            vf w[V];                                                                               \
+            UNROLL for (size_t v = 0; v < V; v++)                                                  \
+                w[v] = part ? mix_row_part(d, rows[i], column + v * WIDTH, part)                   \
+                            : mix_row(d, rows[i], column + v * WIDTH);                             \
+            UNROLL for (size_t q = 0; q < Q; q++)                                                  \
+            {                                                                                      \
+                vf p = v_set(weight[q * weight_stride + i]);                                       \
+                UNROLL for (size_t v = 0; v < V; v++)                                              \
+                    a[q][v] = v_fma(p, w[v], a[q][v]);                                             \
+            }                                                                                      \
+        }                                                                                          \
+        UNROLL for (size_t q = 0; q < Q; q++)                                                      \
+            UNROLL for (size_t v = 0; v < V; v++)                                                  \
+                v_store(acc + q * acc_stride + v * WIDTH, a[q][v]);                                \
+    }
+
+MIX_PART(1, 1)
+MIX_PART(1, 4)
+MIX_PART(2, 1)
+MIX_PART(2, 4)
+#if STRIP_WIDE
+MIX_PART(4, 1)
+MIX_PART(4, 4)
+#endif
+
+// One block of at most 4 * WIDTH columns for `queries` queries.
+#define MIX_COLUMNS(V, part)                                                                       \
+    do {                                                                                           \
+        size_t q = 0;                                                                              \
+        MIX_WIDE(V, part)                                                                          \
+        for (; q + 2 <= queries; q += 2)                                                           \
+            mix_2_##V(d, weight + q * weight_stride, weight_stride, rows, n, first + c, part,      \
+                      acc + q * acc_stride + c, acc_stride);                                       \
+        for (; q < queries; q++)                                                                   \
+            mix_1_##V(d, weight + q * weight_stride, weight_stride, rows, n, first + c, part,      \
+                      acc + q * acc_stride + c, acc_stride);                                       \
+    } while (0)
+#if STRIP_WIDE
+#define MIX_WIDE(V, part)                                                                          \
+    for (; q + 4 <= queries; q += 4)                                                               \
+        mix_4_##V(d, weight + q * weight_stride, weight_stride, rows, n, first + c, part,          \
+                  acc + q * acc_stride + c, acc_stride);
+#else
+#define MIX_WIDE(V, part)
+#endif
+
+INLINE void mix_any(enum dtype d, const float *weight, size_t weight_stride,
+                    const uint8_t *const *rows, size_t n, size_t first, size_t dim, float *acc,
+                    size_t acc_stride, size_t queries)
+{
+    size_t c = 0;
+    for (; c + 4 * WIDTH <= dim; c += 4 * WIDTH)
+        MIX_COLUMNS(4, 0);
+    for (; c + WIDTH <= dim; c += WIDTH)
+        MIX_COLUMNS(1, 0);
+    if (c < dim) {
+        size_t rest = dim - c;
+        MIX_COLUMNS(1, rest);
+    }
+}
+
+// ---- conversions -----------------------------------------------------------------------------------
+
+static void store_bf16(const float *from, void *to, size_t n)
+{
+    uint8_t *out = to;
+    size_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH)
+        v_narrow(v_load(from + i), out + i * 2);
+    for (; i < n; i++) {
+        uint16_t h = bf16_from_f32(from[i]);
+        memcpy(out + i * 2, &h, 2);
+    }
+}
+
+static void load_bf16(const void *from, float *to, size_t n)
+{
+    const uint8_t *in = from;
+    size_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH)
+        v_store(to + i, v_widen(in + i * 2));
+    for (; i < n; i++) {
+        uint16_t h;
+        memcpy(&h, in + i * 2, 2);
+        to[i] = bf16_to_f32(h);
+    }
+}
+
+static void store_f32(const float *from, void *to, size_t n)
+{
+    memcpy(to, from, n * sizeof(float));
+}
+
+static void load_f32(const void *from, float *to, size_t n)
+{
+    memcpy(to, from, n * sizeof(float));
+}
+
+// ---- plain fp32 ------------------------------------------------------------------------------------
+
+static float max_f32(const float *x, size_t n)
+{
+    vf m = v_set(-INFINITY);
+    size_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        vf v = v_load(x + i);
+        m = v_select(v > m, v, m);
+    }
+    if (i < n) {
+        vf v = v_part(x + i, n - i, -INFINITY);
+        m = v_select(v > m, v, m);
+    }
+    float best = -INFINITY;
+    for (size_t l = 0; l < WIDTH; l++)
+        best = m[l] > best ? m[l] : best;
+    return best;
+}
+
+static float sum_squares_f32(const float *x, size_t n)
+{
+    vf a = {0}, b = {0};
+    size_t i = 0;
+    for (; i + 2 * WIDTH <= n; i += 2 * WIDTH) {
+        vf v = v_load(x + i), w = v_load(x + i + WIDTH);
+        a = v_fma(v, v, a);
+        b = v_fma(w, w, b);
+    }
+    for (; i < n; i += WIDTH) {
+        vf v = n - i < WIDTH ? v_part(x + i, n - i, 0.0f) : v_load(x + i);
+        a = v_fma(v, v, a);
+    }
+    return v_fold(a + b);
+}
+
+// exp by 2^n * e^r, |r| <= ln 2 / 2, degree 6 (the polynomial of Cephes expf, Moshier 1989): at most 2
+// ulp. Below -87.33 the result is 0, above 88.37 inf; NaN stays NaN.
+INLINE vf v_exp(vf x)
+{
+    const float low = -87.33654f, high = 88.72284f, magic = 12582912.0f; // 1.5 * 2^23
+    vi under = x < v_set(low), over = x > v_set(high);
+    x = v_select(under, v_set(low), x);
+    x = v_select(over, v_set(high), x);
+    vf t = v_fma(x, v_set(1.44269504088896341f), v_set(magic)), n = t - magic;
+    vf r = v_fma(n, v_set(-0.693359375f), x);
+    r = v_fma(n, v_set(2.12194440e-4f), r);
+    vf p = v_fma(v_set(1.9875691500e-4f), r, v_set(1.3981999507e-3f));
+    p = v_fma(p, r, v_set(8.3334519073e-3f));
+    p = v_fma(p, r, v_set(4.1665795894e-2f));
+    p = v_fma(p, r, v_set(1.6666665459e-1f));
+    p = v_fma(p, r, v_set(5.0000001201e-1f));
+    p = v_fma(p, r * r, r) + 1.0f;
+    vf y = p * (vf)(((vu)t << 23) + 0x3f800000u);
+    return v_select(over, v_set(INFINITY), v_select(under, v_set(0.0f), y));
+}
+
+static float exp_sum_f32(const float *x, float *out, size_t n, float max, float scale)
+{
+    vf sum = {0};
+    size_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) {
+        vf e = v_exp((v_load(x + i) - max) * scale);
+        v_store(out + i, e);
+        sum += e;
+    }
+    if (i < n) {
+        vf e = v_exp((v_part(x + i, n - i, -INFINITY) - max) * scale);
+        memcpy(out + i, &e, (n - i) * sizeof(float));
+        for (size_t l = n - i; l < WIDTH; l++)
+            e[l] = 0;
+        sum += e;
+    }
+    return v_fold(sum);
+}
+
+static void scale_mul_f32(const float *x, const float *weight, float scale, float *out, size_t n)
+{
+    size_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH)
+        v_store(out + i, v_load(x + i) * scale * v_load(weight + i));
+    for (; i < n; i++)
+        out[i] = x[i] * scale * weight[i];
+}
+
+static void axpy_f32(float *y, const float *x, float a, size_t n)
+{
+    size_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH)
+        v_store(y + i, v_fma(v_set(a), v_load(x + i), v_load(y + i)));
+    if (i < n) {
+        vf v = v_fma(v_set(a), v_part(x + i, n - i, 0.0f), v_part(y + i, n - i, 0.0f));
+        memcpy(y + i, &v, (n - i) * sizeof(float));
+    }
+}
+
+static void swiglu_f32(const float *gate_up, float *out, size_t units)
+{
+    for (size_t u = 0; u < units; u += 16) {
+        float gate[16] = {0}, up[16] = {0};
+        size_t n = min_size(units - u, 16);
+        for (size_t b = 0; b < n; b += 8) {
+            memcpy(gate + b, gate_up + (u + b) * 2, 8 * sizeof(float));
+            memcpy(up + b, gate_up + (u + b) * 2 + 8, 8 * sizeof(float));
+        }
+        for (size_t i = 0; i < 16; i += WIDTH) {
+            vf g = v_load(gate + i);
+            v_store(gate + i, g / (v_exp(-g) + 1.0f) * v_load(up + i));
+        }
+        memcpy(out + u, gate, n * sizeof(float));
+    }
+}
+
+// ---- the table -------------------------------------------------------------------------------------
+
+#define MICRO_DTYPE(name, d)                                                                       \
+    static void strip_##name(const struct strip *s)                                                \
+    {                                                                                              \
+        strip_any(d, s);                                                                           \
+    }                                                                                              \
+    static void dots_##name(const void *x, const uint8_t *const *rows, size_t n, size_t dim,       \
+                            float *out)                                                            \
+    {                                                                                              \
+        dots_any(d, x, rows, n, dim, out);                                                         \
+    }                                                                                              \
+    static void mix_##name(const float *weight, size_t weight_stride, const uint8_t *const *rows,  \
+                           size_t n, size_t first, size_t dim, float *acc, size_t acc_stride,      \
+                           size_t queries)                                                         \
+    {                                                                                              \
+        mix_any(d, weight, weight_stride, rows, n, first, dim, acc, acc_stride, queries);          \
+    }
+MICRO_DTYPE(bf16, DTYPE_BF16)
+MICRO_DTYPE(f32, DTYPE_F32)
+
+const struct micro *MICRO_ENTRY(void)
+{
+    static const struct micro micro = {
+        .name = MICRO_NAME,
+        .dtype = {[DTYPE_BF16] = {strip_bf16, dots_bf16, mix_bf16, store_bf16, load_bf16},
+                  [DTYPE_F32] = {strip_f32, dots_f32, mix_f32, store_f32, load_f32}},
+        .max = max_f32,
+        .sum_squares = sum_squares_f32,
+        .exp_sum = exp_sum_f32,
+        .scale_mul = scale_mul_f32,
+        .axpy = axpy_f32,
+        .swiglu = swiglu_f32,
+    };
+    return &micro;
+}
+
+#endif
