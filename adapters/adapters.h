@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Adapters: PEFT LoRA reading and checking, the adapter store file, residency in the pool, slice tables.
+// Adapters: PEFT LoRA reading and checking, the adapter store file, residency in the pool, slice
+// tables.
 //
-// Store file (docs/formats.md): header page(s) with the slice table (JSON-free, fixed binary form, digest),
-// then the adapter's pages: A as `rank` rows of d_in, B transposed as `rank` rows of d_out, compute dtype,
-// slices (layer, module[, expert]) packed one after another, rows padded to 64 bytes, no row straddling a page.
-// alpha/rank is kept as a scale, not multiplied in.
+// Store file (docs/formats.md): header page(s) with the slice table (JSON-free, fixed binary form,
+// digest), then the adapter's pages: A as `rank` rows of d_in, B transposed as `rank` rows of
+// d_out, compute dtype, slices (layer, module[, expert]) packed one after another, rows padded to
+// 64 bytes, no row straddling a page. alpha/rank is kept as a scale, not multiplied in.
 //
-// adapter_convert: any thread. Everything else: engine thread, nothing allocates in the step loop
-// (adapter_register may allocate).
+// adapter_convert, adapter_verify: any thread. Everything else: engine thread, nothing allocates in
+// the step loop (adapter_register may allocate).
 #ifndef POLDER_ADAPTERS_ADAPTERS_H
 #define POLDER_ADAPTERS_ADAPTERS_H
 
@@ -38,20 +39,26 @@ struct adapter_base {
 struct adapter_report {
     uint32_t matrices_applied, matrices_possible; // "applied to N of M matrices"
     uint32_t rank_min, rank_max;
-    uint64_t bytes; // in the store, pages rounded
-    char layout[48]; // "attention", "all-linear, experts fused (target_parameters)", ...
-    char ignored[512]; // adapter_config fields that were ignored, comma separated
+    uint64_t bytes;       // in the store, pages rounded
+    char layout[48];      // "attention", "all-linear, experts fused (target_parameters)", ...
+    char ignored[512];    // adapter_config fields that were ignored, comma separated
     struct digest digest; // content
 };
 
 // Names are [A-Za-z0-9._-], not starting with '.', at most ADAPTER_NAME_MAX - 1 long.
 bool adapter_name_is_valid(const char *name);
 
-// Reads directory/adapter_config.json and adapter_model.safetensors, checks everything (pairs, shapes against
-// the base, finite values, rank, unsupported features refused by name), writes the store file atomically.
+// Reads directory/adapter_config.json and adapter_model.safetensors, checks everything (pairs,
+// shapes against the base, finite values, rank, unsupported features refused by name), writes the
+// store file atomically.
 MUST_USE enum status adapter_convert(const char *directory, const struct adapter_base *base,
                                      size_t page_bytes, const char *store_path,
                                      struct adapter_report *report, struct fault *fault);
+
+// Reads a whole store file and compares it with its digests; adapter_register checks all but the
+// content of the pages. Any thread.
+MUST_USE enum status adapter_verify(const char *store_path, const struct adapter_base *base,
+                                    size_t page_bytes, struct fault *fault);
 
 struct adapters;
 typedef struct {
@@ -64,13 +71,17 @@ struct adapter_options {
     struct adapter_base base; // is_moe must outlive
     struct clock clock;
     uint32_t adapters_max;
-    uint32_t resident_max; // adapters whose views exist at once (rows of the view table)
+    // not used: every registered adapter has its row of the view table (24 bytes)
+    uint32_t resident_max;
     float fetch_us_per_byte;
 };
 MUST_USE enum status adapters_create(const struct adapter_options *options, struct adapters **out);
 void adapters_destroy(struct adapters *adapters);
 
-// Registers a store file under a name. EXISTS when taken; CORRUPT, or DENIED for another base.
+// Registers a store file under a name. EXISTS when taken; CORRUPT, or DENIED for another base;
+// INVALID for other pages or another dtype (convert again); LIMIT when there are too many or it is
+// larger than the pool. The file stays open: the process needs a descriptor for every registered
+// adapter.
 MUST_USE enum status adapter_register(struct adapters *adapters, const char *name,
                                       const char *store_path, uint32_t owner, adapter_id *out,
                                       struct fault *fault);
@@ -87,14 +98,16 @@ struct digest adapter_digest(const struct adapters *adapters, adapter_id id);
 MUST_USE enum status adapter_fetch(struct adapters *adapters, adapter_id id, enum copy_class class,
                                    enum copy_need need);
 bool adapter_is_resident(const struct adapters *adapters, adapter_id id);
+// Why the last fetch failed; forgotten when an idle adapter is acquired, so that a new request
+// tries again.
 enum status adapter_fetch_status(const struct adapters *adapters, adapter_id id);
 uint32_t adapter_page_count(const struct adapters *adapters, adapter_id id);
 void adapter_pin(struct adapters *adapters, adapter_id id); // while a step uses it
 void adapter_unpin(struct adapters *adapters, adapter_id id);
 void adapter_used(struct adapters *adapters, adapter_id id); // recency, popularity
 
-// The table lora_batch.adapters points at, and the row of an adapter in it. A resident adapter's row is
-// right for the whole time it is pinned.
+// The table lora_batch.adapters points at, and the row of an adapter in it. A resident adapter's
+// row is right for the whole time it is pinned.
 const struct lora_adapter_view *adapters_views(const struct adapters *adapters);
 uint32_t adapter_view_index(const struct adapters *adapters, adapter_id id);
 uint32_t adapter_rank_max(const struct adapters *adapters, adapter_id id);
@@ -110,5 +123,12 @@ struct adapter_info {
 uint32_t adapters_count(const struct adapters *adapters);
 // The i-th registered adapter in name order; false past the end.
 bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_info *out);
+
+struct adapters_stats {
+    uint32_t registered, leaving; // leaving: removed, still used by running requests
+    uint32_t resident, resident_pages, fetching;
+    uint64_t fetches, given_back;
+};
+void adapters_stats(const struct adapters *adapters, struct adapters_stats *out);
 
 #endif

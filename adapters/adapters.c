@@ -1,0 +1,517 @@
+// SPDX-License-Identifier: Apache-2.0
+// The registry of adapters: names, handles, who uses them, and their residency in the pool.
+//
+// States of a slot, and who moves it:
+//
+//   FREE --adapter_register--> NAMED --adapter_remove--> LEAVING --bury--> FREE
+//
+// A NAMED adapter has a place in the name index. A LEAVING one has none: its name is free, requests
+// that hold it go on, and it is buried when the last user has released it and nothing pins it.
+// Burying destroys the pool object at once; the file is closed when no copy can still read it (see
+// `graves`).
+//
+// Every registered adapter owns one pool object (its slots are the store's pages) and one row of
+// the view table, the row of its slot: 24 bytes, so that nothing has to be assigned when an adapter
+// becomes resident. Whether it is resident is the pool's fact and is asked there; `warm` only lists
+// those worth asking.
+//
+// Invariants: 1. `order` holds the slots in state NAMED, by name. 2. users > 0 or pinned: the
+// object lives.
+// 3. warm holds every adapter with device pages, no slot twice. 4. an id names one registration:
+// slot and generation. Does not decide who may use an adapter (runtime) nor who gives pages back
+// (the pool; the price is price.c).
+#include "adapters/adapters.h"
+
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "adapters/price.h"
+#include "adapters/store.h"
+#include "base/check.h"
+
+enum { SLOTS_MAX = 0xffff, NO_PLACE = 0xffffffff, QUIET_TRIES = 1000000 };
+
+enum state { STATE_FREE, STATE_NAMED, STATE_LEAVING };
+
+struct adapter {
+    char name[ADAPTER_NAME_MAX];
+    enum state state;
+    uint16_t generation;
+    uint32_t owner, users;
+    uint32_t place; // in warm, or NO_PLACE
+    bool forgiven;  // a failed fetch of the past no longer counts
+    struct reader *file;
+    struct adapter_store store;
+    pool_object object;
+    struct adapter_heat heat;
+};
+
+struct adapters {
+    struct adapter_options options;
+    size_t page_bytes;
+    struct adapter *slots;           // [adapters_max]
+    struct lora_adapter_view *views; // [adapters_max], by slot
+    uint32_t *free_slots, free_count;
+    uint32_t *order, count; // slots by name
+    uint32_t *warm, warm_count;
+    struct reader **graves; // files of buried adapters that a copy in flight may still read
+    uint32_t graves_count;
+    uint64_t fetches, given_back;
+};
+
+bool adapter_name_is_valid(const char *name)
+{
+    size_t length = strlen(name);
+    if (!length || length >= ADAPTER_NAME_MAX || *name == '.')
+        return false;
+    return strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") ==
+           length;
+}
+
+static adapter_id id_of(const struct adapters *adapters, uint32_t slot)
+{
+    return (adapter_id){(slot + 1) | (uint32_t)adapters->slots[slot].generation << 16};
+}
+
+static uint32_t slot_of(const struct adapters *adapters, adapter_id id)
+{
+    uint32_t slot = (id.bits & SLOTS_MAX) - 1;
+    CHECK(slot < adapters->options.adapters_max);
+    CHECK(adapters->slots[slot].state != STATE_FREE);
+    CHECK(adapters->slots[slot].generation == id.bits >> 16);
+    return slot;
+}
+
+static struct adapter *adapter_of(const struct adapters *adapters, adapter_id id)
+{
+    return &adapters->slots[slot_of(adapters, id)];
+}
+
+// ---- warm: those that may have device pages ----
+
+static void warm_add(struct adapters *adapters, uint32_t slot)
+{
+    struct adapter *adapter = &adapters->slots[slot];
+    if (adapter->place != NO_PLACE)
+        return;
+    adapter->place = adapters->warm_count;
+    adapters->warm[adapters->warm_count++] = slot;
+}
+
+static void warm_remove(struct adapters *adapters, struct adapter *adapter)
+{
+    uint32_t place = adapter->place;
+    if (place == NO_PLACE)
+        return;
+    uint32_t last = adapters->warm[--adapters->warm_count];
+    adapters->warm[place] = last;
+    adapters->slots[last].place = place;
+    adapter->place = NO_PLACE;
+}
+
+// ---- pressure ----
+
+static bool cheapest(void *context, struct pool_offer *out)
+{
+    struct adapters *adapters = context;
+    struct pool *pool = adapters->options.pool;
+    uint64_t now = clock_now_us(&adapters->options.clock);
+    bool found = false;
+    for (uint32_t i = adapters->warm_count; i-- > 0;) {
+        struct adapter *adapter = &adapters->slots[adapters->warm[i]];
+        if (pool_is_fetching(pool, adapter->object))
+            continue;
+        if (!pool_is_resident(pool, adapter->object)) { // its fetch failed
+            warm_remove(adapters, adapter);
+            continue;
+        }
+        if (pool_pins(pool, adapter->object))
+            continue;
+        float price = adapter__price(&adapter->heat, adapter->users,
+                                     adapters->options.fetch_us_per_byte, now);
+        if (!found || price < out->price)
+            *out = (struct pool_offer){.object = adapter->object, .price = price};
+        found = true;
+    }
+    return found;
+}
+
+static void give_back(void *context, pool_object object)
+{
+    struct adapters *adapters = context;
+    struct adapter *adapter = &adapters->slots[pool_tag(adapters->options.pool, object)];
+    warm_remove(adapters, adapter);
+    adapters->given_back++;
+    pool_drop_device(adapters->options.pool, object);
+}
+
+static bool offers_nothing(void *context, struct pool_offer *out)
+{
+    (void)context;
+    (void)out;
+    return false;
+}
+
+// ---- life ----
+
+enum status adapters_create(const struct adapter_options *options, struct adapters **out)
+{
+    uint32_t slots = options->adapters_max;
+    struct pool_stats stats;
+    if (!slots || slots >= SLOTS_MAX)
+        return STATUS_LIMIT;
+    struct adapters *adapters = calloc(1, sizeof *adapters);
+    if (!adapters)
+        return STATUS_NO_MEMORY;
+    adapters->options = *options;
+    adapters->slots = calloc(slots, sizeof *adapters->slots);
+    adapters->views = calloc(slots, sizeof *adapters->views);
+    adapters->free_slots = calloc(slots, sizeof *adapters->free_slots);
+    adapters->order = calloc(slots, sizeof *adapters->order);
+    adapters->warm = calloc(slots, sizeof *adapters->warm);
+    if (!adapters->slots || !adapters->views || !adapters->free_slots || !adapters->order ||
+        !adapters->warm) {
+        adapters->options.pool = NULL;
+        adapters_destroy(adapters);
+        return STATUS_NO_MEMORY;
+    }
+    pool_stats(options->pool, &stats);
+    adapters->page_bytes = stats.page_bytes;
+    for (uint32_t slot = slots; slot-- > 0;) {
+        adapters->slots[slot].place = NO_PLACE;
+        adapters->free_slots[adapters->free_count++] = slot;
+    }
+    pool_set_pressure(options->pool, PAGE_ADAPTER,
+                      &(struct pool_pressure){adapters, cheapest, give_back});
+    *out = adapters;
+    return STATUS_OK;
+}
+
+// No copy is on its way into a page that nobody owns any more: host pages that are neither free nor
+// of a kind are the targets of such copies.
+static bool pool_is_quiet(const struct pool *pool)
+{
+    struct pool_stats stats;
+    pool_stats(pool, &stats);
+    uint32_t held = 0;
+    for (int kind = 0; kind < PAGE_KINDS; kind++)
+        held += stats.host_by_kind[kind];
+    return stats.host_free + held == stats.host_total;
+}
+
+static void graves_close(struct adapters *adapters)
+{
+    if (!adapters->graves_count || !pool_is_quiet(adapters->options.pool))
+        return;
+    for (uint32_t i = 0; i < adapters->graves_count; i++)
+        reader_close(adapters->graves[i]);
+    adapters->graves_count = 0;
+}
+
+// A read of the object's file may be under way: destroying the object does not wait for it, so the
+// file is closed later. When there is no memory to remember it by, it stays open.
+static void grave_add(struct adapters *adapters, struct reader *file)
+{
+    struct reader **more = realloc(adapters->graves, (adapters->graves_count + 1) * sizeof *more);
+    if (!more)
+        return;
+    adapters->graves = more;
+    adapters->graves[adapters->graves_count++] = file;
+}
+
+static void bury(struct adapters *adapters, struct adapter *adapter)
+{
+    uint32_t slot = (uint32_t)(adapter - adapters->slots);
+    warm_remove(adapters, adapter);
+    pool_object_destroy(adapters->options.pool, adapter->object);
+    grave_add(adapters, adapter->file);
+    adapter__store_clear(&adapter->store);
+    adapters->views[slot] = (struct lora_adapter_view){.experts = 0};
+    *adapter =
+        (struct adapter){.generation = (uint16_t)(adapter->generation + 1), .place = NO_PLACE};
+    adapters->free_slots[adapters->free_count++] = slot;
+    graves_close(adapters);
+}
+
+static void bury_if_done(struct adapters *adapters, struct adapter *adapter)
+{
+    if (adapter->state == STATE_LEAVING && !adapter->users &&
+        !pool_pins(adapters->options.pool, adapter->object))
+        bury(adapters, adapter);
+}
+
+void adapters_destroy(struct adapters *adapters)
+{
+    if (!adapters)
+        return;
+    struct pool *pool = adapters->options.pool;
+    if (pool) {
+        for (uint32_t slot = 0; slot < adapters->options.adapters_max; slot++)
+            if (adapters->slots[slot].state != STATE_FREE)
+                bury(adapters, &adapters->slots[slot]);
+        for (int i = 0; i < QUIET_TRIES && adapters->graves_count; i++) {
+            pool_poll(pool);
+            graves_close(adapters);
+            (void)sched_yield();
+        }
+        pool_set_pressure(pool, PAGE_ADAPTER, &(struct pool_pressure){.cheapest = offers_nothing});
+    }
+    free((void *)adapters->graves);
+    free(adapters->slots);
+    free(adapters->views);
+    free(adapters->free_slots);
+    free(adapters->order);
+    free(adapters->warm);
+    free(adapters);
+}
+
+// ---- names ----
+
+// The place of the first name that is not below `name`; *found when it is that name.
+static uint32_t order_place(const struct adapters *adapters, const char *name, bool *found)
+{
+    uint32_t low = 0, high = adapters->count;
+    *found = false;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        int order = strcmp(adapters->slots[adapters->order[middle]].name, name);
+        if (order == 0) {
+            *found = true;
+            return middle;
+        }
+        if (order < 0)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+static enum status object_create(struct adapters *adapters, struct adapter *adapter, uint32_t slot,
+                                 struct fault *fault)
+{
+    struct pool_stats stats;
+    pool_stats(adapters->options.pool, &stats);
+    if (adapter->store.pages > stats.device_total)
+        return fault_set(fault, STATUS_LIMIT, "adapter \"%s\" needs %u pages; the pool has %u.",
+                         adapter->name, adapter->store.pages, stats.device_total);
+    struct pool_object_options object = {.kind = PAGE_ADAPTER,
+                                         .owner = adapter->owner,
+                                         .slots = adapter->store.pages,
+                                         .file = adapter->file,
+                                         .file_offset = adapter->store.header_bytes,
+                                         .tag = slot};
+    if (pool_object_create(adapters->options.pool, &object, &adapter->object))
+        return fault_set(fault, STATUS_FULL,
+                         "the pool's tables have no room for adapter \"%s\" (%u pages).",
+                         adapter->name, adapter->store.pages);
+    return STATUS_OK;
+}
+
+enum status adapter_register(struct adapters *adapters, const char *name, const char *store_path,
+                             uint32_t owner, adapter_id *out, struct fault *fault)
+{
+    bool found;
+    char label[ADAPTER_NAME_MAX + 32] = "the store file of adapter ";
+    if (!adapter_name_is_valid(name))
+        return fault_set(fault, STATUS_INVALID, "\"%.80s\" is not an adapter name.", name);
+    uint32_t place = order_place(adapters, name, &found);
+    if (found)
+        return fault_set(fault, STATUS_EXISTS, "there is an adapter \"%s\" already.", name);
+    if (!adapters->free_count)
+        return fault_set(fault, STATUS_LIMIT, "there is no room for more than %u adapters.",
+                         adapters->options.adapters_max);
+    graves_close(adapters);
+    uint32_t slot = adapters->free_slots[adapters->free_count - 1];
+    struct adapter *adapter = &adapters->slots[slot];
+    strcat(label, name);
+    strcpy(adapter->name, name);
+    adapter->owner = owner;
+    enum status status = reader_open(store_path, &adapter->file, fault);
+    if (!status)
+        status = adapter__store_open(adapter->file, label, &adapters->options.base,
+                                     adapters->page_bytes, &adapter->store, fault);
+    if (!status)
+        status = object_create(adapters, adapter, slot, fault);
+    if (status) {
+        adapter__store_clear(&adapter->store);
+        reader_close(adapter->file);
+        *adapter = (struct adapter){.generation = adapter->generation, .place = NO_PLACE};
+        return status;
+    }
+    adapter->state = STATE_NAMED;
+    adapters->free_count--;
+    memmove(adapters->order + place + 1, adapters->order + place,
+            (adapters->count - place) * sizeof *adapters->order);
+    adapters->order[place] = slot;
+    adapters->count++;
+    adapters->views[slot] = (struct lora_adapter_view){
+        .pages = pool_device_pages(adapters->options.pool, adapter->object),
+        .pairs = adapter->store.pairs,
+        .experts = adapter->store.experts};
+    *out = id_of(adapters, slot);
+    return STATUS_OK;
+}
+
+enum status adapter_remove(struct adapters *adapters, const char *name)
+{
+    bool found;
+    uint32_t place = order_place(adapters, name, &found);
+    if (!found)
+        return STATUS_NOT_FOUND;
+    struct adapter *adapter = &adapters->slots[adapters->order[place]];
+    adapters->count--;
+    memmove(adapters->order + place, adapters->order + place + 1,
+            (adapters->count - place) * sizeof *adapters->order);
+    adapter->state = STATE_LEAVING;
+    bury_if_done(adapters, adapter);
+    return STATUS_OK;
+}
+
+enum status adapter_find(const struct adapters *adapters, const char *name, adapter_id *out)
+{
+    bool found;
+    uint32_t place = order_place(adapters, name, &found);
+    if (!found)
+        return STATUS_NOT_FOUND;
+    *out = id_of(adapters, adapters->order[place]);
+    return STATUS_OK;
+}
+
+// ---- use ----
+
+void adapter_acquire(struct adapters *adapters, adapter_id id)
+{
+    struct adapter *adapter = adapter_of(adapters, id);
+    adapter__heat_add(&adapter->heat, clock_now_us(&adapters->options.clock));
+    if (!adapter->users++)
+        adapter->forgiven = true;
+}
+
+void adapter_release(struct adapters *adapters, adapter_id id)
+{
+    struct adapter *adapter = adapter_of(adapters, id);
+    CHECK(adapter->users);
+    adapter->users--;
+    bury_if_done(adapters, adapter);
+}
+
+struct digest adapter_digest(const struct adapters *adapters, adapter_id id)
+{
+    return adapter_of(adapters, id)->store.report.digest;
+}
+
+enum status adapter_fetch(struct adapters *adapters, adapter_id id, enum copy_class class,
+                          enum copy_need need)
+{
+    uint32_t slot = slot_of(adapters, id);
+    struct adapter *adapter = &adapters->slots[slot];
+    struct pool *pool = adapters->options.pool;
+    bool begins =
+        !pool_is_fetching(pool, adapter->object) && !pool_is_resident(pool, adapter->object);
+    enum status status = pool_fetch(pool, adapter->object, class, need);
+    if (status)
+        return status;
+    warm_add(adapters, slot);
+    adapter->forgiven = false;
+    adapters->fetches += begins;
+    return STATUS_OK;
+}
+
+bool adapter_is_resident(const struct adapters *adapters, adapter_id id)
+{
+    return pool_is_resident(adapters->options.pool, adapter_of(adapters, id)->object);
+}
+
+enum status adapter_fetch_status(const struct adapters *adapters, adapter_id id)
+{
+    const struct adapter *adapter = adapter_of(adapters, id);
+    return adapter->forgiven ? STATUS_OK
+                             : pool_fetch_status(adapters->options.pool, adapter->object);
+}
+
+uint32_t adapter_page_count(const struct adapters *adapters, adapter_id id)
+{
+    return adapter_of(adapters, id)->store.pages;
+}
+
+void adapter_pin(struct adapters *adapters, adapter_id id)
+{
+    pool_pin(adapters->options.pool, adapter_of(adapters, id)->object);
+}
+
+void adapter_unpin(struct adapters *adapters, adapter_id id)
+{
+    struct adapter *adapter = adapter_of(adapters, id);
+    pool_unpin(adapters->options.pool, adapter->object);
+    bury_if_done(adapters, adapter);
+}
+
+void adapter_used(struct adapters *adapters, adapter_id id)
+{
+    struct adapter *adapter = adapter_of(adapters, id);
+    adapter__heat_keep(&adapter->heat, clock_now_us(&adapters->options.clock));
+}
+
+// ---- views ----
+
+const struct lora_adapter_view *adapters_views(const struct adapters *adapters)
+{
+    return adapters->views;
+}
+
+uint32_t adapter_view_index(const struct adapters *adapters, adapter_id id)
+{
+    return slot_of(adapters, id);
+}
+
+uint32_t adapter_rank_max(const struct adapters *adapters, adapter_id id)
+{
+    return adapter_of(adapters, id)->store.report.rank_max;
+}
+
+bool adapter_has_module(const struct adapters *adapters, adapter_id id, enum lora_module module)
+{
+    return adapter_of(adapters, id)->store.modules >> module & 1;
+}
+
+// ---- numbers ----
+
+uint32_t adapters_count(const struct adapters *adapters)
+{
+    return adapters->count;
+}
+
+bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_info *out)
+{
+    if (index >= adapters->count)
+        return false;
+    const struct adapter *adapter = &adapters->slots[adapters->order[index]];
+    *out = (struct adapter_info){
+        .owner = adapter->owner,
+        .resident = pool_is_resident(adapters->options.pool, adapter->object),
+        .pages = adapter->store.pages,
+        .users = adapter->users,
+        .report = adapter->store.report,
+    };
+    memcpy(out->name, adapter->name, sizeof out->name);
+    return true;
+}
+
+void adapters_stats(const struct adapters *adapters, struct adapters_stats *out)
+{
+    *out = (struct adapters_stats){.registered = adapters->count,
+                                   .leaving = adapters->options.adapters_max -
+                                              adapters->free_count - adapters->count,
+                                   .fetches = adapters->fetches,
+                                   .given_back = adapters->given_back};
+    for (uint32_t i = 0; i < adapters->warm_count; i++) {
+        const struct adapter *adapter = &adapters->slots[adapters->warm[i]];
+        out->fetching += pool_is_fetching(adapters->options.pool, adapter->object);
+        if (pool_is_resident(adapters->options.pool, adapter->object)) {
+            out->resident++;
+            out->resident_pages += adapter->store.pages;
+        }
+    }
+}

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+// Python regular expressions for the three uses PEFT makes of them, on PCRE2.
+//
+// Most patterns in the wild are plain names ("q_proj", "layers.3.mlp.down_proj"): letters, digits,
+// "_" and ".", where "." is any character. Those are matched by hand, which is exact because such a
+// pattern has a fixed length; the rest is compiled. The text is an outsider's, so its length, the
+// steps of a match and the depth are bounded, and a match that runs into the bound counts as none:
+// the adapter is then refused because its tensors are not targeted, never misread.
+#define PCRE2_CODE_UNIT_WIDTH 8
+#include <pcre2.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "adapters/peft.h"
+#include "base/check.h"
+
+enum { PATTERN_BYTES_MAX = 4096, MATCH_STEPS_MAX = 10000, MATCH_DEPTH_MAX = 1000 };
+
+struct peft_pattern {
+    enum peft_match match;
+    char *plain; // NULL when compiled
+    size_t length;
+    pcre2_code *code;
+    pcre2_match_data *data;
+    pcre2_match_context *context;
+};
+
+static bool is_plain(const char *text)
+{
+    if (!*text)
+        return false;
+    for (; *text; text++)
+        if (!((*text >= 'a' && *text <= 'z') || (*text >= 'A' && *text <= 'Z') ||
+              (*text >= '0' && *text <= '9') || *text == '_' || *text == '.'))
+            return false;
+    return true;
+}
+
+static enum status compile(struct peft_pattern *pattern, const char *text, const char *what,
+                           struct fault *fault)
+{
+    static const char *const before[] = {"", "(.*\\.)?(", "(?:^|.*?\\.)"};
+    static const char *const after[] = {"", ")$", "\\.(?P<idx>\\d+)\\."};
+    char whole[PATTERN_BYTES_MAX + 64];
+    int error;
+    PCRE2_SIZE at;
+    int length = snprintf(whole, sizeof whole, "%s%s%s", before[pattern->match], text,
+                          after[pattern->match]);
+    uint32_t options = PCRE2_ANCHORED | PCRE2_UTF | PCRE2_NEVER_BACKSLASH_C;
+    if (pattern->match == PEFT_MATCH_FULL)
+        options |= PCRE2_ENDANCHORED;
+    pattern->code =
+        pcre2_compile((PCRE2_SPTR)whole, (PCRE2_SIZE)length, options, &error, &at, NULL);
+    if (!pattern->code) {
+        PCRE2_UCHAR message[120] = "";
+        (void)pcre2_get_error_message(error, message, sizeof message);
+        return fault_set(fault, STATUS_INVALID, "%s: \"%.100s\" is no regular expression: %s.",
+                         what, text, (const char *)message);
+    }
+    pattern->data = pcre2_match_data_create_from_pattern(pattern->code, NULL);
+    pattern->context = pcre2_match_context_create(NULL);
+    if (!pattern->data || !pattern->context)
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory for a pattern of %s.", what);
+    (void)pcre2_set_match_limit(pattern->context, MATCH_STEPS_MAX);
+    (void)pcre2_set_depth_limit(pattern->context, MATCH_DEPTH_MAX);
+    return STATUS_OK;
+}
+
+enum status peft__pattern_create(const char *text, enum peft_match match, const char *what,
+                                 struct peft_pattern **out, struct fault *fault)
+{
+    if (strlen(text) > PATTERN_BYTES_MAX)
+        return fault_set(fault, STATUS_LIMIT, "%s: a pattern has more than %d bytes.", what,
+                         PATTERN_BYTES_MAX);
+    struct peft_pattern *pattern = calloc(1, sizeof *pattern);
+    if (!pattern)
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory for a pattern of %s.", what);
+    pattern->match = match;
+    pattern->length = strlen(text);
+    enum status status = STATUS_OK;
+    if (match != PEFT_MATCH_LAYER && is_plain(text)) {
+        pattern->plain = strdup(text);
+        if (!pattern->plain)
+            status = fault_set(fault, STATUS_NO_MEMORY, "out of memory for a pattern of %s.", what);
+    } else {
+        status = compile(pattern, text, what, fault);
+    }
+    if (status)
+        peft__pattern_destroy(pattern);
+    else
+        *out = pattern;
+    return status;
+}
+
+void peft__pattern_destroy(struct peft_pattern *pattern)
+{
+    if (!pattern)
+        return;
+    free(pattern->plain);
+    pcre2_match_context_free(pattern->context);
+    pcre2_match_data_free(pattern->data);
+    pcre2_code_free(pattern->code);
+    free(pattern);
+}
+
+static bool plain_matches(const struct peft_pattern *pattern, const char *name)
+{
+    size_t length = strlen(name);
+    if (length < pattern->length)
+        return false;
+    size_t skipped = length - pattern->length;
+    if (skipped && (pattern->match == PEFT_MATCH_FULL || name[skipped - 1] != '.'))
+        return false;
+    for (size_t i = 0; i < pattern->length; i++)
+        if (pattern->plain[i] != '.' && pattern->plain[i] != name[skipped + i])
+            return false;
+    return true;
+}
+
+bool peft__pattern_matches(const struct peft_pattern *pattern, const char *name, uint32_t *layer)
+{
+    if (pattern->plain)
+        return plain_matches(pattern, name);
+    int found = pcre2_match(pattern->code, (PCRE2_SPTR)name, strlen(name), 0, 0, pattern->data,
+                            pattern->context);
+    if (found < 0)
+        return false;
+    if (pattern->match == PEFT_MATCH_LAYER) {
+        PCRE2_UCHAR digits[12];
+        PCRE2_SIZE length = sizeof digits;
+        if (pcre2_substring_copy_byname(pattern->data, (PCRE2_SPTR) "idx", digits, &length) != 0)
+            return false;
+        *layer = (uint32_t)strtoul((const char *)digits, NULL, 10);
+    }
+    return true;
+}

@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: Apache-2.0
+// From tensors and configuration to a plan: for every matrix of the base, which elements of which
+// tensors are the rows of A and of B transposed, at what rank and scale.
+//
+// What the file holds decides what is applied; adapter_config.json gives rank and alpha. Where the
+// two contradict each other the adapter is refused by the name of the matrix:
+//   tensors there, not targeted   refused: PEFT would not apply them either
+//   targeted, A or B missing      refused
+//   targeted, both missing        refused for attention, dense MLP and target_parameters. Experts
+//     named by
+//                                 target_modules may be missing altogether (on transformers 5 such
+//                                   names match
+//                                 nothing): reported; missing for some experts only: refused
+// and shapes are compared with the base matrix by matrix: an adapter for another base stops there.
+//
+// Steps: collect (tensor by key) -> plain matrices -> fused and stacked experts (peft_experts.c) ->
+// missing.
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "adapters/peft.h"
+#include "adapters/store.h"
+#include "base/arith.h"
+#include "base/check.h"
+
+static size_t plain_index(const struct peft_reading *reading, uint32_t layer,
+                          enum lora_module module, uint32_t expert)
+{
+    return ((size_t)layer * LORA_MODULES + module) * reading->plan->experts + expert;
+}
+
+static enum status tensors_allocate(struct peft_reading *reading, struct fault *fault)
+{
+    size_t layers = reading->base->layers;
+    struct peft_tensors *tensors = &reading->tensors;
+    struct peft_plan *plan = reading->plan;
+    size_t matrices = layers * LORA_MODULES * plan->experts;
+    plan->pairs = calloc(matrices, sizeof *plan->pairs);
+    tensors->plain = calloc(matrices, sizeof *tensors->plain);
+    tensors->fused = calloc(layers * 2, sizeof *tensors->fused);
+    tensors->stacked = calloc(layers * PEFT_STACKS, sizeof *tensors->stacked);
+    if (!plan->pairs || !tensors->plain || !tensors->fused || !tensors->stacked)
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory while reading an adapter.");
+    return STATUS_OK;
+}
+
+// Does the base have the matrix that the key names?
+static enum status key_check(const struct adapter_base *base, const struct peft_key *key,
+                             const char *name, struct fault *fault)
+{
+    if (key->layer >= base->layers)
+        return fault_set(
+            fault, STATUS_INVALID,
+            "\"%.150s\" is for layer %u; the base model has %u layers: this adapter was "
+            "made for another base.",
+            name, key->layer, base->layers);
+    bool is_expert = key->form != PEFT_PLAIN || key->is_expert;
+    bool is_mlp = is_expert || key->module >= LORA_GATE;
+    if (is_mlp && is_expert != (base->is_moe[key->layer] != 0))
+        return fault_set(fault, STATUS_INVALID,
+                         "\"%.150s\": layer %u of the base model is %s: this adapter was made for "
+                         "another base.",
+                         name, key->layer, is_expert ? "dense" : "a mixture of experts");
+    if (key->is_expert && key->expert >= base->experts)
+        return fault_set(
+            fault, STATUS_INVALID,
+            "\"%.150s\" is for expert %u; the base model has %u: this adapter was made "
+            "for another base.",
+            name, key->expert, base->experts);
+    return STATUS_OK;
+}
+
+static enum status collect(struct peft_reading *reading, const struct safetensors *file,
+                           struct fault *fault)
+{
+    struct peft_tensors *tensors = &reading->tensors;
+    if (!safetensors_count(file))
+        return fault_set(fault, STATUS_INVALID, "adapter_model.safetensors holds no tensor.");
+    for (size_t i = 0; i < safetensors_count(file); i++) {
+        const struct tensor *tensor = safetensors_at(file, i);
+        struct peft_key key;
+        enum status status = peft__key_parse(tensor->name, &key, fault);
+        if (!status)
+            status = key_check(reading->base, &key, tensor->name, fault);
+        if (status)
+            return status;
+        const struct tensor *(*pair)[2];
+        uint32_t stack = key.form == PEFT_STACKED_GATE_UP ? 0 : 1 + key.module - LORA_GATE;
+        if (key.form == PEFT_PLAIN)
+            pair = &tensors->plain[plain_index(reading, key.layer, key.module, key.expert)];
+        else if (key.form == PEFT_FUSED_INNER || key.form == PEFT_FUSED_OUTER)
+            pair = &tensors->fused[key.layer * 2 + (key.form == PEFT_FUSED_OUTER)];
+        else
+            pair = &tensors->stacked[key.layer * PEFT_STACKS + stack];
+        // the container has no name twice, and no two names mean one matrix
+        CHECK(!(*pair)[key.is_b]);
+        (*pair)[key.is_b] = tensor;
+    }
+    return STATUS_OK;
+}
+
+enum status peft__plan_put(struct peft_reading *reading, uint32_t layer, enum lora_module module,
+                           uint32_t expert, const struct peft_pair *pair, struct fault *fault)
+{
+    struct peft_pair *slot = peft__pair_at(reading->plan, layer, module, expert);
+    if (slot->rank)
+        return fault_set(
+            fault, STATUS_INVALID,
+            "layer %u, expert %u, %s: the file holds LoRA for this matrix in two layouts.", layer,
+            expert, peft__module_word(module));
+    *slot = *pair;
+    reading->plan->applied++;
+    return STATUS_OK;
+}
+
+static bool is_moe_mlp(const struct peft_reading *reading, uint32_t layer, enum lora_module module)
+{
+    return module >= LORA_GATE && reading->base->is_moe[layer];
+}
+
+static enum status plain_shape(const struct tensor *a, const struct tensor *b, uint32_t d_in,
+                               uint32_t d_out, uint32_t rank, struct fault *fault)
+{
+    if (a->dims != 2 || b->dims != 2)
+        return fault_set(fault, STATUS_INVALID, "\"%.150s\" or its lora_B is not a matrix.",
+                         a->name);
+    if (a->shape[1] != d_in)
+        return fault_set(fault, STATUS_INVALID,
+                         "\"%.150s\" has %" PRIu64 " columns; the base model has %u there: this "
+                         "adapter was made for another base.",
+                         a->name, a->shape[1], d_in);
+    if (b->shape[0] != d_out)
+        return fault_set(fault, STATUS_INVALID,
+                         "\"%.150s\" has %" PRIu64
+                         " rows; the base model has %u there: this adapter "
+                         "was made for another base.",
+                         b->name, b->shape[0], d_out);
+    if (a->shape[0] != b->shape[1] || a->shape[0] != rank)
+        return fault_set(fault, STATUS_INVALID,
+                         "\"%.150s\" has rank %" PRIu64 ", its lora_B %" PRIu64
+                         ", adapter_config.json says %u.",
+                         a->name, a->shape[0], b->shape[1], rank);
+    return STATUS_OK;
+}
+
+// One matrix of its own; *present tells whether the file has it.
+static enum status plain_pair(struct peft_reading *reading, uint32_t layer, enum lora_module module,
+                              uint32_t expert, bool *present, struct fault *fault)
+{
+    const struct tensor *const *pair =
+        reading->tensors.plain[plain_index(reading, layer, module, expert)];
+    const struct tensor *a = pair[0], *b = pair[1];
+    char name[PEFT_NAME_MAX];
+    *present = a || b;
+    if (!a && !b)
+        return STATUS_OK;
+    bool is_expert = is_moe_mlp(reading, layer, module);
+    peft__module_name(layer, module, is_expert ? (int64_t)expert : -1, name);
+    if (!a || !b)
+        return fault_set(fault, STATUS_INVALID, "%s has %s but no %s.", name,
+                         a ? "lora_A" : "lora_B", a ? "lora_B" : "lora_A");
+    if (!peft__config_targets(reading->config, name))
+        return fault_set(fault, STATUS_INVALID,
+                         "the file has LoRA for %s, which adapter_config.json does not target.",
+                         name);
+    struct peft_pair out = {.rank = peft__config_rank(reading->config, name)};
+    (void)adapter__module_dims(reading->base, layer, module, &out.d_in, &out.d_out);
+    enum status status = plain_shape(a, b, out.d_in, out.d_out, out.rank, fault);
+    if (status)
+        return status;
+    out.scale = peft__config_scale(reading->config, name, out.rank);
+    out.a = (struct peft_source){.tensor = a, .rank_step = out.d_in, .dim_step = 1};
+    out.b = (struct peft_source){.tensor = b, .rank_step = 1, .dim_step = out.rank};
+    reading->has_attention |= module < LORA_GATE;
+    reading->has_dense |= module >= LORA_GATE && !is_expert;
+    reading->has_single |= is_expert;
+    return peft__plan_put(reading, layer, module, expert, &out, fault);
+}
+
+static enum status missing_fault(const char *name, struct fault *fault)
+{
+    return fault_set(fault, STATUS_INVALID,
+                     "adapter_config.json targets %s, but the file has no LoRA for it.", name);
+}
+
+// Every plain matrix, and what target_modules asks for and the file does not have.
+static enum status plain_pairs(struct peft_reading *reading, bool expert_missing[LORA_MODULES],
+                               bool expert_present[LORA_MODULES], struct fault *fault)
+{
+    const struct adapter_base *base = reading->base;
+    for (uint32_t layer = 0; layer < base->layers; layer++)
+        for (int m = 0; m < LORA_MODULES; m++) {
+            enum lora_module module = (enum lora_module)m;
+            bool is_expert = is_moe_mlp(reading, layer, module);
+            uint32_t count = adapter__module_count(base, layer, module);
+            for (uint32_t expert = 0; expert < count; expert++) {
+                bool present;
+                char name[PEFT_NAME_MAX];
+                enum status status = plain_pair(reading, layer, module, expert, &present, fault);
+                if (status)
+                    return status;
+                peft__module_name(layer, module, is_expert ? (int64_t)expert : -1, name);
+                if (present && is_expert)
+                    expert_present[module] = true;
+                if (present || !peft__config_targets(reading->config, name))
+                    continue;
+                if (!is_expert)
+                    return missing_fault(name, fault);
+                expert_missing[module] = true;
+            }
+        }
+    return STATUS_OK;
+}
+
+// Targets among the experts that the file does not have, after all layouts were read.
+static enum status experts_missing(struct peft_reading *reading, const bool missing[LORA_MODULES],
+                                   const bool present[LORA_MODULES], struct fault *fault)
+{
+    for (int m = LORA_GATE; m < LORA_MODULES; m++) {
+        const char *word = peft__module_word((enum lora_module)m);
+        if (!missing[m] || reading->has_stacked)
+            continue;
+        if (present[m])
+            return fault_set(
+                fault, STATUS_INVALID,
+                "adapter_config.json targets %s of experts that the file has no LoRA for.", word);
+        if (reading->config->targets_form != PEFT_TARGETS_ALL)
+            peft__config_ignore(reading->config, "target_modules:experts.", word);
+    }
+    return STATUS_OK;
+}
+
+static void layout_text(const struct peft_reading *reading, char *out, size_t bytes)
+{
+    const struct {
+        bool there;
+        const char *text;
+    } parts[] = {
+        {reading->has_attention, "attention"},  {reading->has_dense, "dense mlp"},
+        {reading->has_single, "per-expert"},    {reading->has_stacked, "stacked experts"},
+        {reading->has_fused, "fused experts"},  {reading->is_transposed, "transposed"},
+        {reading->is_by_version, "by version"},
+    };
+    size_t used = 0;
+    out[0] = 0;
+    for (size_t i = 0; i < ARRAY_COUNT(parts); i++)
+        if (parts[i].there && used < bytes)
+            used +=
+                (size_t)snprintf(out + used, bytes - used, "%s%s", used ? ", " : "", parts[i].text);
+}
+
+enum status peft__plan(const struct safetensors *file, const struct adapter_base *base,
+                       struct peft_config *config, struct peft_plan *out, struct fault *fault)
+{
+    *out = (struct peft_plan){.experts = base->experts ? base->experts : 1};
+    struct peft_reading reading = {.base = base, .config = config, .plan = out};
+    bool missing[LORA_MODULES] = {false}, present[LORA_MODULES] = {false};
+    enum status status = tensors_allocate(&reading, fault);
+    if (!status)
+        status = collect(&reading, file, fault);
+    if (!status)
+        status = plain_pairs(&reading, missing, present, fault);
+    if (!status)
+        status = peft__plan_experts(&reading, fault);
+    if (!status)
+        status = experts_missing(&reading, missing, present, fault);
+    if (!status)
+        layout_text(&reading, out->layout, sizeof out->layout);
+    free((void *)reading.tensors.plain);
+    free((void *)reading.tensors.fused);
+    free((void *)reading.tensors.stacked);
+    return status;
+}
+
+void peft__plan_clear(struct peft_plan *plan)
+{
+    free(plan->pairs);
+    plan->pairs = NULL;
+}

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "adapters/price.h"
+
+#include <math.h>
+
+double adapter__heat_at(const struct adapter_heat *heat, uint64_t now_us)
+{
+    double age = now_us > heat->at_us ? (double)(now_us - heat->at_us) : 0;
+    return heat->uses * exp2(-age / ADAPTER_HALF_LIFE_US);
+}
+
+void adapter__heat_add(struct adapter_heat *heat, uint64_t now_us)
+{
+    heat->uses = adapter__heat_at(heat, now_us) + 1;
+    heat->at_us = now_us;
+}
+
+void adapter__heat_keep(struct adapter_heat *heat, uint64_t now_us)
+{
+    heat->at_us = now_us;
+}
+
+float adapter__price(const struct adapter_heat *heat, uint32_t users, float fetch_us_per_byte,
+                     uint64_t now_us)
+{
+    // A steady rate of x uses per microsecond settles at x * half_life / ln 2 decayed uses.
+    double rate = adapter__heat_at(heat, now_us) * log(2) / ADAPTER_HALF_LIFE_US;
+    double idle = 1 - exp(-rate * ADAPTER_HORIZON_US); // Poisson: at least one use
+    return (float)((idle + users) * fetch_us_per_byte);
+}

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// What giving an adapter back would cost (folder-internal): pure functions over numbers (DESIGN.md
+// 9).
+#ifndef POLDER_ADAPTERS_PRICE_H
+#define POLDER_ADAPTERS_PRICE_H
+
+#include <stdint.h>
+
+// A count of uses in which a use loses half its weight every ADAPTER_HALF_LIFE_US.
+struct adapter_heat {
+    double uses;
+    uint64_t at_us;
+};
+
+// 60 s: about the time in which interactive tenants come back. The horizon is what a fetch is
+// weighed against: a use further away than this does not justify keeping pages.
+enum { ADAPTER_HALF_LIFE_US = 60000000, ADAPTER_HORIZON_US = 10000000 };
+
+void adapter__heat_add(struct adapter_heat *heat, uint64_t now_us);  // a request arrived
+void adapter__heat_keep(struct adapter_heat *heat, uint64_t now_us); // in use: it does not cool
+double adapter__heat_at(const struct adapter_heat *heat, uint64_t now_us);
+
+// (probability of use within the horizon) x (time to bring it back) / bytes, in microseconds per
+// byte. An adapter that `users` admitted requests hold will be used for certain, and each of them
+// would wait.
+float adapter__price(const struct adapter_heat *heat, uint32_t users, float fetch_us_per_byte,
+                     uint64_t now_us);
+
+#endif

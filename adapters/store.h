@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// The adapter store file (folder-internal; the layout is drawn in store_header.c).
+//
+// Writer: adapter__store_create, then for each pair, in the order of the table, adapter__store_put
+// for A and for B and one adapter__store_record, then adapter__store_finish or
+// adapter__store_abandon. Reader: adapter__store_open checks everything that the header says
+// against the base and against itself, and gives the dense pair table that the kernels read. Any
+// thread.
+#ifndef POLDER_ADAPTERS_STORE_H
+#define POLDER_ADAPTERS_STORE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "adapters/adapters.h"
+#include "base/hash.h"
+#include "base/reader.h"
+#include "base/status.h"
+#include "kernels/lora.h"
+
+enum { ADAPTER_RANK_MAX = 512, ADAPTER_ROW_ALIGN = 64 };
+
+// Input and output dimensions of a module at a layer of the base; false when the base has none
+// there.
+bool adapter__module_dims(const struct adapter_base *base, uint32_t layer, enum lora_module module,
+                          uint32_t *d_in, uint32_t *d_out);
+// Matrices of this module at this layer: experts for a MoE layer's MLP, else 1.
+uint32_t adapter__module_count(const struct adapter_base *base, uint32_t layer,
+                               enum lora_module module);
+uint32_t adapter__matrices_possible(const struct adapter_base *base);
+uint32_t adapter__row_bytes(const struct adapter_base *base, uint32_t dim);
+
+// What a store file says, decoded and checked.
+struct adapter_store {
+    struct adapter_report report;
+    size_t page_bytes;
+    uint64_t header_bytes; // pages begin here
+    uint32_t pages;
+    uint32_t experts;        // slices per module in `pairs`: the base's experts, or 1
+    struct lora_pair *pairs; // [layers][LORA_MODULES][experts]; the holder frees
+    uint32_t modules;        // bit set of enum lora_module
+    struct digest pages_digest;
+};
+
+// One present pair as it stands in the file.
+struct adapter_record {
+    uint32_t layer, module, expert;
+    struct lora_pair pair;
+};
+
+// ---- header (store_header.c) ----
+
+struct adapter_header {
+    struct adapter_report report;
+    struct digest base, pages_digest;
+    uint64_t header_bytes;
+    size_t page_bytes;
+    uint32_t pages, records;
+};
+
+size_t adapter__header_bytes(uint32_t records, size_t page_bytes);
+// Fills `out` (header_bytes long, zeroed by the caller) and seals it with its own digest.
+void adapter__header_encode(const struct adapter_header *header, const struct adapter_base *base,
+                            const struct adapter_record *records, uint8_t *out);
+MUST_USE enum status adapter__store_open(struct reader *reader, const char *label,
+                                         const struct adapter_base *base, size_t page_bytes,
+                                         struct adapter_store *out, struct fault *fault);
+void adapter__store_clear(struct adapter_store *store);
+// Reads every page and compares with the content digest.
+MUST_USE enum status adapter__store_verify(struct reader *reader, const char *label,
+                                           const struct adapter_store *store, struct fault *fault);
+// Digest of what the adapter means: shapes, table, and the digest of the pages.
+struct digest adapter__content_digest(const struct adapter_base *base,
+                                      const struct adapter_record *records, uint32_t count,
+                                      const struct digest *pages);
+
+// ---- writer (store.c) ----
+
+struct adapter_writer;
+// `path` appears at once at finish, or not at all. `base` must outlive the writer.
+MUST_USE enum status adapter__store_create(const char *path, const struct adapter_base *base,
+                                           size_t page_bytes, uint32_t records,
+                                           struct adapter_writer **out, struct fault *fault);
+// Gives row `row` of a slice: `dim` elements of the compute dtype, written at `out`.
+typedef void (*adapter_row_source)(const void *context, uint32_t row, uint32_t dim, void *out);
+// Places `rank` rows of `dim` elements and says where they went.
+MUST_USE enum status adapter__store_put(struct adapter_writer *writer, uint32_t rank, uint32_t dim,
+                                        adapter_row_source source, const void *context,
+                                        struct lora_slice *out, struct fault *fault);
+MUST_USE enum status adapter__store_record(struct adapter_writer *writer,
+                                           const struct adapter_record *record,
+                                           struct fault *fault);
+// Fills report->bytes and report->digest, writes the header, syncs, renames. The writer is gone
+// after this, whatever the result.
+MUST_USE enum status adapter__store_finish(struct adapter_writer *writer,
+                                           struct adapter_report *report, struct fault *fault);
+void adapter__store_abandon(struct adapter_writer *writer);
+
+#endif

@@ -1,0 +1,416 @@
+// SPDX-License-Identifier: Apache-2.0
+// The header of an adapter store file: encoding, decoding, and every check made before a slice is
+// believed.
+//
+//   0    "polderLA", u32 version, u32 dtype, u64 header_bytes, u64 page_bytes, u32 pages, records
+//   40   base digest
+//   72   u32 layers, hidden, heads, kv_heads, head_dim, intermediate, experts, moe_intermediate
+//   104  u32 matrices_applied, matrices_possible, rank_min, rank_max; u64 bytes
+//   128  layout[48], ignored[512]
+//   688  content digest, pages digest, seal (BLAKE2b of the whole header with the seal zero)
+//   832  records of 48 bytes: u32 layer, module, expert, scale (float bits), slice A, slice B;
+//        a slice is u32 first_slot, first_byte, row_bytes, rank
+//   ...  zeros up to header_bytes, a multiple of page_bytes; then `pages` pages; nothing after them
+//
+// All little-endian. Records ascend strictly by (layer, attention before MLP, expert, module), so
+// that what a (layer, expert) needs stands together.
+//
+// Invariants of a store that adapter__store_open accepted: 1. the base digest and shapes are those
+// of the given base. 2. every slice lies inside the pages, its rows have the length the base's
+// shape asks for, and no row straddles a page. 3. rank is 1..512, the same for A and B. 4. every
+// scale is finite. 5. the file is as long as it says, and the seal fits. The content of pages is covered by
+// adapter__store_verify alone: opening thousands of adapters must not read them all.
+#include "adapters/store.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/arith.h"
+#include "base/check.h"
+
+enum {
+    STORE_VERSION = 1,
+    AT_DTYPE = 12,
+    AT_HEADER_BYTES = 16,
+    AT_PAGE_BYTES = 24,
+    AT_PAGES = 32,
+    AT_RECORDS = 36,
+    AT_BASE = 40,
+    AT_SHAPE = 72,
+    AT_COUNTS = 104,
+    AT_BYTES = 120,
+    AT_LAYOUT = 128,
+    AT_IGNORED = 176,
+    AT_CONTENT = 688,
+    AT_PAGES_DIGEST = 720,
+    AT_SEAL = 752,
+    FIXED_BYTES = 832,
+    RECORD_BYTES = 48,
+    SHAPE_FIELDS = 8
+};
+
+_Static_assert(AT_IGNORED - AT_LAYOUT == sizeof(((struct adapter_report *)0)->layout), "layout");
+_Static_assert(AT_CONTENT - AT_IGNORED == sizeof(((struct adapter_report *)0)->ignored), "ignored");
+
+static const uint8_t magic[8] = {'p', 'o', 'l', 'd', 'e', 'r', 'L', 'A'};
+
+static void put_u32(uint8_t *at, uint32_t value)
+{
+    for (int i = 0; i < 4; i++)
+        at[i] = (uint8_t)(value >> (8 * i));
+}
+
+static uint32_t get_u32(const uint8_t *at)
+{
+    return (uint32_t)at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
+}
+
+static void put_u64(uint8_t *at, uint64_t value)
+{
+    put_u32(at, (uint32_t)value);
+    put_u32(at + 4, (uint32_t)(value >> 32));
+}
+
+static uint64_t get_u64(const uint8_t *at)
+{
+    return get_u32(at) | (uint64_t)get_u32(at + 4) << 32;
+}
+
+bool adapter__module_dims(const struct adapter_base *base, uint32_t layer, enum lora_module module,
+                          uint32_t *d_in, uint32_t *d_out)
+{
+    uint32_t q = base->heads * base->head_dim, kv = base->kv_heads * base->head_dim;
+    uint32_t inner = base->is_moe[layer] ? base->moe_intermediate : base->intermediate;
+    const uint32_t dims[LORA_MODULES][2] = {
+        [LORA_Q] = {base->hidden, q},        [LORA_K] = {base->hidden, kv},
+        [LORA_V] = {base->hidden, kv},       [LORA_O] = {q, base->hidden},
+        [LORA_GATE] = {base->hidden, inner}, [LORA_UP] = {base->hidden, inner},
+        [LORA_DOWN] = {inner, base->hidden},
+    };
+    *d_in = dims[module][0];
+    *d_out = dims[module][1];
+    return *d_in && *d_out;
+}
+
+uint32_t adapter__module_count(const struct adapter_base *base, uint32_t layer,
+                               enum lora_module module)
+{
+    return module >= LORA_GATE && base->is_moe[layer] ? base->experts : 1;
+}
+
+uint32_t adapter__matrices_possible(const struct adapter_base *base)
+{
+    uint32_t total = 0;
+    for (uint32_t layer = 0; layer < base->layers; layer++)
+        total += 4 + 3 * adapter__module_count(base, layer, LORA_GATE);
+    return total;
+}
+
+uint32_t adapter__row_bytes(const struct adapter_base *base, uint32_t dim)
+{
+    return (uint32_t)round_up(dim * dtype_bytes(base->dtype), ADAPTER_ROW_ALIGN);
+}
+
+size_t adapter__header_bytes(uint32_t records, size_t page_bytes)
+{
+    return round_up(FIXED_BYTES + (size_t)records * RECORD_BYTES, page_bytes);
+}
+
+static void shape_encode(const struct adapter_base *base, uint8_t *out)
+{
+    const uint32_t shape[SHAPE_FIELDS] = {base->layers,   base->hidden,          base->heads,
+                                          base->kv_heads, base->head_dim,        base->intermediate,
+                                          base->experts,  base->moe_intermediate};
+    for (int i = 0; i < SHAPE_FIELDS; i++)
+        put_u32(out + 4 * i, shape[i]);
+}
+
+static void slice_encode(const struct lora_slice *slice, uint8_t *out)
+{
+    put_u32(out, slice->first_slot);
+    put_u32(out + 4, slice->first_byte);
+    put_u32(out + 8, slice->row_bytes);
+    put_u32(out + 12, slice->rank);
+}
+
+static struct lora_slice slice_decode(const uint8_t *at)
+{
+    return (struct lora_slice){.first_slot = get_u32(at),
+                               .first_byte = get_u32(at + 4),
+                               .row_bytes = get_u32(at + 8),
+                               .rank = get_u32(at + 12)};
+}
+
+static void record_encode(const struct adapter_record *record, uint8_t *out)
+{
+    uint32_t scale;
+    memcpy(&scale, &record->pair.scale, sizeof scale);
+    put_u32(out, record->layer);
+    put_u32(out + 4, record->module);
+    put_u32(out + 8, record->expert);
+    put_u32(out + 12, scale);
+    slice_encode(&record->pair.a, out + 16);
+    slice_encode(&record->pair.b, out + 32);
+}
+
+static struct adapter_record record_decode(const uint8_t *at)
+{
+    struct adapter_record record = {
+        .layer = get_u32(at), .module = get_u32(at + 4), .expert = get_u32(at + 8)};
+    uint32_t scale = get_u32(at + 12);
+    memcpy(&record.pair.scale, &scale, sizeof scale);
+    record.pair.a = slice_decode(at + 16);
+    record.pair.b = slice_decode(at + 32);
+    return record;
+}
+
+struct digest adapter__content_digest(const struct adapter_base *base,
+                                      const struct adapter_record *records, uint32_t count,
+                                      const struct digest *pages)
+{
+    struct hash_stream stream;
+    uint8_t bytes[RECORD_BYTES];
+    hash_begin(&stream, NULL);
+    hash_update(&stream, magic, sizeof magic);
+    shape_encode(base, bytes);
+    put_u32(bytes + 4 * SHAPE_FIELDS, base->dtype);
+    hash_update(&stream, bytes, 4 * SHAPE_FIELDS + 4);
+    for (uint32_t i = 0; i < count; i++) {
+        record_encode(&records[i], bytes);
+        hash_update(&stream, bytes, RECORD_BYTES);
+    }
+    hash_update(&stream, pages->bytes, DIGEST_BYTES);
+    return hash_end(&stream);
+}
+
+void adapter__header_encode(const struct adapter_header *header, const struct adapter_base *base,
+                            const struct adapter_record *records, uint8_t *out)
+{
+    const struct adapter_report *report = &header->report;
+    memcpy(out, magic, sizeof magic);
+    put_u32(out + 8, STORE_VERSION);
+    put_u32(out + AT_DTYPE, base->dtype);
+    put_u64(out + AT_HEADER_BYTES, header->header_bytes);
+    put_u64(out + AT_PAGE_BYTES, header->page_bytes);
+    put_u32(out + AT_PAGES, header->pages);
+    put_u32(out + AT_RECORDS, header->records);
+    memcpy(out + AT_BASE, header->base.bytes, DIGEST_BYTES);
+    shape_encode(base, out + AT_SHAPE);
+    put_u32(out + AT_COUNTS, report->matrices_applied);
+    put_u32(out + AT_COUNTS + 4, report->matrices_possible);
+    put_u32(out + AT_COUNTS + 8, report->rank_min);
+    put_u32(out + AT_COUNTS + 12, report->rank_max);
+    put_u64(out + AT_BYTES, report->bytes);
+    memcpy(out + AT_LAYOUT, report->layout, sizeof report->layout);
+    memcpy(out + AT_IGNORED, report->ignored, sizeof report->ignored);
+    memcpy(out + AT_CONTENT, report->digest.bytes, DIGEST_BYTES);
+    memcpy(out + AT_PAGES_DIGEST, header->pages_digest.bytes, DIGEST_BYTES);
+    for (uint32_t i = 0; i < header->records; i++)
+        record_encode(&records[i], out + FIXED_BYTES + (size_t)i * RECORD_BYTES);
+    struct digest seal = hash_bytes(NULL, out, header->header_bytes);
+    memcpy(out + AT_SEAL, seal.bytes, DIGEST_BYTES);
+}
+
+// The fixed part: is it a store file, is it whole, does it fit this base and this pool?
+static enum status fixed_check(const uint8_t *at, uint64_t file_bytes, const char *label,
+                               const struct adapter_base *base, size_t page_bytes,
+                               struct adapter_header *out, struct fault *fault)
+{
+    if (memcmp(at, magic, sizeof magic) != 0 || get_u32(at + 8) != STORE_VERSION)
+        return fault_set(fault, STATUS_CORRUPT, "%s is not an adapter store file of version %d.",
+                         label, STORE_VERSION);
+    uint64_t page = get_u64(at + AT_PAGE_BYTES);
+    if (page != page_bytes)
+        return fault_set(fault, STATUS_INVALID,
+                         "%s has pages of %llu bytes; the pool has pages of %zu: convert the "
+                         "adapter again.",
+                         label, (unsigned long long)page, page_bytes);
+    out->page_bytes = page_bytes;
+    out->header_bytes = get_u64(at + AT_HEADER_BYTES);
+    out->pages = get_u32(at + AT_PAGES);
+    out->records = get_u32(at + AT_RECORDS);
+    uint64_t pages_bytes = (uint64_t)out->pages * page_bytes; // below 2^32 * 2^21
+    if (!out->records || !out->pages ||
+        out->header_bytes != adapter__header_bytes(out->records, page_bytes) ||
+        out->header_bytes > file_bytes || file_bytes - out->header_bytes != pages_bytes)
+        return fault_set(fault, STATUS_CORRUPT, "%s has %llu bytes, which is not what it says.",
+                         label, (unsigned long long)file_bytes);
+    uint8_t shape[4 * SHAPE_FIELDS];
+    shape_encode(base, shape);
+    if (memcmp(at + AT_BASE, base->digest.bytes, DIGEST_BYTES) != 0 ||
+        memcmp(at + AT_SHAPE, shape, sizeof shape) != 0)
+        return fault_set(fault, STATUS_DENIED, "%s was made for another base model.", label);
+    if (get_u32(at + AT_DTYPE) != (uint32_t)base->dtype)
+        return fault_set(fault, STATUS_INVALID,
+                         "%s has another element type than the model runs in: convert the adapter "
+                         "again.",
+                         label);
+    if (out->records > adapter__matrices_possible(base))
+        return fault_set(fault, STATUS_CORRUPT, "%s lists %u matrices; the base model has %u.",
+                         label, out->records, adapter__matrices_possible(base));
+    return STATUS_OK;
+}
+
+static enum status report_decode(const uint8_t *at, const char *label, struct adapter_report *out,
+                                 struct fault *fault)
+{
+    out->matrices_applied = get_u32(at + AT_COUNTS);
+    out->matrices_possible = get_u32(at + AT_COUNTS + 4);
+    out->rank_min = get_u32(at + AT_COUNTS + 8);
+    out->rank_max = get_u32(at + AT_COUNTS + 12);
+    out->bytes = get_u64(at + AT_BYTES);
+    memcpy(out->layout, at + AT_LAYOUT, sizeof out->layout);
+    memcpy(out->ignored, at + AT_IGNORED, sizeof out->ignored);
+    memcpy(out->digest.bytes, at + AT_CONTENT, DIGEST_BYTES);
+    if (out->layout[sizeof out->layout - 1] || out->ignored[sizeof out->ignored - 1])
+        return fault_set(fault, STATUS_CORRUPT, "%s has a text without an end.", label);
+    return STATUS_OK;
+}
+
+static bool slice_is_inside(const struct lora_slice *slice, uint32_t row_bytes, size_t page_bytes,
+                            uint32_t pages)
+{
+    if (!slice->rank || slice->rank > ADAPTER_RANK_MAX || slice->row_bytes != row_bytes ||
+        !row_bytes || row_bytes > page_bytes || slice->first_byte >= page_bytes ||
+        slice->first_byte % ADAPTER_ROW_ALIGN)
+        return false;
+    size_t in_first = (page_bytes - slice->first_byte) / row_bytes,
+           per_page = page_bytes / row_bytes;
+    size_t later = slice->rank > in_first ? div_up(slice->rank - in_first, per_page) : 0;
+    return (uint64_t)slice->first_slot + later < pages;
+}
+
+static bool record_is_good(const struct adapter_record *record, const struct adapter_base *base,
+                           size_t page_bytes, uint32_t pages)
+{
+    uint32_t d_in, d_out;
+    if (record->layer >= base->layers || record->module >= LORA_MODULES)
+        return false;
+    enum lora_module module = (enum lora_module)record->module;
+    return adapter__module_dims(base, record->layer, module, &d_in, &d_out) &&
+           record->expert < adapter__module_count(base, record->layer, module) &&
+           isfinite(record->pair.scale) && record->pair.a.rank == record->pair.b.rank &&
+           slice_is_inside(&record->pair.a, adapter__row_bytes(base, d_in), page_bytes, pages) &&
+           slice_is_inside(&record->pair.b, adapter__row_bytes(base, d_out), page_bytes, pages);
+}
+
+// Places of records in the file, ascending.
+static uint64_t record_order(const struct adapter_record *record)
+{
+    return ((uint64_t)record->layer * 2 + (record->module >= LORA_GATE)) << 40 |
+           (uint64_t)record->expert << 8 | record->module;
+}
+
+static bool is_expert(const struct adapter_base *base, const struct adapter_record *record)
+{
+    return record->module >= LORA_GATE && base->is_moe[record->layer];
+}
+
+// Checks every record and spreads them over the dense table.
+static enum status table_decode(const uint8_t *at, const struct adapter_header *header,
+                                const char *label, const struct adapter_base *base,
+                                struct adapter_store *out, struct fault *fault)
+{
+    uint32_t rank_min = ADAPTER_RANK_MAX, rank_max = 0;
+    uint64_t before = 0;
+    out->experts = 1;
+    for (uint32_t i = 0; i < header->records; i++) {
+        struct adapter_record record = record_decode(at + (size_t)i * RECORD_BYTES);
+        if (!record_is_good(&record, base, header->page_bytes, header->pages) ||
+            (i && record_order(&record) <= before))
+            return fault_set(fault, STATUS_CORRUPT, "%s: record %u of %u is wrong.", label, i,
+                             header->records);
+        before = record_order(&record);
+        if (is_expert(base, &record))
+            out->experts = base->experts;
+        out->modules |= 1u << record.module;
+        rank_min = record.pair.a.rank < rank_min ? record.pair.a.rank : rank_min;
+        rank_max = record.pair.a.rank > rank_max ? record.pair.a.rank : rank_max;
+    }
+    const struct adapter_report *report = &out->report;
+    if (report->rank_min != rank_min || report->rank_max != rank_max ||
+        report->matrices_applied != header->records ||
+        report->matrices_possible != adapter__matrices_possible(base) ||
+        report->bytes != (uint64_t)header->pages * header->page_bytes)
+        return fault_set(fault, STATUS_CORRUPT, "%s: its summary does not fit its table.", label);
+    out->pairs = calloc((size_t)base->layers * LORA_MODULES * out->experts, sizeof *out->pairs);
+    if (!out->pairs)
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory for the table of %s.", label);
+    for (uint32_t i = 0; i < header->records; i++) {
+        struct adapter_record record = record_decode(at + (size_t)i * RECORD_BYTES);
+        size_t row = (size_t)record.layer * LORA_MODULES + record.module;
+        out->pairs[row * out->experts + record.expert] = record.pair;
+    }
+    return STATUS_OK;
+}
+
+enum status adapter__store_open(struct reader *reader, const char *label,
+                                const struct adapter_base *base, size_t page_bytes,
+                                struct adapter_store *out, struct fault *fault)
+{
+    uint8_t fixed[FIXED_BYTES], *whole = NULL;
+    struct adapter_header header = {.records = 0};
+    *out = (struct adapter_store){.page_bytes = page_bytes};
+    if (reader->size < FIXED_BYTES)
+        return fault_set(fault, STATUS_CORRUPT, "%s is too short for an adapter store file.",
+                         label);
+    enum status status = reader_read(reader, 0, fixed, FIXED_BYTES);
+    if (status)
+        return fault_set(fault, status, "reading %s failed.", label);
+    status = fixed_check(fixed, reader->size, label, base, page_bytes, &header, fault);
+    if (status)
+        return status;
+    whole = malloc(header.header_bytes);
+    if (!whole)
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory for the header of %s.", label);
+    status = reader_read(reader, 0, whole, header.header_bytes);
+    if (status) {
+        status = fault_set(fault, status, "reading %s failed.", label);
+        goto done;
+    }
+    memset(whole + AT_SEAL, 0, DIGEST_BYTES);
+    struct digest seal = hash_bytes(NULL, whole, header.header_bytes);
+    if (memcmp(seal.bytes, fixed + AT_SEAL, DIGEST_BYTES) != 0) {
+        status = fault_set(fault, STATUS_CORRUPT, "the header of %s is damaged.", label);
+        goto done;
+    }
+    out->header_bytes = header.header_bytes;
+    out->pages = header.pages;
+    memcpy(out->pages_digest.bytes, whole + AT_PAGES_DIGEST, DIGEST_BYTES);
+    status = report_decode(whole, label, &out->report, fault);
+    if (!status)
+        status = table_decode(whole + FIXED_BYTES, &header, label, base, out, fault);
+done:
+    free(whole);
+    return status;
+}
+
+void adapter__store_clear(struct adapter_store *store)
+{
+    free(store->pairs);
+    store->pairs = NULL;
+}
+
+enum status adapter__store_verify(struct reader *reader, const char *label,
+                                  const struct adapter_store *store, struct fault *fault)
+{
+    struct hash_stream stream;
+    enum status status = STATUS_OK;
+    uint8_t *page = malloc(store->page_bytes);
+    if (!page)
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory while verifying %s.", label);
+    hash_begin(&stream, NULL);
+    for (uint32_t i = 0; i < store->pages && !status; i++) {
+        status = reader_read(reader, store->header_bytes + (uint64_t)i * store->page_bytes, page,
+                             store->page_bytes);
+        hash_update(&stream, page, store->page_bytes);
+    }
+    free(page);
+    if (status)
+        return fault_set(fault, status, "reading %s failed.", label);
+    struct digest digest = hash_end(&stream);
+    if (!digest_equal(&digest, &store->pages_digest))
+        return fault_set(fault, STATUS_CORRUPT, "the pages of %s are damaged.", label);
+    return STATUS_OK;
+}

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0
+// Adapters as PEFT wrote them (tests/golden/adapters, made by tools/goldens/adapters.py):
+// converted, registered, fetched through the pool, and read back by lora_row_at as the kernels do.
+// scale * B A must be the change of the weight that PEFT itself computes, for every layout, order,
+// pattern and writer.
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <setjmp.h>
+#include <cmocka.h>
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "base/json.h"
+#include "base/safetensors.h"
+#include "tests/test_adapters_tool.h"
+
+#define GOLDEN POLDER_SOURCE_DIR "/tests/golden/adapters"
+
+// name, and the layout that the report must state
+static const struct {
+    const char *name, *layout;
+} cases[] = {
+    {"attention", "attention"},
+    {"rank-1", "attention"},
+    {"dense-all-linear", "attention, dense mlp"},
+    {"patterns", "attention, dense mlp"},
+    {"rslora", "attention, dense mlp"},
+    {"regex", "attention"},
+    {"layers", "attention, dense mlp"},
+    {"exclude", "attention, dense mlp"},
+    {"fused", "attention, fused experts"},
+    {"fused-reversed", "fused experts"},
+    {"fused-ranks", "attention, fused experts"},
+    {"fused-gate-up", "fused experts"},
+    {"fused-down", "fused experts"},
+    {"fused-square-gate-up", "fused experts, by version"},
+    {"fused-square-both", "attention, fused experts"},
+    {"fused-square-down", "fused experts, by version"},
+    {"converted", "attention, fused experts"},
+    {"old-fused", "attention, fused experts, transposed"},
+    {"old-fused-down", "fused experts, transposed"},
+    {"old-fused-square-gate-up", "fused experts, transposed, by version"},
+    {"old-fused-square-both", "fused experts, transposed"},
+    {"old-fused-square-down", "fused experts, transposed, by version"},
+    {"per-expert", "attention, dense mlp, per-expert"},
+    {"per-expert-ranks", "dense mlp, per-expert"},
+};
+
+struct golden {
+    struct adapter_base base;
+    uint8_t is_moe[16];
+    struct reader *reader;
+    struct safetensors *file;
+};
+
+static uint32_t field(const struct json *root, const char *key)
+{
+    uint32_t value = 0;
+    (void)json_as_u32(json_find(root, key), &value);
+    return value;
+}
+
+static void base_read(struct golden *golden, const char *name, enum dtype dtype)
+{
+    char directory[512], *text;
+    size_t bytes;
+    struct json *root;
+    (void)snprintf(directory, sizeof directory, "%s/%s", GOLDEN, name);
+    assert_int_equal(reader_slurp_in(directory, "config.json", 1 << 20, &text, &bytes, NULL),
+                     STATUS_OK);
+    assert_int_equal(json_parse("config.json", text, bytes, NULL, &root, NULL), STATUS_OK);
+    golden->base = (struct adapter_base){.layers = field(root, "num_hidden_layers"),
+                                         .hidden = field(root, "hidden_size"),
+                                         .heads = field(root, "num_attention_heads"),
+                                         .kv_heads = field(root, "num_key_value_heads"),
+                                         .head_dim = field(root, "head_dim"),
+                                         .intermediate = field(root, "intermediate_size"),
+                                         .experts = field(root, "num_local_experts"),
+                                         .moe_intermediate = field(root, "moe_intermediate_size"),
+                                         .is_moe = golden->is_moe,
+                                         .dtype = dtype};
+    memset(golden->is_moe, golden->base.experts != 0, sizeof golden->is_moe);
+    const struct json *dense = json_find(root, "mlp_only_layers");
+    for (size_t i = 0; i < json_count(dense); i++) {
+        uint32_t layer;
+        assert_true(json_as_u32(json_at(dense, i), &layer) && layer < 16);
+        golden->is_moe[layer] = 0;
+    }
+    json_free(root);
+    free(text);
+}
+
+static void golden_open(struct golden *golden, const char *name, enum dtype dtype)
+{
+    char path[512];
+    struct fault fault;
+    (void)snprintf(path, sizeof path, "%s/%s/golden.safetensors", GOLDEN, name);
+    assert_int_equal(reader_open(path, &golden->reader, &fault), STATUS_OK);
+    assert_int_equal(safetensors_open(golden->reader, path, &golden->file, &fault), STATUS_OK);
+    base_read(golden, safetensors_metadata(golden->file, "base"), dtype);
+}
+
+static void golden_close(struct golden *golden)
+{
+    safetensors_close(golden->file);
+    reader_close(golden->reader);
+}
+
+// "delta:model.layers.2.mlp.experts.3.gate_proj"
+static const struct lora_pair *pair_named(const struct lora_adapter_view *view, const char *name)
+{
+    static const char *const words[] = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
+                                        "gate_proj", "up_proj", "down_proj"};
+    unsigned layer, expert = 0;
+    const char *word = strrchr(name, '.') + 1, *experts = strstr(name, ".experts.");
+    assert_int_equal(sscanf(name, "delta:model.layers.%u", &layer), 1);
+    if (experts)
+        assert_int_equal(sscanf(experts, ".experts.%u", &expert), 1);
+    for (int m = 0; m < LORA_MODULES; m++)
+        if (strcmp(word, words[m]) == 0)
+            return lora_pair_at(view, layer, (enum lora_module)m, expert);
+    fail_msg("no module in %s", name);
+    return NULL;
+}
+
+// Largest |scale * B A - golden| over what rounding allows.
+static double delta_compare(const struct tool_rig *rig, const struct golden *golden,
+                            const struct lora_adapter_view *view, const struct tensor *tensor)
+{
+    const struct lora_pair *pair = pair_named(view, tensor->name);
+    float *want = malloc(tensor->elements * sizeof *want);
+    // two roundings to 8 bits
+    double worst = 0, unit = golden->base.dtype == DTYPE_F32 ? 1e-6 : 1.01 / 128;
+    assert_non_null(want);
+    assert_int_equal(safetensors_read_f32(golden->file, tensor, 0, want, tensor->elements, NULL),
+                     STATUS_OK);
+    assert_true(pair->a.rank && pair->a.rank == pair->b.rank);
+    for (uint32_t o = 0; o < tensor->shape[0]; o++)
+        for (uint32_t i = 0; i < tensor->shape[1]; i++) {
+            double sum = 0, size = 0;
+            for (uint32_t j = 0; j < pair->a.rank; j++) {
+                double a = tool_element(rig, &golden->base, view, &pair->a, j, i);
+                double b = tool_element(rig, &golden->base, view, &pair->b, j, o);
+                sum += a * b;
+                size += fabs(a * b);
+            }
+            double off = fabs((double)pair->scale * sum - (double)want[o * tensor->shape[1] + i]);
+            double allowed = unit * fabs((double)pair->scale) * size + 1e-7;
+            assert_true(off == off);
+            worst = fmax(worst, off / allowed);
+        }
+    free(want);
+    return worst;
+}
+
+static void case_run(const char *name, const char *layout, enum dtype dtype, const char *scratch)
+{
+    struct golden golden = {.file = NULL};
+    struct adapter_report report;
+    struct fault fault = {.text = ""};
+    struct tool_rig rig;
+    char directory[512], store[512];
+    double worst = 0;
+    uint32_t deltas = 0;
+    adapter_id id;
+    golden_open(&golden, name, dtype);
+    (void)snprintf(directory, sizeof directory, "%s/%s/adapter", GOLDEN, name);
+    (void)snprintf(store, sizeof store, "%s/%s.adapter", scratch, name);
+    if (adapter_convert(directory, &golden.base, 32768, store, &report, &fault))
+        fail_msg("%s: %s", name, fault.text);
+    assert_string_equal(report.layout, layout);
+    assert_int_equal(report.matrices_applied, atoi(safetensors_metadata(golden.file, "applied")));
+    assert_int_equal(adapter_verify(store, &golden.base, 32768, &fault), STATUS_OK);
+    tool_rig_make(&rig, &golden.base, 32768, 64, 64, 4);
+    if (adapter_register(rig.adapters, name, store, 1, &id, &fault))
+        fail_msg("%s: %s", name, fault.text);
+    assert_int_equal(adapter_fetch(rig.adapters, id, COPY_STANDARD, COPY_ADAPTER), STATUS_OK);
+    tool_rig_settle(&rig);
+    assert_true(adapter_is_resident(rig.adapters, id));
+    const struct lora_adapter_view *view =
+        &adapters_views(rig.adapters)[adapter_view_index(rig.adapters, id)];
+    for (size_t i = 0; i < safetensors_count(golden.file); i++) {
+        const struct tensor *tensor = safetensors_at(golden.file, i);
+        if (strncmp(tensor->name, "delta:", 6) != 0)
+            continue;
+        double off = delta_compare(&rig, &golden, view, tensor);
+        if (off > 1)
+            fail_msg("%s, %s: off by %.3g of what rounding allows", name, tensor->name, off);
+        worst = fmax(worst, off);
+        deltas++;
+    }
+    (void)printf("%-26s %s %3u of %3u matrices, %u compared, worst %.2f of the bound; %s; %s\n",
+                 name, dtype == DTYPE_F32 ? "f32 " : "bf16", report.matrices_applied,
+                 report.matrices_possible, deltas, worst, report.layout,
+                 safetensors_metadata(golden.file, "writer"));
+    assert_true(deltas > 0);
+    tool_rig_clear(&rig);
+    golden_close(&golden);
+}
+
+static void test_adapters_golden_f32(void **state)
+{
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        case_run(cases[i].name, cases[i].layout, DTYPE_F32, *state);
+}
+
+static void test_adapters_golden_bf16(void **state)
+{
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        case_run(cases[i].name, cases[i].layout, DTYPE_BF16, *state);
+}
+
+static int setup(void **state)
+{
+    *state = tool_scratch();
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    tool_scratch_remove(*state);
+    return 0;
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_adapters_golden_f32),
+        cmocka_unit_test(test_adapters_golden_bf16),
+    };
+    return cmocka_run_group_tests_name("adapters_golden", tests, setup, teardown);
+}
