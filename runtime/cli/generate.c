@@ -16,8 +16,7 @@ enum { PROMPT_BYTES_MAX = 4 << 20 };
 
 static enum status read_prompt(const struct settings *s, char **out, size_t *bytes, struct fault *fault)
 {
-    if (s->prompt_file)
-    {
+    if (s->prompt_file) {
         struct reader *reader = NULL;
         enum status status = reader_open(s->prompt_file, &reader, fault);
         if (status)
@@ -132,7 +131,7 @@ static int listen(const struct settings *s, struct engine_port *port)
     }
 }
 
-static int ask(const struct settings *s, struct tokenizer *tokenizer, struct stack *stack,
+static int ask(const struct settings *s, struct wire_text *text, struct stack *stack,
                struct fault *fault)
 {
     char *prompt = NULL;
@@ -143,7 +142,7 @@ static int ask(const struct settings *s, struct tokenizer *tokenizer, struct sta
         return complain(fault);
     size_t max = prompt_bytes + 16;
     int32_t *tokens = malloc(max * sizeof *tokens);
-    enum status status = tokens ? wire_encode(tokenizer, prompt, prompt_bytes, tokens, max, &count)
+    enum status status = tokens ? wire_encode(text, prompt, prompt_bytes, tokens, max, &count)
                                 : STATUS_NO_MEMORY;
     if (status)
         (void)fault_set(fault, status, "the prompt could not be turned into tokens.");
@@ -166,16 +165,16 @@ static int ask(const struct settings *s, struct tokenizer *tokenizer, struct sta
 int command_generate(const struct settings *settings)
 {
     struct fault fault = {.text = ""};
-    struct tokenizer *tokenizer = NULL;
+    struct wire_text text = {0};
     struct stack *stack = NULL;
-    if (wire_tokenizer(settings, &tokenizer, &fault))
+    if (wire_text_load(settings, &text, &fault))
         return complain(&fault);
     int code = EXIT_FAILED;
-    if (wire_stack(settings, tokenizer, 1, &stack, &fault))
+    if (wire_stack(settings, text.tokenizer, 1, &stack, &fault))
         (void)complain(&fault);
     else
-        code = ask(settings, tokenizer, stack, &fault);
+        code = ask(settings, &text, stack, &fault);
     stack_destroy(stack);
-    tokenizer_free(tokenizer);
+    wire_text_clear(&text);
     return code;
 }

@@ -17,21 +17,21 @@ enum { ADDRESS_ROOM = 300 };
 
 struct face {
     struct stack *stack;
-    struct tokenizer *tokenizer;
+    struct wire_text text;
 };
 
 static enum status encode(void *context, const char *text, size_t bytes, int32_t *out, size_t max,
                           size_t *count)
 {
-    const struct face *face = context;
-    return wire_encode(face->tokenizer, text, bytes, out, max, count);
+    struct face *face = context;
+    return wire_encode(&face->text, text, bytes, out, max, count);
 }
 
 static enum status decode(void *context, const int32_t *tokens, size_t count, char *out, size_t max,
                           size_t *bytes)
 {
     const struct face *face = context;
-    return wire_decode(face->tokenizer, tokens, count, out, max, bytes);
+    return wire_decode(&face->text, tokens, count, out, max, bytes);
 }
 
 static enum status convert(void *context, const char *directory, const char *store_path, char *report,
@@ -176,15 +176,15 @@ int command_serve(const struct settings *settings)
     uint32_t tenants = settings->tenants ? TENANTS_MAX : 1, listed;
     if (settings->tenants && count_tenants(settings->tenants, &listed, &fault))
         return complain(&fault);
-    if (wire_tokenizer(settings, &face.tokenizer, &fault))
+    if (wire_text_load(settings, &face.text, &fault))
         return complain(&fault);
     int code = EXIT_FAILED;
-    if (wire_stack(settings, face.tokenizer, tenants, &face.stack, &fault))
+    if (wire_stack(settings, face.text.tokenizer, tenants, &face.stack, &fault))
         (void)complain(&fault);
     else
         code = serve_stack(settings, &face, &fault);
     stack_destroy(face.stack);
-    tokenizer_free(face.tokenizer);
+    wire_text_clear(&face.text);
     return code;
 }
 

@@ -7,9 +7,21 @@
 #include "runtime/engine/stack.h"
 #include "runtime/tokenizer/tokenizer.h"
 
-// Loads <model>/tokenizer.json.
-MUST_USE enum status wire_tokenizer(const struct settings *settings, struct tokenizer **out,
+// A tokenizer with the working memory of one thread.
+struct wire_text {
+    struct tokenizer *tokenizer;
+    struct token_scratch *scratch;
+    struct token_list list;
+};
+
+// Loads <model>/tokenizer.json. wire_text_clear frees.
+MUST_USE enum status wire_text_load(const struct settings *settings, struct wire_text *out,
                                     struct fault *fault);
+void wire_text_clear(struct wire_text *text);
+MUST_USE enum status wire_encode(struct wire_text *text, const char *bytes, size_t count,
+                                 int32_t *out, size_t max, size_t *tokens);
+MUST_USE enum status wire_decode(const struct wire_text *text, const int32_t *tokens, size_t count,
+                                 char *out, size_t max, size_t *bytes);
 // Fills stack options from settings; `state` holds the expanded state directory and outlives them.
 MUST_USE enum status wire_stack_options(const struct settings *settings,
                                         const struct tokenizer *tokenizer, char *state,

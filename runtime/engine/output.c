@@ -8,7 +8,7 @@
 #include "base/check.h"
 #include "runtime/engine/internal.h"
 
-enum { PIECE_MAX = 1024 };
+enum { PIECE_MAX = 3200 }; // one token's text: 1024 bytes, each at worst a U+FFFD of 3
 
 bool output_event(struct engine *engine, const void *record, size_t bytes)
 {
