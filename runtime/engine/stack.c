@@ -16,6 +16,7 @@
 
 struct stack {
     struct stack_options options;
+    char state_directory[ENGINE_PATH]; // what options.state_directory points at
     struct device *device;
     struct model *model;
     struct copy_queues *copies;
@@ -336,6 +337,8 @@ enum status stack_create(const struct stack_options *options, struct stack **out
     if (!s)
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory.");
     s->options = *options;
+    (void)snprintf(s->state_directory, sizeof s->state_directory, "%s", options->state_directory);
+    s->options.state_directory = s->state_directory;
     enum status status = build(s, fault);
     if (status) {
         stack_destroy(s);
@@ -522,6 +525,8 @@ uint32_t stack_load_adapters(struct stack *stack)
                        entry->d_name);
         struct fault fault = {.text = ""};
         adapter_id id;
+        if (adapter_name_is_valid(name) && !adapter_find(stack->adapters, name, &id))
+            continue; // the command line has just converted it
         if (!adapter_name_is_valid(name) ||
             adapter_register(stack->adapters, name, path, stack->options.tenants_max, &id, &fault))
             log_line(LOG_WARN, "the adapter store %s was left alone: %s", path, fault.text);
