@@ -1,0 +1,250 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Goldens of LoRA adapters: tiny random bases, adapters as PEFT writes them, and what transformers + PEFT answer.
+
+    python3 -m venv V && V/bin/pip install torch transformers==5.17.0 peft==0.21.2
+    V/bin/python tools/goldens/adapters.py            bases, and the cases of today's writer
+    (peft==0.18.1 in the same place)                  the cases of writer "old": fused parameters, transposed order
+    (transformers==4.57.1 peft==0.18.0 in another)    the cases of writer "v4": one matrix per expert
+
+Every run makes the cases that its versions can write and leaves the rest alone. Written per case, in
+tests/golden/adapters/NAME/:
+    adapter/             adapter_config.json and adapter_model.safetensors, untouched
+    golden.safetensors   tokens.I (I32), logits.I (F32 [tokens, vocab]) for I = 0, 1, made in float32
+                         delta:MATRIX (F32 [out, in]): the effective change of the matrix
+                         __metadata__: base, writer, applied (matrices with LoRA), layout
+The bases are in tests/golden/adapters/base-*/ (config.json, model.safetensors, tokenizer.json), with a
+golden.safetensors of their own (tokens.I, logits.I); every writer's versions must agree with it.
+"""
+
+import json
+import math
+import pathlib
+import shutil
+import sys
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+ROOT = pathlib.Path(__file__).resolve().parents[2] / "tests/golden/adapters"
+VOCAB = 80
+IS_V5 = transformers.__version__.startswith("5")
+PEFT = tuple(int(part) for part in peft.__version__.split(".")[:3])
+WRITER = "v4" if not IS_V5 else "old" if PEFT < (0, 19, 1) else "new"
+
+COMMON = dict(vocab_size=VOCAB, max_position_embeddings=64, rope_theta=10000.0, rms_norm_eps=1e-6,
+              bos_token_id=None, eos_token_id=0, pad_token_id=None, dtype="float32")
+MOE = dict(COMMON, num_experts_per_tok=2, norm_topk_prob=True, decoder_sparse_step=1)
+BASES = {
+    # layer 1 is dense; nothing is square; q is narrower than hidden
+    "base-moe": dict(MOE, hidden_size=40, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1,
+                     head_dim=12, num_experts=5, moe_intermediate_size=24, intermediate_size=56,
+                     mlp_only_layers=[1], tie_word_embeddings=True),
+    # 2I = H: gate_up_proj is square
+    "base-square-gate-up": dict(MOE, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                num_key_value_heads=2, head_dim=16, num_experts=4, moe_intermediate_size=16,
+                                intermediate_size=32, mlp_only_layers=[], tie_word_embeddings=True),
+    # I = H: down_proj is square
+    "base-square-down": dict(MOE, hidden_size=24, num_hidden_layers=2, num_attention_heads=2,
+                             num_key_value_heads=1, head_dim=8, num_experts=3, moe_intermediate_size=24,
+                             intermediate_size=24, mlp_only_layers=[], tie_word_embeddings=True),
+    "base-dense": dict(COMMON, hidden_size=44, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                       head_dim=16, intermediate_size=52, tie_word_embeddings=False),
+}
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+
+# name: (writer, base, LoraConfig arguments)
+CASES = {
+    "attention": ("new", "base-moe", dict(r=8, lora_alpha=16, target_modules=ATTENTION)),
+    "rank-1": ("new", "base-dense", dict(r=1, lora_alpha=3, target_modules=["q_proj", "v_proj"])),
+    "dense-all-linear": ("new", "base-dense", dict(r=33, lora_alpha=17, target_modules="all-linear")),
+    "patterns": ("new", "base-dense", dict(
+        r=5, lora_alpha=10, target_modules=ATTENTION + MLP,
+        rank_pattern={"layers.0.self_attn.q_proj": 7, r".*\.1\.mlp\.(gate|up)_proj": 3, "v_proj": 11},
+        alpha_pattern={r"^model\.layers\.2\..*": 1.5, "o_proj": 40})),
+    "rslora": ("new", "base-dense", dict(r=9, lora_alpha=6, use_rslora=True, target_modules=ATTENTION + MLP,
+                                         rank_pattern={"down_proj": 4})),
+    "regex": ("new", "base-moe", dict(r=6, lora_alpha=12,
+                                      target_modules=r"model\.layers\.[02]\.self_attn\.(q|o)_proj")),
+    "layers": ("new", "base-dense", dict(r=3, lora_alpha=12, target_modules=ATTENTION + MLP,
+                                         layers_to_transform=[0, 2], layers_pattern="layers")),
+    "exclude": ("new", "base-dense", dict(r=4, lora_alpha=4, target_modules=ATTENTION + MLP,
+                                          exclude_modules=["k_proj", "layers.1.mlp.up_proj"])),
+    "fused": ("new", "base-moe", dict(r=4, lora_alpha=9, target_modules=ATTENTION,
+                                      target_parameters=[GATE_UP, DOWN])),
+    "fused-reversed": ("new", "base-moe", dict(r=3, lora_alpha=6, target_modules=[],
+                                               target_parameters=[DOWN, GATE_UP])),
+    "fused-ranks": ("new", "base-moe", dict(r=2, lora_alpha=6, target_modules=["q_proj"],
+                                            target_parameters=[GATE_UP, DOWN],
+                                            rank_pattern={GATE_UP: 7, r".*\.2\.mlp\.experts\.down_proj": 5},
+                                            alpha_pattern={"gate_up_proj": 21})),
+    "fused-gate-up": ("new", "base-moe", dict(r=5, lora_alpha=5, target_modules=[], target_parameters=[GATE_UP])),
+    "fused-down": ("new", "base-moe", dict(r=5, lora_alpha=5, use_rslora=True, target_modules=[],
+                                           target_parameters=[DOWN])),
+    "fused-square-gate-up": ("new", "base-square-gate-up", dict(
+        r=3, lora_alpha=8, target_modules=[], target_parameters=[GATE_UP])),
+    "fused-square-both": ("new", "base-square-gate-up", dict(
+        r=3, lora_alpha=8, target_modules=ATTENTION, target_parameters=[GATE_UP, DOWN])),
+    "fused-square-down": ("new", "base-square-down", dict(
+        r=4, lora_alpha=8, target_modules=[], target_parameters=[DOWN])),
+    # old names on transformers 5: PEFT turns them into target_parameters of twice the rank
+    "converted": ("new", "base-moe", dict(r=4, lora_alpha=8, target_modules=ATTENTION + MLP, no_dense=True)),
+    "old-fused": ("old", "base-moe", dict(r=4, lora_alpha=9, target_modules=ATTENTION,
+                                          target_parameters=[GATE_UP, DOWN])),
+    "old-fused-down": ("old", "base-moe", dict(r=7, lora_alpha=7, target_modules=[], target_parameters=[DOWN])),
+    "old-fused-square-gate-up": ("old", "base-square-gate-up", dict(
+        r=3, lora_alpha=8, target_modules=[], target_parameters=[GATE_UP])),
+    "old-fused-square-both": ("old", "base-square-gate-up", dict(
+        r=3, lora_alpha=8, target_modules=[], target_parameters=[GATE_UP, DOWN])),
+    "old-fused-square-down": ("old", "base-square-down", dict(
+        r=4, lora_alpha=8, target_modules=[], target_parameters=[DOWN])),
+    "per-expert": ("v4", "base-moe", dict(r=4, lora_alpha=8, target_modules=ATTENTION + MLP)),
+    "per-expert-ranks": ("v4", "base-moe", dict(
+        r=2, lora_alpha=3, target_modules=MLP,
+        rank_pattern={r"experts\.3\.gate_proj": 9, "layers.2.mlp.experts.0.down_proj": 5, "layers.1.mlp.up_proj": 13},
+        alpha_pattern={"down_proj": 7})),
+}
+
+
+def make_tokenizer(path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, decoders
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<|end|>"] + alphabet
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words[:VOCAB])}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(path))
+
+
+def make_base(name, seed):
+    path = ROOT / name
+    torch.manual_seed(seed)
+    arguments = BASES[name]
+    kind = "Qwen3Moe" if "num_experts" in arguments else "Qwen3"
+    config = getattr(transformers, kind + "Config")(**arguments)
+    model = getattr(transformers, kind + "ForCausalLM")(config)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+            else:
+                parameter.copy_(torch.randn_like(parameter) / math.sqrt(parameter.shape[-1]) * 1.3)
+    shutil.rmtree(path, ignore_errors=True)
+    model.save_pretrained(path)
+    (path / "model.safetensors").chmod(0o644)
+    make_tokenizer(path / "tokenizer.json")
+    model, tensors = load_base(name), {}
+    for i, tokens in sequences():
+        tensors[f"tokens.{i}"] = tokens[0].to(torch.int32)
+        tensors[f"logits.{i}"] = logits_of(model, tokens)
+    save_file(tensors, path / "golden.safetensors", metadata={"base": name})
+
+
+def sequences():
+    for i, length in enumerate((7, 12)):
+        yield i, torch.randint(1, VOCAB, (1, length), generator=torch.Generator().manual_seed(100 + i))
+
+
+def logits_of(model, tokens):
+    with torch.no_grad():
+        return model(tokens).logits[0].float()
+
+
+def load_base(name):
+    kind = "Qwen3MoeForCausalLM" if "num_experts" in BASES[name] else "Qwen3ForCausalLM"
+    # The configuration is given, because versions 4 and 5 name its fields differently.
+    config = getattr(transformers, kind.removesuffix("ForCausalLM") + "Config")(**BASES[name])
+    model = getattr(transformers, kind).from_pretrained(ROOT / name, config=config, dtype=torch.float32,
+                                                        attn_implementation="eager")
+    return model.eval()
+
+
+def deltas(model):
+    """Effective change of every matrix, (out, in), by its name in the checkpoint."""
+    out = {}
+    for name, module in model.named_modules():
+        if not hasattr(module, "lora_A") or "default" not in module.lora_A:
+            continue
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        delta = module.get_delta_weight("default").detach().float()
+        if delta.dim() == 2:
+            out[name] = delta
+            continue
+        parameter = module.parameter_name
+        for e in range(delta.shape[0]):
+            if parameter == "down_proj":
+                out[f"{name}.{e}.down_proj"] = delta[e]
+            else:
+                half = delta.shape[1] // 2
+                out[f"{name}.{e}.gate_proj"] = delta[e, :half]
+                out[f"{name}.{e}.up_proj"] = delta[e, half:]
+    return out
+
+
+def kept(name):
+    """Which deltas are committed: all of them would be 10 times the size."""
+    layer = int(name.split(".")[2])
+    expert = int(name.split(".")[5]) if ".experts." in name else 0
+    return layer in (0, 2) and expert in (0, 3)
+
+
+def make_case(name, seed):
+    writer, base, arguments = CASES[name]
+    path = ROOT / name
+    arguments = dict(arguments)
+    torch.manual_seed(seed)
+    if arguments.pop("no_dense", False):
+        arguments["exclude_modules"] = ["layers.1.mlp." + word for word in MLP]
+    model = get_peft_model(load_base(base), LoraConfig(task_type="CAUSAL_LM", bias="none", **arguments)).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    model.save_pretrained(path / "adapter")
+    (path / "adapter/README.md").unlink(missing_ok=True)
+    settings = json.loads((path / "adapter/adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = base  # no path of this machine
+    (path / "adapter/adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
+    # What a reader of the files gets, not what is in memory.
+    model = peft.PeftModel.from_pretrained(load_base(base), path / "adapter").eval()
+    found = deltas(model)
+    tensors = {"delta:" + key: value.contiguous() for key, value in found.items() if kept(key)}
+    plain = load_file(ROOT / base / "golden.safetensors")
+    for i, tokens in sequences():
+        logits = logits_of(model, tokens)
+        with model.disable_adapter():
+            off = float((logits_of(model, tokens) - plain[f"logits.{i}"]).abs().max())
+        assert off < 1e-4, (name, off)
+        difference = float((logits - plain[f"logits.{i}"]).abs().max())
+        assert difference > 0.05, (name, difference)
+        tensors[f"tokens.{i}"] = tokens[0].to(torch.int32)
+        tensors[f"logits.{i}"] = logits
+    save_file(tensors, path / "golden.safetensors", metadata={
+        "base": base, "writer": f"peft {peft.__version__}, transformers {transformers.__version__}",
+        "applied": str(len(found))})
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    print(f"{name}: {len(found)} matrices, logits moved by {difference:.3f}, {size} bytes")
+
+
+def main():
+    chosen = sys.argv[1:]
+    print(f"writer {WRITER}: peft {peft.__version__}, transformers {transformers.__version__}")
+    if WRITER == "new" and not chosen:
+        for seed, name in enumerate(BASES):
+            make_base(name, seed)
+    for seed, (name, case) in enumerate(CASES.items()):
+        if case[0] == WRITER and (not chosen or name in chosen):
+            make_case(name, 1000 + seed)
+
+
+if __name__ == "__main__":
+    main()
