@@ -115,7 +115,7 @@ static void settle(struct experts *experts)
         if (entry->hold) {
             enum status status = pool_fetch_status(pool, entry->object);
             enum status *first = &experts->gate_status[layer_of(experts, index)];
-            if (!*first)
+            if (!*first || *first == STATUS_FULL)
                 *first = status ? status : STATUS_IO;
         }
     }
@@ -412,11 +412,20 @@ bool experts_gate_ready(struct experts *experts, uint32_t layer, enum status *st
 {
     pool_poll(experts->options.pool);
     settle(experts);
-    for (uint32_t i = 0; i < experts->held_count; i++)
-        if (layer_of(experts, experts->held[i]) == layer &&
-            experts->entries[experts->held[i]].state == FETCHING)
+    uint32_t arrived = 0;
+    for (uint32_t i = 0; i < experts->held_count; i++) {
+        if (layer_of(experts, experts->held[i]) != layer)
+            continue;
+        const struct entry *entry = &experts->entries[experts->held[i]];
+        if (entry->state == FETCHING)
             return false;
+        arrived += entry->state == RESIDENT;
+    }
+    // A fetch that the pool gave up for want of host pages comes with the next round, if others
+    // arrived.
     *status = experts->gate_status[layer];
+    if (*status == STATUS_FULL && arrived)
+        *status = STATUS_OK;
     return true;
 }
 
