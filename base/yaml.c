@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Builds the tree of base/yaml.h from libyaml's events.
 //
-//   bytes -> libyaml (scanner, parser) -> one event at a time -> node_new + stack of open collections
+//   bytes -> libyaml (scanner, parser) -> one event at a time -> node_new + stack of open
+//   collections
 //
 // Owns: the limits, and what is refused. Does not own: the meaning of any key.
-// Invariants: 1. the stack of open collections never exceeds YAML_DEPTH_MAX, so freeing may recurse.
-// 2. A node is linked into its parent as soon as it exists: on any failure yaml_tree_free(tree) frees all.
+// Invariants: 1. the stack of open collections never exceeds YAML_DEPTH_MAX, so freeing may
+// recurse.
+// 2. A node is linked into its parent as soon as it exists: on any failure yaml_tree_free(tree)
+// frees all.
 // 3. Work is bounded: duplicate keys are found by sorting a closed map, not by comparing all pairs.
 #include "base/yaml.h"
 
@@ -60,7 +63,8 @@ static enum status out_of_memory(const struct builder *b)
     return fault_set(b->fault, STATUS_NO_MEMORY, "out of memory while reading %s.", b->tree->name);
 }
 
-// ---- building -------------------------------------------------------------------------------------
+// ---- building
+// -------------------------------------------------------------------------------------
 
 static enum status link_node(struct builder *b, struct yaml_node *node)
 {
@@ -179,8 +183,10 @@ static enum status check_duplicates(const struct builder *b, const struct yaml_n
     enum status status = STATUS_OK;
     for (size_t i = 1; i < map->count && !status; i++) {
         if (!strcmp(sorted[i - 1]->key, sorted[i]->key))
-            status = yaml_node_fault(sorted[i], b->fault, "the key \"%.64s\" is there twice (first in "
-                                     "line %d).", sorted[i]->key, sorted[i - 1]->line);
+            status = yaml_node_fault(sorted[i], b->fault,
+                                     "the key \"%.64s\" is there twice (first in "
+                                     "line %d).",
+                                     sorted[i]->key, sorted[i - 1]->line);
     }
     free(sorted);
     return status;
@@ -268,8 +274,9 @@ enum status yaml_tree_parse(const char *name, const char *text, size_t bytes,
                             struct yaml_tree **out, struct fault *fault)
 {
     if (bytes > YAML_BYTES_MAX)
-        return fault_set(fault, STATUS_INVALID, "%s:1:1: the file has %zu bytes; at most %d are read.",
-                         name, bytes, YAML_BYTES_MAX);
+        return fault_set(fault, STATUS_INVALID,
+                         "%s:1:1: the file has %zu bytes; at most %d are read.", name, bytes,
+                         YAML_BYTES_MAX);
     struct yaml_tree *tree = calloc(1, sizeof *tree);
     if (!tree)
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory while reading %s.", name);
@@ -280,7 +287,8 @@ enum status yaml_tree_parse(const char *name, const char *text, size_t bytes,
         struct yaml_node *empty = tree->root ? tree->root : calloc(1, sizeof *empty);
         if (empty) {
             free(empty->text);
-            *empty = (struct yaml_node){.tree = tree, .kind = YAML_KIND_MAP, .line = 1, .column = 1};
+            *empty =
+                (struct yaml_node){.tree = tree, .kind = YAML_KIND_MAP, .line = 1, .column = 1};
             tree->root = empty;
         } else {
             status = out_of_memory(&b);
@@ -302,8 +310,10 @@ enum status yaml_tree_load(const char *path, struct yaml_tree **out, struct faul
         return status;
     char *text = NULL;
     if (reader->size > YAML_BYTES_MAX) {
-        status = fault_set(fault, STATUS_INVALID, "%s:1:1: the file has %llu bytes; at most %d are "
-                           "read.", path, (unsigned long long)reader->size, YAML_BYTES_MAX);
+        status = fault_set(fault, STATUS_INVALID,
+                           "%s:1:1: the file has %llu bytes; at most %d are "
+                           "read.",
+                           path, (unsigned long long)reader->size, YAML_BYTES_MAX);
         goto done;
     }
     size_t bytes = (size_t)reader->size;
@@ -344,7 +354,8 @@ void yaml_tree_free(struct yaml_tree *tree)
     free(tree);
 }
 
-// ---- reading --------------------------------------------------------------------------------------
+// ---- reading
+// --------------------------------------------------------------------------------------
 
 const struct yaml_node *yaml_tree_root(const struct yaml_tree *tree)
 {
@@ -398,7 +409,8 @@ const struct yaml_node *yaml_node_get(const struct yaml_node *map, const char *k
     return NULL;
 }
 
-enum status yaml_node_fault(const struct yaml_node *node, struct fault *fault, const char *format, ...)
+enum status yaml_node_fault(const struct yaml_node *node, struct fault *fault, const char *format,
+                            ...)
 {
     if (!fault)
         return STATUS_INVALID;
@@ -407,8 +419,8 @@ enum status yaml_node_fault(const struct yaml_node *node, struct fault *fault, c
     va_start(list, format);
     (void)vsnprintf(text, sizeof text, format, list);
     va_end(list);
-    return fault_set(fault, STATUS_INVALID, "%s:%d:%d: %s", node->tree->name, node->line, node->column,
-                     text);
+    return fault_set(fault, STATUS_INVALID, "%s:%d:%d: %s", node->tree->name, node->line,
+                     node->column, text);
 }
 
 static const char *label(const struct yaml_node *node)
@@ -434,9 +446,9 @@ enum status yaml_node_u64(const struct yaml_node *node, uint64_t min, uint64_t m
                !__builtin_add_overflow(value, (uint64_t)(*at - '0'), &value);
     }
     if (!good || value < min || value > max)
-        return yaml_node_fault(node, fault, "%s must be a whole number from %llu to %llu; it is %.64s.",
-                               label(node), (unsigned long long)min, (unsigned long long)max,
-                               shown(node));
+        return yaml_node_fault(
+            node, fault, "%s must be a whole number from %llu to %llu; it is %.64s.", label(node),
+            (unsigned long long)min, (unsigned long long)max, shown(node));
     *out = value;
     return STATUS_OK;
 }
@@ -478,8 +490,8 @@ enum status yaml_node_string(const struct yaml_node *node, size_t bytes_max, con
     if (node->kind != YAML_KIND_SCALAR || yaml_node_is_null(node) || !*node->text)
         return yaml_node_fault(node, fault, "%s must be a text.", label(node));
     if (strlen(node->text) > bytes_max)
-        return yaml_node_fault(node, fault, "%s has %zu bytes; at most %zu are allowed.", label(node),
-                               strlen(node->text), bytes_max);
+        return yaml_node_fault(node, fault, "%s has %zu bytes; at most %zu are allowed.",
+                               label(node), strlen(node->text), bytes_max);
     *out = node->text;
     return STATUS_OK;
 }
@@ -498,7 +510,8 @@ enum status yaml_map_double(const struct yaml_node *map, const char *key, double
     return node ? yaml_node_double(node, min, max, out, fault) : STATUS_OK;
 }
 
-enum status yaml_map_bool(const struct yaml_node *map, const char *key, bool *out, struct fault *fault)
+enum status yaml_map_bool(const struct yaml_node *map, const char *key, bool *out,
+                          struct fault *fault)
 {
     const struct yaml_node *node = yaml_node_get(map, key);
     return node ? yaml_node_bool(node, out, fault) : STATUS_OK;
@@ -511,8 +524,8 @@ enum status yaml_map_string(const struct yaml_node *map, const char *key, size_t
     return node ? yaml_node_string(node, bytes_max, out, fault) : STATUS_OK;
 }
 
-enum status yaml_map_list(const struct yaml_node *map, const char *key, const struct yaml_node **out,
-                          struct fault *fault)
+enum status yaml_map_list(const struct yaml_node *map, const char *key,
+                          const struct yaml_node **out, struct fault *fault)
 {
     const struct yaml_node *node = yaml_node_get(map, key);
     *out = node;
@@ -537,7 +550,8 @@ enum status yaml_map_known(const struct yaml_node *node, const char *const *know
         size_t used = 0;
         list[0] = 0;
         for (k = 0; k < count && used < sizeof list - 1; k++)
-            used += (size_t)snprintf(list + used, sizeof list - used, "%s%s", k ? ", " : "", known[k]);
+            used +=
+                (size_t)snprintf(list + used, sizeof list - used, "%s%s", k ? ", " : "", known[k]);
         return yaml_node_fault(value, fault, "unknown key \"%.64s\"; known: %s.", value->key, list);
     }
     return STATUS_OK;

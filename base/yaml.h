@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Strict YAML: the part of YAML 1.1 that people write into configuration files, as a read-only tree whose
-// nodes know their line. Refused with a sentence: anchors, aliases, tags, directives, several documents,
-// duplicate keys, keys that are not scalars, NUL in a scalar, nesting deeper than YAML_DEPTH_MAX, more than
-// YAML_BYTES_MAX bytes or YAML_NODES_MAX nodes. Every sentence begins "file:line:column: ".
+// Strict YAML: the part of YAML 1.1 that people write into configuration files, as a read-only tree
+// whose nodes know their line. Refused with a sentence: anchors, aliases, tags, directives, several
+// documents, duplicate keys, keys that are not scalars, NUL in a scalar, nesting deeper than
+// YAML_DEPTH_MAX, more than YAML_BYTES_MAX bytes or YAML_NODES_MAX nodes. Every sentence begins
+// "file:line:column: ".
 //
-// Scalars keep their text; a getter decides what they mean. Unquoted true/false are the only booleans,
-// unquoted decimal digits the only integers, so `no`, `0x10` and "5" are never taken for something else.
-// Any one thread at a time; a finished tree may be read by many.
+// Scalars keep their text; a getter decides what they mean. Unquoted true/false are the only
+// booleans, unquoted decimal digits the only integers, so `no`, `0x10` and "5" are never taken for
+// something else. Any one thread at a time; a finished tree may be read by many.
 #ifndef POLDER_BASE_YAML_H
 #define POLDER_BASE_YAML_H
 
@@ -23,8 +24,8 @@ enum yaml_kind { YAML_KIND_SCALAR, YAML_KIND_LIST, YAML_KIND_MAP };
 struct yaml_tree;
 struct yaml_node;
 
-// `name` is only used in sentences; `text` is not kept. An empty document gives an empty map as root.
-// STATUS_INVALID with a sentence for anything refused. The caller frees with yaml_tree_free.
+// `name` is only used in sentences; `text` is not kept. An empty document gives an empty map as
+// root. STATUS_INVALID with a sentence for anything refused. The caller frees with yaml_tree_free.
 MUST_USE enum status yaml_tree_parse(const char *name, const char *text, size_t bytes,
                                      struct yaml_tree **out, struct fault *fault);
 MUST_USE enum status yaml_tree_load(const char *path, struct yaml_tree **out, struct fault *fault);
@@ -33,9 +34,9 @@ const struct yaml_node *yaml_tree_root(const struct yaml_tree *tree);
 
 enum yaml_kind yaml_node_kind(const struct yaml_node *node);
 int yaml_node_line(const struct yaml_node *node);
-size_t yaml_node_count(const struct yaml_node *node);  // items or pairs; 0 for a scalar
+size_t yaml_node_count(const struct yaml_node *node); // items or pairs; 0 for a scalar
 const struct yaml_node *yaml_node_at(const struct yaml_node *node, size_t index); // in file order
-const char *yaml_node_key(const struct yaml_node *node); // of a value in a map; NULL elsewhere
+const char *yaml_node_key(const struct yaml_node *node);  // of a value in a map; NULL elsewhere
 const char *yaml_node_text(const struct yaml_node *node); // of a scalar; NULL for list and map
 bool yaml_node_is_null(const struct yaml_node *node);     // an unquoted ~, null or nothing at all
 const struct yaml_node *yaml_node_get(const struct yaml_node *map, const char *key); // or NULL
@@ -67,7 +68,8 @@ MUST_USE enum status yaml_map_string(const struct yaml_node *map, const char *ke
 MUST_USE enum status yaml_map_list(const struct yaml_node *map, const char *key,
                                    const struct yaml_node **out, struct fault *fault);
 
-// Is `node` a map, and is every key one of the known ones? The sentence lists them. STATUS_INVALID if not.
+// Is `node` a map, and is every key one of the known ones? The sentence lists them. STATUS_INVALID
+// if not.
 MUST_USE enum status yaml_map_known(const struct yaml_node *node, const char *const *known,
                                     size_t count, struct fault *fault);
 

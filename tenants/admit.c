@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Admission: arithmetic on counters, nothing else. No clock, no allocation, no table.
 //
-// The window: one counter per second of the clock, 61 of them. A request counts from its second up to and
-// including the 60th second after it, so that no 60 s, wherever they start, hold more than rpm_limit; the
-// price is that an entry leaves up to one second late.
+// The window: one counter per second of the clock, 61 of them. A request counts from its second up
+// to and including the 60th second after it, so that no 60 s, wherever they start, hold more than
+// rpm_limit; the price is that an entry leaves up to one second late.
 //
 //   second:   s-60  s-59 ...  s-1    s      sum of all 61 = used
 //             leaves at (s-60) + 61 seconds
@@ -77,7 +77,8 @@ bool tenants_admit(const struct tenant *tenant, struct tenant_counters *counters
         return refuse(counters, refusal, TENANT_LIMIT_PARALLEL, tenant->max_parallel_requests,
                       counters->parallel, 0);
     if ((uint64_t)counters->waiting + ask->sequences > tenant->max_queue)
-        return refuse(counters, refusal, TENANT_LIMIT_QUEUE, tenant->max_queue, counters->waiting, 0);
+        return refuse(counters, refusal, TENANT_LIMIT_QUEUE, tenant->max_queue, counters->waiting,
+                      0);
     counters->per_second[counters->second % SLOTS]++;
     counters->parallel += ask->sequences;
     counters->waiting += ask->sequences;
@@ -100,7 +101,8 @@ void tenant_sequence_ended(struct tenant_counters *counters, bool started)
 const char *tenant_limit_name(enum tenant_limit kind)
 {
     static const char *const names[TENANT_LIMIT_COUNT] = {
-        "none", "rpm_limit", "max_parallel_requests", "max_queue", "max_tokens", "max_context_tokens"};
+        "none",      "rpm_limit",  "max_parallel_requests",
+        "max_queue", "max_tokens", "max_context_tokens"};
     return (unsigned)kind < TENANT_LIMIT_COUNT ? names[kind] : "none";
 }
 

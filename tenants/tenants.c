@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The table: tenants.yaml to an immutable array, and the two questions asked of it: whose key, which adapters.
+// The table: tenants.yaml to an immutable array, and the two questions asked of it: whose key,
+// which adapters.
 //
-// Owns: numbering across reloads, key hashes, patterns. Does not own: counters, time, what an adapter is.
-// Invariants: 1. number = index, and a name keeps its number over every chain of reloads. 2. No two tenants
-// share a key hash. 3. An inactive tenant has no keys and no patterns, so nothing can be done in its name.
+// Owns: numbering across reloads, key hashes, patterns. Does not own: counters, time, what an
+// adapter is. Invariants: 1. number = index, and a name keeps its number over every chain of
+// reloads. 2. No two tenants share a key hash. 3. An inactive tenant has no keys and no patterns,
+// so nothing can be done in its name.
 // 4. The time of tenants_find_key depends on the length of the key and the number of hashes alone.
 #include "tenants/tenants.h"
 
@@ -47,7 +49,8 @@ bool tenant_class_from_name(const char *name, enum tenant_class *out)
     return false;
 }
 
-// ---- reading --------------------------------------------------------------------------------------
+// ---- reading
+// --------------------------------------------------------------------------------------
 
 static bool name_is_valid(const char *name)
 {
@@ -69,21 +72,24 @@ static enum status read_keys(const struct yaml_node *map, struct entry *entry, s
         const char *hex = NULL;
         status = yaml_node_string(item, 2 * DIGEST_BYTES, &hex, NULL);
         if (status || !digest_from_hex(hex, &entry->key[i]))
-            return yaml_node_fault(item, fault, "keys_blake2b holds BLAKE2b-256 hashes of keys, 64 "
+            return yaml_node_fault(item, fault,
+                                   "keys_blake2b holds BLAKE2b-256 hashes of keys, 64 "
                                    "hexadecimal digits each, never the keys themselves.");
         entry->keys++;
     }
     return STATUS_OK;
 }
 
-static enum status read_patterns(const struct yaml_node *map, struct entry *entry, struct fault *fault)
+static enum status read_patterns(const struct yaml_node *map, struct entry *entry,
+                                 struct fault *fault)
 {
     const struct yaml_node *list = NULL;
     enum status status = yaml_map_list(map, "allowed_adapters", &list, fault);
     if (status || !list)
         return status;
     if (yaml_node_count(list) > TENANT_PATTERNS_MAX)
-        return yaml_node_fault(list, fault, "allowed_adapters has %zu entries; at most %d are allowed.",
+        return yaml_node_fault(list, fault,
+                               "allowed_adapters has %zu entries; at most %d are allowed.",
                                yaml_node_count(list), TENANT_PATTERNS_MAX);
     for (size_t i = 0; i < yaml_node_count(list); i++) {
         const char *text = NULL;
@@ -95,8 +101,8 @@ static enum status read_patterns(const struct yaml_node *map, struct entry *entr
     return STATUS_OK;
 }
 
-static enum status read_u32(const struct yaml_node *map, const char *key, uint32_t max, uint32_t *out,
-                            struct fault *fault)
+static enum status read_u32(const struct yaml_node *map, const char *key, uint32_t max,
+                            uint32_t *out, struct fault *fault)
 {
     uint64_t value = *out;
     enum status status = yaml_map_u64(map, key, 0, max, &value, fault);
@@ -104,11 +110,13 @@ static enum status read_u32(const struct yaml_node *map, const char *key, uint32
     return status;
 }
 
-static enum status read_limits(const struct yaml_node *map, struct tenant *tenant, struct fault *fault)
+static enum status read_limits(const struct yaml_node *map, struct tenant *tenant,
+                               struct fault *fault)
 {
     enum status status = read_u32(map, "rpm_limit", 10000000, &tenant->rpm_limit, fault);
     if (!status)
-        status = read_u32(map, "max_parallel_requests", 65536, &tenant->max_parallel_requests, fault);
+        status =
+            read_u32(map, "max_parallel_requests", 65536, &tenant->max_parallel_requests, fault);
     if (!status)
         status = read_u32(map, "max_queue", 65536, &tenant->max_queue, fault);
     if (!status)
@@ -125,8 +133,9 @@ static enum status read_limits(const struct yaml_node *map, struct tenant *tenan
 static enum status read_entry(const struct yaml_node *map, struct entry *entry, struct fault *fault)
 {
     static const char *const known[] = {
-        "name", "keys_blake2b", "allowed_adapters", "priority_class", "weight", "rpm_limit",
-        "max_parallel_requests", "max_queue", "max_tokens", "max_context_tokens", "manage_adapters"};
+        "name",       "keys_blake2b",       "allowed_adapters",      "priority_class",
+        "weight",     "rpm_limit",          "max_parallel_requests", "max_queue",
+        "max_tokens", "max_context_tokens", "manage_adapters"};
     *entry = (struct entry){.tenant = {.active = true,
                                        .class = TENANT_STANDARD,
                                        .weight = 1,
@@ -140,7 +149,8 @@ static enum status read_entry(const struct yaml_node *map, struct entry *entry, 
     if (status)
         return status;
     if (!name || !name_is_valid(name))
-        return yaml_node_fault(map, fault, "a tenant needs a name of letters, digits, '.', '_', '-', not "
+        return yaml_node_fault(map, fault,
+                               "a tenant needs a name of letters, digits, '.', '_', '-', not "
                                "starting with '.'.");
     (void)snprintf(entry->tenant.name, sizeof entry->tenant.name, "%s", name);
     status = yaml_map_string(map, "priority_class", 32, &class, fault);
@@ -156,7 +166,8 @@ static enum status read_entry(const struct yaml_node *map, struct entry *entry, 
     return status;
 }
 
-// ---- the table ------------------------------------------------------------------------------------
+// ---- the table
+// ------------------------------------------------------------------------------------
 
 static struct entry *entry_named(const struct tenants *tenants, const char *name)
 {
@@ -208,13 +219,14 @@ static enum status table_add(struct tenants *tenants, const struct yaml_node *it
 {
     struct entry *slot = entry_named(tenants, entry->tenant.name);
     if (slot && slot->tenant.active)
-        return yaml_node_fault(item, fault, "the tenant \"%s\" is there twice.", entry->tenant.name);
+        return yaml_node_fault(item, fault, "the tenant \"%s\" is there twice.",
+                               entry->tenant.name);
     if (key_is_taken(tenants, entry))
         return yaml_node_fault(item, fault, "a key of \"%s\" belongs to another tenant already.",
                                entry->tenant.name);
     if (!slot && tenants->count == TENANTS_MAX)
-        return yaml_node_fault(item, fault, "more than %d tenants (removed ones count until a restart).",
-                               TENANTS_MAX);
+        return yaml_node_fault(
+            item, fault, "more than %d tenants (removed ones count until a restart).", TENANTS_MAX);
     if (!slot)
         slot = &tenants->entries[tenants->count++];
     *slot = *entry;
@@ -317,17 +329,25 @@ const struct tenant *tenants_at(const struct tenants *tenants, uint32_t number)
     return number < tenants->count ? &tenants->entries[number].tenant : NULL;
 }
 
-// ---- questions ------------------------------------------------------------------------------------
+// ---- questions
+// ------------------------------------------------------------------------------------
 
-bool tenants_find_key(const struct tenants *tenants, const char *key, size_t bytes, uint32_t *number)
+bool tenants_find_key(const struct tenants *tenants, const char *key, size_t bytes,
+                      uint32_t *number)
 {
     if (!bytes || bytes > TENANT_KEY_BYTES_MAX)
         return false;
     struct digest digest = hash_bytes(NULL, key, bytes);
+    return tenants_find_digest(tenants, &digest, number);
+}
+
+bool tenants_find_digest(const struct tenants *tenants, const struct digest *digest,
+                         uint32_t *number)
+{
     uint32_t found = UINT32_MAX;
     for (uint32_t i = 0; i < tenants->count; i++) {
         for (uint32_t k = 0; k < tenants->entries[i].keys; k++) {
-            uint32_t mask = 0u - (uint32_t)digest_equal(&digest, &tenants->entries[i].key[k]);
+            uint32_t mask = 0u - (uint32_t)digest_equal(digest, &tenants->entries[i].key[k]);
             found = (found & ~mask) | (i & mask);
         }
     }

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tenants: who a key belongs to, what each one may do, and whether a request may enter now.
 //
-// A table is read from tenants.yaml and never changes afterwards: a reload builds a new one beside it and the
-// owner swaps pointers. A tenant's number is its index; pool owners, prefix-key salts and counters hang on
-// it, so a reload keeps the number of every name it knows. A tenant that left the file keeps its number as
-// an inactive entry without keys; its number is never given to another name.
+// A table is read from tenants.yaml and never changes afterwards: a reload builds a new one beside
+// it and the owner swaps pointers. A tenant's number is its index; pool owners, prefix-key salts
+// and counters hang on it, so a reload keeps the number of every name it knows. A tenant that left
+// the file keeps its number as an inactive entry without keys; its number is never given to another
+// name.
 //
 //   tenants:
 //     - name: acme                      # [A-Za-z0-9._-], 1..63
@@ -27,6 +28,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "base/hash.h"
 #include "base/status.h"
 
 enum {
@@ -50,8 +52,8 @@ struct tenant {
 
 struct tenants;
 
-// `previous` (may be NULL) gives the numbers. STATUS_INVALID with "file:line:column: sentence"; nothing
-// that was in force is touched then. The caller frees.
+// `previous` (may be NULL) gives the numbers. STATUS_INVALID with "file:line:column: sentence";
+// nothing that was in force is touched then. The caller frees.
 MUST_USE enum status tenants_parse(const char *name, const char *text, size_t bytes,
                                    const struct tenants *previous, struct tenants **out,
                                    struct fault *fault);
@@ -65,7 +67,10 @@ uint32_t tenants_count(const struct tenants *tenants);
 const struct tenant *tenants_at(const struct tenants *tenants, uint32_t number);
 
 // Whose key is it? Hashes the key and compares with every stored hash in constant time.
-bool tenants_find_key(const struct tenants *tenants, const char *key, size_t bytes, uint32_t *number);
+bool tenants_find_key(const struct tenants *tenants, const char *key, size_t bytes,
+                      uint32_t *number);
+bool tenants_find_digest(const struct tenants *tenants, const struct digest *digest,
+                         uint32_t *number);
 bool tenants_allow_adapter(const struct tenants *tenants, uint32_t number, const char *adapter);
 // "*" matches any run of characters, everything else itself. Time O(pattern x name).
 bool tenant_pattern_matches(const char *pattern, const char *name);
@@ -73,7 +78,8 @@ bool tenant_pattern_matches(const char *pattern, const char *name);
 const char *tenant_class_name(enum tenant_class class);
 bool tenant_class_from_name(const char *name, enum tenant_class *out);
 
-// ---- admission: pure functions on counters --------------------------------------------------------
+// ---- admission: pure functions on counters
+// --------------------------------------------------------
 
 enum { TENANT_WINDOW_SECONDS = 60 };
 
@@ -99,8 +105,9 @@ enum tenant_limit {
     TENANT_LIMIT_COUNT
 };
 
-// The one refusal model. retry_after_ms 0: waiting does not help (the request itself is too large, or
-// nobody knows when). billed: whether the attempt used up some of a limit; refusals here never do.
+// The one refusal model. retry_after_ms 0: waiting does not help (the request itself is too large,
+// or nobody knows when). billed: whether the attempt used up some of a limit; refusals here never
+// do.
 struct tenant_refusal {
     enum tenant_limit kind;
     uint64_t limit, remaining, retry_after_ms;

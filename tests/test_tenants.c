@@ -57,11 +57,21 @@ static void test_tenants_patterns(void **state)
         const char *pattern, *name;
         bool matches;
     } rows[] = {
-        {"*", "", true},          {"*", "x", true},          {"a", "a", true},
-        {"a", "ab", false},       {"a*", "a", true},         {"a*", "ab", true},
-        {"a*", "ba", false},      {"*-x", "a-x", true},      {"*-x", "a-xy", false},
-        {"a*b*c", "aXbYc", true}, {"a*b*c", "aXbY", false},  {"", "", true},
-        {"", "a", false},         {"a**b", "ab", true},      {"?", "a", false},
+        {"*", "", true},
+        {"*", "x", true},
+        {"a", "a", true},
+        {"a", "ab", false},
+        {"a*", "a", true},
+        {"a*", "ab", true},
+        {"a*", "ba", false},
+        {"*-x", "a-x", true},
+        {"*-x", "a-xy", false},
+        {"a*b*c", "aXbYc", true},
+        {"a*b*c", "aXbY", false},
+        {"", "", true},
+        {"", "a", false},
+        {"a**b", "ab", true},
+        {"?", "a", false},
         {"*a*a*a*a*b", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", false},
     };
     for (size_t i = 0; i < ARRAY_COUNT(rows); i++)
@@ -82,8 +92,8 @@ static void test_tenants_refuses_bad_files(void **state)
     static const char hash[] = "0000000000000000000000000000000000000000000000000000000000000000";
     char twice[400];
     (void)snprintf(twice, sizeof twice,
-                   "tenants:\n- {name: a, keys_blake2b: [%s]}\n- {name: b, keys_blake2b: [%s]}\n", hash,
-                   hash);
+                   "tenants:\n- {name: a, keys_blake2b: [%s]}\n- {name: b, keys_blake2b: [%s]}\n",
+                   hash, hash);
     const struct {
         const char *text, *part;
     } rows[] = {
@@ -106,8 +116,9 @@ static void test_tenants_refuses_bad_files(void **state)
     for (size_t i = 0; i < ARRAY_COUNT(rows); i++) {
         struct tenants *tenants = NULL;
         struct fault fault = {0};
-        assert_int_equal(tenants_parse("t.yaml", rows[i].text, strlen(rows[i].text), NULL, &tenants,
-                                       &fault), STATUS_INVALID);
+        assert_int_equal(
+            tenants_parse("t.yaml", rows[i].text, strlen(rows[i].text), NULL, &tenants, &fault),
+            STATUS_INVALID);
         assert_null(tenants);
         if (!strstr(fault.text, rows[i].part))
             fail_msg("\"%s\" lacks \"%s\"", fault.text, rows[i].part);
@@ -167,14 +178,15 @@ static void test_tenants_rpm_exact(void **state)
     assert_false(ask(&tenant, &counters, retry, &refusal));
     assert_int_equal(counters.admitted, 4);
     assert_int_equal(counters.refused, 3);
-    assert_false(ask(&tenant, &counters, start, &refusal)); // a clock that goes back forgets nothing
+    assert_false(
+        ask(&tenant, &counters, start, &refusal)); // a clock that goes back forgets nothing
     for (int i = 0; i < 3; i++)
         assert_true(ask(&tenant, &counters, start + 4000 * second_us, &refusal));
     assert_false(ask(&tenant, &counters, start + 4000 * second_us, &refusal));
 }
 
-// Every 60 s window of a greedy client's admissions holds at most rpm_limit, and the long-run rate is
-// rpm_limit per 61 s.
+// Every 60 s window of a greedy client's admissions holds at most rpm_limit, and the long-run rate
+// is rpm_limit per 61 s.
 static void test_tenants_rpm_holds_in_every_window(void **state)
 {
     (void)state;
@@ -197,8 +209,8 @@ static void test_tenants_rpm_holds_in_every_window(void **state)
 static void test_tenants_parallel_queue_and_sizes(void **state)
 {
     (void)state;
-    struct tenant tenant = {.max_parallel_requests = 4, .max_queue = 2, .max_tokens = 100,
-                            .max_context_tokens = 150};
+    struct tenant tenant = {
+        .max_parallel_requests = 4, .max_queue = 2, .max_tokens = 100, .max_context_tokens = 150};
     struct tenant_counters counters = {0};
     struct tenant_refusal refusal = {0};
     struct tenant_ask one = {.sequences = 1, .prompt_tokens = 10, .max_tokens = 100};

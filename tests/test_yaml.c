@@ -22,8 +22,9 @@ static struct yaml_tree *parsed(const char *text)
 static void test_yaml_reads_nested_values(void **state)
 {
     (void)state;
-    struct yaml_tree *tree = parsed("# a comment\nname: demo\nlist:\n  - a\n  - {x: 1, y: [2, 3]}\n"
-                                    "big: 18446744073709551615\nrate: -1.5e3\non: true\nq: \"5\"\n");
+    struct yaml_tree *tree =
+        parsed("# a comment\nname: demo\nlist:\n  - a\n  - {x: 1, y: [2, 3]}\n"
+               "big: 18446744073709551615\nrate: -1.5e3\non: true\nq: \"5\"\n");
     const struct yaml_node *root = yaml_tree_root(tree);
     struct fault fault = {0};
     const char *text = NULL;
@@ -81,13 +82,15 @@ static void test_yaml_refuses_with_line(void **state)
         {"a: b: c\n", "t.yaml:1:5: mapping values are not allowed in this context."},
         {"a: [1\n", "t.yaml:2:1: did not find expected ',' or ']'."},
         {"a: \xff\n", "t.yaml:1:1: invalid leading UTF-8 octet (byte 3)."},
-        {"[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]", "t.yaml:1:17: the nesting is deeper than 16 levels."},
+        {"[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]",
+         "t.yaml:1:17: the nesting is deeper than 16 levels."},
     };
     for (size_t i = 0; i < ARRAY_COUNT(rows); i++) {
         struct yaml_tree *tree = NULL;
         struct fault fault = {0};
-        assert_int_equal(yaml_tree_parse("t.yaml", rows[i].text, strlen(rows[i].text), &tree, &fault),
-                         STATUS_INVALID);
+        assert_int_equal(
+            yaml_tree_parse("t.yaml", rows[i].text, strlen(rows[i].text), &tree, &fault),
+            STATUS_INVALID);
         assert_string_equal(fault.text, rows[i].sentence);
         assert_null(tree);
     }
@@ -116,8 +119,9 @@ static void test_yaml_limits(void **state)
 static void test_yaml_typed_getters_refuse(void **state)
 {
     (void)state;
-    struct yaml_tree *tree = parsed("a: 5x\nb: -1\nc: \"5\"\nd: 18446744073709551616\ne: yes\nf: [1]\n"
-                                    "g: nan\nh: 1e999\ni: ~\nj: 12\nk: 0x10\n");
+    struct yaml_tree *tree =
+        parsed("a: 5x\nb: -1\nc: \"5\"\nd: 18446744073709551616\ne: yes\nf: [1]\n"
+               "g: nan\nh: 1e999\ni: ~\nj: 12\nk: 0x10\n");
     const struct yaml_node *root = yaml_tree_root(tree);
     struct fault fault = {0};
     uint64_t number = 3;
@@ -126,10 +130,12 @@ static void test_yaml_typed_getters_refuse(void **state)
     const char *text = NULL;
     static const char *const bad[] = {"a", "b", "c", "d", "e", "f", "g", "h", "i", "k"};
     for (size_t i = 0; i < ARRAY_COUNT(bad); i++)
-        assert_int_equal(yaml_map_u64(root, bad[i], 0, UINT64_MAX, &number, &fault), STATUS_INVALID);
+        assert_int_equal(yaml_map_u64(root, bad[i], 0, UINT64_MAX, &number, &fault),
+                         STATUS_INVALID);
     assert_true(number == 3);
     assert_int_equal(yaml_map_u64(root, "j", 13, 20, &number, &fault), STATUS_INVALID);
-    assert_string_equal(fault.text, "t.yaml:10:4: j must be a whole number from 13 to 20; it is 12.");
+    assert_string_equal(fault.text,
+                        "t.yaml:10:4: j must be a whole number from 13 to 20; it is 12.");
     assert_int_equal(yaml_map_double(root, "g", -1, 1, &real, &fault), STATUS_INVALID);
     assert_int_equal(yaml_map_double(root, "h", -1, 1e300, &real, &fault), STATUS_INVALID);
     assert_int_equal(yaml_map_bool(root, "e", &flag, &fault), STATUS_INVALID);

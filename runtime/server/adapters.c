@@ -1,0 +1,450 @@
+// SPDX-License-Identifier: Apache-2.0
+// adapters.list, adapters.add, adapters.remove, models, stats: the methods that ask the engine one
+// question.
+//
+// A tenant sees exactly the adapter names that its patterns allow; adding and removing need
+// manage_adapters as well. A name outside is answered like an unknown one. Owners: a tenant number,
+// or anything else for the operator. A tenant may remove its own adapters and the operator's, never
+// another tenant's.
+//
+// adapters.add reads below the operator's roots only: every step of the path is opened with
+// O_NOFOLLOW, so neither ".." nor a symlink, now or changed meanwhile, leads out. The worker gets
+// the directory as an open descriptor (/proc/self/fd/N), not as a name.
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <jansson.h>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "runtime/server/internal.h"
+
+static bool params_ok(struct call *call, const char *const *names, size_t count)
+{
+    if (params_known(&call->params, names, count))
+        return true;
+    reply_fault(call, &call->params.fault);
+    return false;
+}
+
+// ---- questions
+// ------------------------------------------------------------------------------------
+
+static struct request *ask_engine(struct call *call, enum request_kind kind, uint32_t command)
+{
+    struct request *request = request_new(call, kind);
+    if (!request)
+        return NULL;
+    struct engine_control control = {.kind = command, .id = request_id(request, 0)};
+    if (engine_send(request->server->options.port, &control, sizeof control)) {
+        request_free(request);
+        reply_error(call, STATUS_BUSY, "the engine's queue is full.");
+        return NULL;
+    }
+    return request;
+}
+
+void method_models(struct call *call)
+{
+    if (params_ok(call, NULL, 0))
+        (void)ask_engine(call, REQUEST_MODELS, ENGINE_ADAPTER_LIST);
+}
+
+void method_adapters_list(struct call *call)
+{
+    if (params_ok(call, NULL, 0))
+        (void)ask_engine(call, REQUEST_ADAPTER_LIST, ENGINE_ADAPTER_LIST);
+}
+
+void method_stats(struct call *call)
+{
+    if (params_ok(call, NULL, 0))
+        (void)ask_engine(call, REQUEST_STATS, ENGINE_STATS);
+}
+
+static bool may_manage(struct call *call)
+{
+    const struct connection *connection = call->connection;
+    const struct tenant *tenant = tenants_at(connection->server->tenants, connection->tenant);
+    if (tenant && tenant->active && tenant->manage_adapters)
+        return true;
+    reply_error(call, STATUS_DENIED, "this tenant may not manage adapters.");
+    return false;
+}
+
+void method_adapters_remove(struct call *call)
+{
+    static const char *const names[] = {"name"};
+    struct server *server = call->connection->server;
+    char name[ENGINE_ADAPTER_NAME] = "";
+    if (!params_ok(call, names, ARRAY_COUNT(names)) || !may_manage(call))
+        return;
+    if (!params_name(&call->params, "name", sizeof name, name) || !name[0]) {
+        (void)(call->params.fault.status || params_refuse(&call->params, "name is missing."));
+        reply_fault(call, &call->params.fault);
+        return;
+    }
+    (void)server;
+    struct request *request = ask_engine(call, REQUEST_ADAPTER_OWNER, ENGINE_ADAPTER_LIST);
+    if (request)
+        (void)snprintf(request->model, sizeof request->model, "%s", name);
+}
+
+// ---- adapters.add
+// ---------------------------------------------------------------------------------
+
+// Opens root/path one component at a time, never following a symlink. -1 with errno.
+static int open_below(const char *root, const char *path)
+{
+    int at = open(root, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    while (at >= 0 && *path) {
+        const char *slash = strchrnul(path, '/');
+        size_t length = (size_t)(slash - path);
+        char part[256];
+        int next = -1;
+        errno = EINVAL;
+        if (length && length < sizeof part && !(length == 1 && path[0] == '.') &&
+            !(length == 2 && path[0] == '.' && path[1] == '.')) {
+            memcpy(part, path, length);
+            part[length] = 0;
+            next = openat(at, part, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+        }
+        int error = errno;
+        (void)close(at);
+        errno = error;
+        at = next;
+        path = *slash ? slash + 1 : slash;
+    }
+    return at;
+}
+
+// An absolute path must begin with one of the roots; a relative one is looked for below each of
+// them.
+static int open_adapter(const struct server *server, const char *path)
+{
+    for (int i = 0; i < SERVER_ADAPTER_DIRS_MAX && server->options.adapter_dirs[i]; i++) {
+        const char *root = server->options.adapter_dirs[i], *rest = path;
+        size_t length = strlen(root);
+        while (length > 1 && root[length - 1] == '/')
+            length--;
+        if (*path == '/') {
+            if (strncmp(path, root, length) || path[length] != '/')
+                continue;
+            rest = path + length + 1;
+        }
+        int descriptor = open_below(root, rest);
+        if (descriptor >= 0)
+            return descriptor;
+    }
+    return -1;
+}
+
+static bool read_add(struct call *call, char name[ENGINE_ADAPTER_NAME], char path[ENGINE_PATH])
+{
+    static const char *const names[] = {"name", "path"};
+    struct params *params = &call->params;
+    bool good = params_known(params, names, ARRAY_COUNT(names)) &&
+                params_name(params, "name", ENGINE_ADAPTER_NAME, name) &&
+                params_name(params, "path", ENGINE_PATH, path);
+    if (good && (!*name || !*path))
+        good = params_refuse(params, "name and path are needed.");
+    if (good && !adapter_name_is_good(name))
+        good = params_refuse(params,
+                             "a name is 1 to 63 letters, digits, '.', '_', '-', not starting with "
+                             "'.'.");
+    if (!good)
+        reply_fault(call, &params->fault);
+    return good;
+}
+
+static void start_job(struct call *call, const char *name, int directory)
+{
+    struct request *request = request_new(call, REQUEST_ADAPTER_ADD);
+    if (!request) {
+        (void)close(directory);
+        return;
+    }
+    struct server *server = request->server;
+    uint64_t unique;
+    random_bytes(&unique, sizeof unique);
+    struct worker_job job = {.id = request_id(request, 0), .directory = directory};
+    (void)snprintf(request->model, sizeof request->model, "%s", name);
+    (void)snprintf(request->store_path, sizeof request->store_path, "%s/%s-%016" PRIx64 ".adapter",
+                   server->options.store_dir, name, unique);
+    memcpy(job.store_path, request->store_path, sizeof job.store_path);
+    if (!worker_put(server->worker, &job))
+        return;
+    (void)close(directory);
+    request_free(request);
+    reply_error(call, STATUS_BUSY, "too many adapters are being converted; try again later.");
+}
+
+void method_adapters_add(struct call *call)
+{
+    struct connection *connection = call->connection;
+    struct server *server = connection->server;
+    char name[ENGINE_ADAPTER_NAME] = "", path[ENGINE_PATH] = "";
+    if (!may_manage(call) || !read_add(call, name, path))
+        return;
+    if (!server->worker) {
+        reply_error(call, STATUS_UNSUPPORTED, "this server takes no adapters at run time.");
+        return;
+    }
+    if (server->state != SERVER_RUNNING) {
+        reply_error(call, STATUS_SHUTTING_DOWN, "the server is shutting down.");
+        return;
+    }
+    if (!tenants_allow_adapter(server->tenants, connection->tenant, name) ||
+        !strcmp(name, server->options.engine.model_name)) {
+        reply_error(call, STATUS_DENIED,
+                    "the name \"%.63s\" is not among the adapters allowed to this "
+                    "tenant.",
+                    name);
+        return;
+    }
+    int directory = open_adapter(server, path);
+    if (directory < 0) {
+        reply_error(call, STATUS_NOT_FOUND,
+                    "there is no such directory below the server's adapter "
+                    "directories.");
+        return;
+    }
+    start_job(call, name, directory);
+}
+
+static bool send_add(struct request *request)
+{
+    struct engine_adapter_command command = {
+        .kind = ENGINE_ADAPTER_ADD, .owner = request->tenant, .id = request_id(request, 0)};
+    (void)snprintf(command.name, sizeof command.name, "%.63s", request->model);
+    memcpy(command.store_path, request->store_path, sizeof command.store_path);
+    return engine_send(request->server->options.port, &command, sizeof command) == STATUS_OK;
+}
+
+void adapters_on_converted(struct server *server)
+{
+    struct worker_result result;
+    while (worker_take(server->worker, &result)) {
+        struct request *request = request_find(server, result.id);
+        if (!request || request->kind != REQUEST_ADAPTER_ADD) {
+            free(result.report);
+            continue;
+        }
+        request->report = result.report;
+        if (!result.status && send_add(request))
+            continue;
+        if (!result.status)
+            (void)fault_set(&result.fault, STATUS_BUSY, "the engine's queue is full.");
+        (void)unlink(request->store_path);
+        reply_fault_for(request, &result.fault);
+        request_free(request);
+    }
+}
+
+// ---- answers
+// --------------------------------------------------------------------------------------
+
+static bool may_see(const struct request *request, const json_t *adapter)
+{
+    const char *name = json_string_value(json_object_get(adapter, "name"));
+    return name && tenants_allow_adapter(request->server->tenants, request->tenant, name);
+}
+
+static void pack_list(msgpack_packer *packer, const struct request *request, const json_t *list)
+{
+    size_t visible = 0;
+    for (size_t i = 0; i < json_array_size(list); i++)
+        visible += may_see(request, json_array_get(list, i));
+    (void)msgpack_pack_array(packer, visible + (request->kind == REQUEST_MODELS));
+    if (request->kind == REQUEST_MODELS) {
+        const struct engine_limits *engine = &request->server->options.engine;
+        put_map(packer, 4);
+        put_text(packer, "id", engine->model_name);
+        put_text(packer, "kind", "base");
+        put_u64(packer, "context_tokens", engine->context_tokens);
+        put_u64(packer, "vocab", engine->vocab);
+    }
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        const json_t *adapter = json_array_get(list, i);
+        if (!may_see(request, adapter))
+            continue;
+        if (request->kind == REQUEST_ADAPTER_LIST) {
+            json_to_msgpack(packer, adapter);
+            continue;
+        }
+        put_map(packer, 3);
+        put_text(packer, "id", json_string_value(json_object_get(adapter, "name")));
+        put_text(packer, "kind", "adapter");
+        put_text(packer, "parent", request->server->options.engine.model_name);
+    }
+}
+
+static void answer_list(struct request *request, const json_t *list)
+{
+    // The owner's number is nobody's business: a client reads whether the adapter is its own.
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        json_t *adapter = json_array_get(list, i);
+        bool own =
+            json_integer_value(json_object_get(adapter, "owner")) == (json_int_t)request->tenant;
+        (void)json_object_del(adapter, "owner");
+        (void)json_object_set_new(adapter, "own", json_boolean(own));
+    }
+    msgpack_packer *packer = reply_open_for(request);
+    pack_list(packer, request, list);
+    reply_send(request->connection);
+}
+
+static void pack_tenant(msgpack_packer *packer, const struct server *server, uint32_t number)
+{
+    const struct tenant_usage *usage = &server->usage[number];
+    const struct tenant *tenant = tenants_at(server->tenants, number);
+    put_map(packer, 13);
+    put_text(packer, "name", tenant->name);
+    put_text(packer, "priority_class", tenant_class_name(tenant->class));
+    put_u64(packer, "requests", usage->requests);
+    put_u64(packer, "finished", usage->finished);
+    put_u64(packer, "failed", usage->failed);
+    put_u64(packer, "cancelled", usage->cancelled);
+    put_u64(packer, "refused", usage->counters.refused);
+    put_u64(packer, "parallel", usage->counters.parallel);
+    put_u64(packer, "waiting", usage->counters.waiting);
+    put_u64(packer, "prompt_tokens", usage->prompt_tokens);
+    put_u64(packer, "cached_tokens", usage->cached_tokens);
+    put_u64(packer, "completion_tokens", usage->completion_tokens);
+    put_u64(packer, "buffered_bytes", usage->buffered);
+}
+
+static void pack_server(msgpack_packer *packer, const struct server *server)
+{
+    put_map(packer, 8);
+    put_u64(packer, "connections", server->connection_count);
+    put_u64(packer, "unauthenticated", server->unauthenticated_count);
+    put_u64(packer, "accepted", server->accepted);
+    put_u64(packer, "requests", server->request_count);
+    put_u64(packer, "messages", server->messages);
+    put_u64(packer, "protocol_errors", server->protocol_errors);
+    put_u64(packer, "dropped_slow", server->dropped_slow);
+    put_u64(packer, "buffered_bytes", server->buffered);
+}
+
+static void answer_stats(struct request *request, const json_t *engine)
+{
+    const struct server *server = request->server;
+    const struct tenant *tenant = tenants_at(server->tenants, request->tenant);
+    bool all = tenant && tenant->manage_adapters;
+    msgpack_packer *packer = reply_open_for(request);
+    put_map(packer, all ? 4 : 1);
+    put_key(packer, "tenant");
+    pack_tenant(packer, server, request->tenant);
+    if (all) {
+        put_key(packer, "tenants");
+        (void)msgpack_pack_array(packer, tenants_count(server->tenants));
+        for (uint32_t i = 0; i < tenants_count(server->tenants); i++)
+            pack_tenant(packer, server, i);
+        put_key(packer, "server");
+        pack_server(packer, server);
+        put_key(packer, "engine");
+        json_to_msgpack(packer, engine);
+    }
+    reply_send(request->connection);
+}
+
+static void answer_added(struct request *request, const struct engine_reply *reply)
+{
+    struct fault fault;
+    if (reply->status) {
+        (void)unlink(request->store_path);
+        (void)fault_set(&fault, (enum status)reply->status, "%.199s", reply->message);
+        reply_fault_for(request, &fault);
+        return;
+    }
+    if (!request->connection)
+        return;
+    json_t *report =
+        request->report && *request->report ? json_loads(request->report, 0, NULL) : NULL;
+    msgpack_packer *packer = reply_open_for(request);
+    put_map(packer, 1 + (report != NULL));
+    put_text(packer, "name", request->model);
+    if (report) {
+        put_key(packer, "report");
+        json_to_msgpack(packer, report);
+    }
+    json_decref(report);
+    reply_send(request->connection);
+}
+
+static void answer_removed(struct request *request, const struct engine_reply *reply)
+{
+    struct fault fault;
+    if (reply->status) {
+        (void)fault_set(&fault, (enum status)reply->status, "%.199s", reply->message);
+        reply_fault_for(request, &fault);
+    } else if (request->connection) {
+        msgpack_packer *packer = reply_open_for(request);
+        put_map(packer, 1);
+        put_text(packer, "name", request->model);
+        reply_send(request->connection);
+    }
+}
+
+// The list is there: if this tenant may remove the adapter, the second command goes out. true: it
+// did.
+static bool go_on_removing(struct request *request, const json_t *list)
+{
+    const struct server *server = request->server;
+    const json_t *found = NULL;
+    for (size_t i = 0; i < json_array_size(list) && !found; i++) {
+        const json_t *adapter = json_array_get(list, i);
+        json_int_t owner = json_integer_value(json_object_get(adapter, "owner"));
+        bool mine = owner == (json_int_t)request->tenant ||
+                    owner >= (json_int_t)tenants_count(server->tenants);
+        const char *name = json_string_value(json_object_get(adapter, "name"));
+        if (mine && name && !strcmp(name, request->model) && may_see(request, adapter))
+            found = adapter;
+    }
+    struct fault fault;
+    struct engine_adapter_command command = {
+        .kind = ENGINE_ADAPTER_REMOVE, .owner = request->tenant, .id = request_id(request, 0)};
+    (void)snprintf(command.name, sizeof command.name, "%.63s", request->model);
+    request->kind = REQUEST_ADAPTER_REMOVE;
+    if (!found)
+        (void)fault_set(&fault, STATUS_NOT_FOUND, "there is no model \"%.64s\".", request->model);
+    else if (engine_send(server->options.port, &command, sizeof command))
+        (void)fault_set(&fault, STATUS_BUSY, "the engine's queue is full.");
+    else
+        return true;
+    reply_fault_for(request, &fault);
+    return false;
+}
+
+void adapters_on_reply(struct request *request, const struct engine_reply *reply, const char *text)
+{
+    json_t *json =
+        reply->bytes ? json_loadb(text, reply->bytes, JSON_REJECT_DUPLICATES, NULL) : NULL;
+    bool waits = false;
+    if (request->kind == REQUEST_ADAPTER_ADD) {
+        answer_added(request, reply);
+    } else if (request->kind == REQUEST_ADAPTER_REMOVE) {
+        answer_removed(request, reply);
+    } else if (reply->status || !json) {
+        struct fault fault;
+        (void)fault_set(&fault, reply->status ? (enum status)reply->status : STATUS_INTERNAL,
+                        "the engine could not answer.");
+        reply_fault_for(request, &fault);
+    } else if (request->kind == REQUEST_ADAPTER_OWNER) {
+        waits = request->connection && go_on_removing(request, json);
+    } else if (request->connection) {
+        if (request->kind == REQUEST_STATS)
+            answer_stats(request, json);
+        else
+            answer_list(request, json);
+    }
+    json_decref(json);
+    if (!waits)
+        request_free(request);
+}

@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shared inside runtime/server only: the state of the I/O thread.
+//
+// Files: server.c (life, signals, timers, draining), listen.c (addresses, accepting), connection.c
+// (bytes in and out, limits, closing), dispatch.c (message -> method), methods.c (the simple
+// methods), generate.c (parameters -> engine requests), events.c (engine events -> answers),
+// request.c (the request table), adapters.c (adapters.*, models, stats), worker.c (conversion
+// thread), reply.c (packing), json.c.
+//
+//   bytes -> connection.in -> scan -> msgpack-c -> dispatch -> method --+--> reply
+//                                                                       +--> request --> engine
+//                                                                       port
+//   engine port --> events --> request --> reply --> connection's output buffer
+#ifndef POLDER_RUNTIME_SERVER_INTERNAL_H
+#define POLDER_RUNTIME_SERVER_INTERNAL_H
+
+#include <event2/bufferevent.h>
+#include <event2/event.h>
+#include <event2/listener.h>
+#include <msgpack.h>
+
+#include "base/hash.h"
+#include "runtime/server/params.h"
+#include "runtime/server/scan.h"
+#include "runtime/server/server.h"
+#include "tenants/tenants.h"
+
+struct server;
+struct connection;
+
+// Grows up to what the server's buffer budget allows.
+struct bytes {
+    char *data;
+    size_t count, room;
+};
+
+// ---- requests: everything that is answered later
+// --------------------------------------------------
+//
+//   FREE -> GENERATE: choices sent -> [text events] -> all choices done -> answered -> FREE
+//   FREE -> the others: command sent -> ENGINE_REPLY -> answered (or a second command) -> FREE
+// A request whose connection went away stays until the engine or the worker has said its last word.
+
+enum request_kind {
+    REQUEST_FREE,
+    REQUEST_GENERATE,
+    REQUEST_MODELS,
+    REQUEST_ADAPTER_LIST,
+    REQUEST_ADAPTER_ADD,    // converting, then ENGINE_ADAPTER_ADD
+    REQUEST_ADAPTER_OWNER,  // adapters.remove: the list, to see whose it is; then
+    REQUEST_ADAPTER_REMOVE, // ENGINE_ADAPTER_REMOVE
+    REQUEST_STATS
+};
+
+struct choice {
+    bool sent, started, done, cancel;    // cancel: ENGINE_CANCEL is still to be sent
+    struct bytes text, tokens, logprobs; // tokens, logprobs: packed values without array header
+    uint32_t generated;                  // text events with a token
+    uint32_t packed;                     // values in tokens and in logprobs
+    enum engine_finish finish;
+    struct engine_done end;
+};
+
+struct request {
+    enum request_kind kind;
+    uint32_t slot, generation, msgid, tenant;
+    struct server *server;
+    struct connection *connection;   // NULL: it went away
+    struct request *next, *previous; // of the connection; next also links the free list
+    uint64_t created_us, seed;
+    uint32_t choices, done;
+    bool stream, logprobs, hidden; // hidden: a model this tenant may not use
+    bool want_pause, is_paused;    // by a slow reader; sent with the next flush
+    bool control;                  // has controls to send
+    bool failed;
+    struct fault fault;                  // the first failure, when failed
+    char model[ENGINE_ADAPTER_NAME * 2]; // or adapter name
+    char store_path[ENGINE_PATH];        // adapters.add
+    char *report;                        // adapters.add: JSON from the converter
+    struct choice choice[GENERATE_CHOICES_MAX];
+};
+
+struct connection {
+    struct server *server;
+    struct bufferevent *events; // NULL: the slot is free
+    uint32_t slot;
+    bool authenticated, structured;
+    bool slow;    // too much output waits: not reading, its requests are paused
+    bool closing; // close when the output is flushed
+    bool doomed;  // freed by the reaper
+    uint32_t tenant, auth_failures;
+    struct digest key; // of the key it used, looked up again after a reload
+    uint64_t opened_us, active_us, frame_us, slow_us, closing_us;
+    struct bytes in; // an unfinished message from its first byte, or several
+    struct scanner scanner;
+    bool scanning; // scanner is at work on in.data
+    size_t output_charged;
+    struct request *requests;
+    uint32_t request_count;
+    char peer[64];
+    struct connection *next_free;
+};
+
+enum server_state { SERVER_RUNNING, SERVER_DRAINING, SERVER_LEAVING };
+
+struct tenant_usage {
+    struct tenant_counters counters;
+    size_t buffered;
+    uint64_t requests, finished, failed, cancelled;
+    uint64_t prompt_tokens, cached_tokens, completion_tokens;
+};
+
+struct worker;
+
+struct server {
+    struct server_options options;
+    struct server_limits limits;
+    enum server_state state;
+    uint64_t drain_us;
+    struct event_base *base;
+    struct evconnlistener *listeners[SERVER_LISTEN_MAX];
+    bool listeners_off; // accept failed (no descriptors); tried again at the next tick
+    char unix_paths[SERVER_LISTEN_MAX][108];
+    struct event *on_term, *on_int, *on_hup, *on_events, *on_tick, *on_reap, *on_worker;
+    struct tenants *tenants;
+    struct tenant_usage *usage; // [TENANTS_MAX]
+    struct connection *connections, *free_connections;
+    uint32_t connection_count, unauthenticated_count;
+    struct request *requests, *free_requests;
+    uint32_t request_count, controls;
+    size_t buffered;
+    msgpack_sbuffer scratch; // the message being packed
+    bool scratch_failed;
+    msgpack_packer packer;
+    int32_t *tokens; // scratch for encode
+    size_t tokens_max;
+    uint8_t *command; // scratch for one ENGINE_REQUEST
+    size_t command_max;
+    char *text; // scratch for decode
+    size_t text_max;
+    struct worker *worker;
+    bool engine_stopped, quit_sent, drain_sent;
+    uint64_t accepted, refused_connections, protocol_errors, dropped_slow, messages;
+    enum status status; // what server_run returns
+};
+
+// One message being handled.
+struct call {
+    struct connection *connection;
+    bool request; // false: a notification, which gets no answer
+    uint32_t msgid;
+    struct params params;
+};
+
+static inline uint64_t server_now_us(const struct server *server)
+{
+    return clock_now_us(&server->options.clock);
+}
+
+// ---- server.c
+bool server_charge(struct server *server, uint32_t tenant,
+                   size_t bytes); // tenant UINT32_MAX: nobody
+void server_discharge(struct server *server, uint32_t tenant, size_t bytes);
+bool bytes_add(struct server *server, uint32_t tenant, struct bytes *bytes, const void *data,
+               size_t count, size_t room_min);
+void bytes_free(struct server *server, uint32_t tenant, struct bytes *bytes);
+
+// ---- listen.c
+MUST_USE enum status listen_open(struct server *server, char *addresses, size_t bytes,
+                                 struct fault *fault);
+void listen_close(struct server *server);
+void listen_enable(struct server *server);
+
+// ---- connection.c
+void connection_accepted(struct server *server, int descriptor, const char *peer);
+void connection_send(struct connection *connection, const void *data, size_t bytes);
+void connection_close_after_flush(struct connection *connection);           // nothing more is read
+void connection_set_tenant(struct connection *connection, uint32_t tenant); // moves its charges
+void connection_doom(struct connection *connection); // gone at the end of this turn of the loop
+void connection_reap(struct server *server);
+void connection_tick(struct connection *connection, uint64_t now_us);
+void connection_free_all(struct server *server);
+uint32_t connection_owner(const struct connection *connection); // tenant, or UINT32_MAX
+
+// ---- dispatch.c
+void dispatch_message(struct connection *connection, const uint8_t *frame, size_t bytes);
+
+// ---- methods.c, adapters.c, generate.c: one function per method
+void method_hello(struct call *call);
+void method_auth(struct call *call);
+void method_ping(struct call *call);
+void method_tokenize(struct call *call);
+void method_detokenize(struct call *call);
+void method_cancel(struct call *call);
+void method_generate(struct call *call);
+void method_models(struct call *call);
+void method_stats(struct call *call);
+void method_adapters_list(struct call *call);
+void method_adapters_add(struct call *call);
+void method_adapters_remove(struct call *call);
+
+// ---- request.c
+struct request *request_new(struct call *call,
+                            enum request_kind kind); // NULL: refused and answered
+struct request *request_find(struct server *server, uint64_t id);
+uint64_t request_id(const struct request *request, uint32_t choice);
+struct request *request_of(const struct connection *connection, uint32_t msgid);
+void request_free(struct request *request);
+void request_detach(struct request *request); // its connection goes away
+void request_cancel(struct request *request);
+void request_pause(struct request *request, bool pause);
+void request_flush_controls(struct server *server);
+void request_fail(struct request *request, enum status status,
+                  const char *sentence); // first one counts
+bool adapter_name_is_good(const char *name);
+
+// ---- events.c
+void events_drain(struct server *server);
+void generate_finish(struct request *request);
+
+// ---- adapters.c
+void adapters_on_reply(struct request *request, const struct engine_reply *reply, const char *json);
+void adapters_on_converted(struct server *server);
+
+// ---- worker.c: one thread, a bounded queue of jobs
+struct worker_job {
+    uint64_t id;
+    int directory; // descriptor, closed by the worker
+    char store_path[ENGINE_PATH];
+};
+struct worker_result {
+    uint64_t id;
+    enum status status;
+    struct fault fault;
+    char *report; // JSON or NULL; the taker frees
+};
+MUST_USE enum status worker_create(const struct server_converter *converter, struct worker **out);
+void worker_destroy(struct worker *worker); // waits for the running job
+int worker_descriptor(const struct worker *worker);
+MUST_USE enum status worker_put(struct worker *worker, const struct worker_job *job); // FULL
+bool worker_take(struct worker *worker, struct worker_result *out);
+
+// ---- reply.c
+// Opens [1, msgid, nil, ...]: the caller packs exactly one value, then reply_send.
+msgpack_packer *reply_open(struct call *call);
+msgpack_packer *reply_open_for(struct request *request);
+msgpack_packer *notify_open(struct server *server, const char *method); // one map must follow
+void reply_send(struct connection *connection);
+void reply_fault(struct call *call, const struct fault *fault);
+void reply_fault_for(struct request *request, const struct fault *fault);
+void reply_refusal(struct call *call, const struct tenant_refusal *refusal);
+void reply_error(struct call *call, enum status status, const char *format, ...) PRINTF_LIKE(3, 4);
+void notify_error(struct connection *connection, enum status status, const char *sentence);
+void put_map(msgpack_packer *packer, uint32_t pairs);
+void put_key(msgpack_packer *packer, const char *key);
+void put_text(msgpack_packer *packer, const char *key, const char *text);
+void put_text_bytes(msgpack_packer *packer, const char *key, const char *text, size_t bytes);
+void put_u64(msgpack_packer *packer, const char *key, uint64_t value);
+void put_real(msgpack_packer *packer, const char *key, double value);
+void put_bool(msgpack_packer *packer, const char *key, bool value);
+// Replaces what is not UTF-8 by '?', in place.
+void text_repair(char *text, size_t bytes);
+
+// ---- json.c
+struct json_t;
+void json_to_msgpack(msgpack_packer *packer, const struct json_t *value);
+
+#endif
