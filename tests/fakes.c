@@ -55,9 +55,8 @@ static void fake_destroy(struct link *link)
 
 void fake_link_init(struct fake_link *fake, uint64_t seed, const uint64_t *now_us)
 {
-    *fake = (struct fake_link){.link = {fake_start, fake_poll, fake_destroy},
-                               .now_us = now_us,
-                               .rng = {.seed = seed}};
+    *fake = (struct fake_link){
+        .link = {fake_start, fake_poll, fake_destroy}, .now_us = now_us, .rng = {.seed = seed}};
 }
 
 void fake_content(uint64_t seed, uint64_t offset, void *out, size_t bytes)
@@ -97,4 +96,34 @@ void fake_reader_init(struct fake_reader *fake, uint64_t seed, uint64_t size)
 {
     *fake = (struct fake_reader){
         .reader = {.read_at = fake_read_at, .close = fake_close, .size = size}, .seed = seed};
+}
+
+static size_t kv_place(size_t page_bytes, const struct kv_shape *shape, const uint32_t *pages,
+                       uint32_t position, uint32_t layer)
+{
+    uint32_t block = position / shape->block_tokens, row = position % shape->block_tokens;
+    uint32_t page = pages[block * shape->pages_per_block + layer / shape->layers_per_page];
+    size_t row_bytes = shape->part_bytes / (2 * shape->kv_heads * shape->block_tokens);
+    return page * page_bytes + layer % shape->layers_per_page * shape->part_bytes + row * row_bytes;
+}
+
+void fake_kv_write(uint8_t *arena, size_t page_bytes, const struct kv_shape *shape,
+                   const uint32_t *pages, uint32_t position, uint64_t value)
+{
+    for (uint32_t layer = 0; layer < shape->layers; layer++) {
+        uint64_t word = value + layer;
+        memcpy(arena + kv_place(page_bytes, shape, pages, position, layer), &word, 8);
+    }
+}
+
+bool fake_kv_is(const uint8_t *arena, size_t page_bytes, const struct kv_shape *shape,
+                const uint32_t *pages, uint32_t position, uint64_t value)
+{
+    for (uint32_t layer = 0; layer < shape->layers; layer++) {
+        uint64_t word;
+        memcpy(&word, arena + kv_place(page_bytes, shape, pages, position, layer), 8);
+        if (word != value + layer)
+            return false;
+    }
+    return true;
 }

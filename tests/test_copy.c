@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The copy queues: order, overtaking, promotion, cancelling in each state, charges, failures; and the
-// threaded link: bytes, speed, waiting without using the CPU.
+// The copy queues: order, overtaking, promotion, cancelling in each state, charges, failures; and
+// the threaded link: bytes, speed, waiting without using the CPU.
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -253,8 +253,7 @@ static void test_copy_resources_are_independent(void **state)
     tick(bench, 5);
     assert_int_equal(bench->ended, 1);
     assert_int_equal(bench->ends[0].tag, 77);
-    assert_true(
-        fake_content_is(9, 2 * CHUNK, bench->to + 16 * CHUNK, (size_t)read.whole.bytes));
+    assert_true(fake_content_is(9, 2 * CHUNK, bench->to + 16 * CHUNK, (size_t)read.whole.bytes));
     bench->link.held[COPY_H2D] = false;
     tick(bench, 5);
     assert_int_equal(bench->ended, 2);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pool: pages, epochs, pins, prices with exact counts, fetches through host and file, write-backs,
-// zeroing between owners, failures of the n-th copy, object and slot. Small synthetic kinds offer pages back.
+// The pool: pages, epochs, pins, prices with exact counts, fetches through host and file,
+// write-backs, zeroing between owners, failures of the n-th copy, object and slot. Small synthetic
+// kinds offer pages back.
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -370,13 +371,12 @@ static void test_pool_cheapest_leaves_first(void **state)
 {
     (void)state;
     struct bench *bench = bench_open(12, 0);
-    // id: price, pages. KV 0: 5, 2; 1: 1, 2 (pinned); adapter 2: 3, 3; 3: 4, 1; expert 4: 2, 2; 5: 6, 2.
-    pool_object o[6] = {make_reserved(bench, PAGE_KV, 0, 2),
-                        make_reserved(bench, PAGE_KV, 0, 2),
-                        make_reserved(bench, PAGE_ADAPTER, 0, 3),
-                        make_reserved(bench, PAGE_ADAPTER, 0, 1),
-                        make_reserved(bench, PAGE_EXPERT, 0, 2),
-                        make_reserved(bench, PAGE_EXPERT, 0, 2)};
+    // id: price, pages. KV 0: 5, 2; 1: 1, 2 (pinned); adapter 2: 3, 3; 3: 4, 1; expert 4: 2, 2; 5:
+    // 6, 2.
+    pool_object o[6] = {
+        make_reserved(bench, PAGE_KV, 0, 2),      make_reserved(bench, PAGE_KV, 0, 2),
+        make_reserved(bench, PAGE_ADAPTER, 0, 3), make_reserved(bench, PAGE_ADAPTER, 0, 1),
+        make_reserved(bench, PAGE_EXPERT, 0, 2),  make_reserved(bench, PAGE_EXPERT, 0, 2)};
     static const float prices[] = {5, 1, 3, 4, 2, 6};
     static const enum page_kind kinds[] = {PAGE_KV,      PAGE_KV,     PAGE_ADAPTER,
                                            PAGE_ADAPTER, PAGE_EXPERT, PAGE_EXPERT};
@@ -594,7 +594,8 @@ static void test_pool_fetch_without_host_pages(void **state)
     settle(bench);
     pool_object more = make_reserved(bench, PAGE_KV, 0, 1);
     pool_object a = make_filed(bench, PAGE_ADAPTER, 0, 2, 0);
-    assert_int_equal(pool_fetch(bench->pool, a, COPY_BATCH, COPY_KV), STATUS_OK); // one page to pass
+    assert_int_equal(pool_fetch(bench->pool, a, COPY_BATCH, COPY_KV),
+                     STATUS_OK); // one page to pass
     pool_fetch_cancel(bench->pool, a);
     settle(bench);
     assert_int_equal(pool_write_back(bench->pool, more, COPY_BATCH), STATUS_OK);
@@ -729,8 +730,8 @@ static void test_pool_nth_copy_fails(void **state)
     }
 }
 
-// Cancels, drops or destroys after k polls, for every k: nothing is lost, and a page a copy still fills or
-// reads is not given to another before.
+// Cancels, drops or destroys after k polls, for every k: nothing is lost, and a page a copy still
+// fills or reads is not given to another before.
 static void test_pool_leaving_in_each_state(void **state)
 {
     (void)state;

@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The copy queues: which chunk moves next on each resource, and who pays for it. How bytes move is the
-// link's business; why they move is the caller's.
+// The copy queues: which chunk moves next on each resource, and who pays for it. How bytes move is
+// the link's business; why they move is the caller's.
 //
-// Each resource has a binary heap of its waiting copies, ordered by (rank, arrival); rank 0 is the most
-// urgent (copy__rank). The copy whose chunk is in flight stays in the heap, so that at each chunk
-// boundary the smallest element, and nothing else, decides what runs: that is the whole of overtaking.
+// Each resource has a binary heap of its waiting copies, ordered by (rank, arrival); rank 0 is the
+// most urgent (copy__rank). The copy whose chunk is in flight stays in the heap, so that at each
+// chunk boundary the smallest element, and nothing else, decides what runs: that is the whole of
+// overtaking.
 //
-//   free record -> copy_submit -> in the heap -> [chunk in flight -> in the heap]* -> done() -> free record
+//   free record -> copy_submit -> in the heap -> [chunk in flight -> in the heap]* -> done() ->
+//   free record
 //
 // Invariants
-//   1. A record is in its heap from copy_submit until just before done() is called; done() comes once.
+//   1. A record is in its heap from copy_submit until just before done() is called; done() comes
+//   once.
 //   2. At most one chunk per resource is in flight; its record is `active`.
 //   3. done() is called without any state of ours half changed: it may submit, promote and cancel.
 //   4. Promotion keeps the arrival number: among equals the one that asked first goes first.
@@ -63,8 +66,8 @@ uint32_t copy__rank(enum copy_class class, enum copy_need need)
 {
     CHECK((unsigned)class < COPY_CLASSES && (unsigned)need < COPY_NEEDS);
     if (need == COPY_GATE)
-        return (uint32_t)class;
-    return COPY_CLASSES + (uint32_t)class * (COPY_NEEDS - 1) + (uint32_t)need - 1;
+        return (uint32_t) class;
+    return COPY_CLASSES + (uint32_t) class * (COPY_NEEDS - 1) + (uint32_t)need - 1;
 }
 
 // ---- heap ----

@@ -4,15 +4,17 @@
 //                 take                     give back
 //   PAGE_FREE ------------> PAGE_OWNED ---------------+--> PAGE_FREE     nothing can still touch it
 //      ^                                              |
-//      |   last copy done                             +--> PAGE_LEAVING  a copy in flight reads or fills it
+//      |   last copy done                             +--> PAGE_LEAVING  a copy in flight reads or
+//      fills it
 //      +--------------------------------------------- |        | last copy done, an epoch is open
 //      |   epochs retired                             v        v
 //      +--------------------------------------------- PAGE_WAITING (device only)
 //
-// A copy's record is kept in the page it fills (page.move, page.copy, page.partner): a page is filled by
-// at most one copy. While the page is OWNED the copy belongs to the object of page.slot; once it is
-// LEAVING nobody waits for that copy any more and only the two pages' `busy` counts matter. So an object can be
-// dropped, destroyed or fetched again at any moment, without waiting for the link.
+// A copy's record is kept in the page it fills (page.move, page.copy, page.partner): a page is
+// filled by at most one copy. While the page is OWNED the copy belongs to the object of page.slot;
+// once it is LEAVING nobody waits for that copy any more and only the two pages' `busy` counts
+// matter. So an object can be dropped, destroyed or fetched again at any moment, without waiting
+// for the link.
 #ifndef POLDER_UNIFIED_POOL_INTERNAL_H
 #define POLDER_UNIFIED_POOL_INTERNAL_H
 
@@ -32,14 +34,16 @@ enum page_state { PAGE_FREE, PAGE_OWNED, PAGE_LEAVING, PAGE_WAITING };
 enum page_move { MOVE_NONE, MOVE_READ, MOVE_UP, MOVE_DOWN }; // file to host, host to device, back
 
 struct page {
-    uint32_t next, prev;    // of the one list it is in: free, waiting for epochs, droppable host copies
-    uint32_t slot;          // OWNED: the slot that has it
-    uint32_t busy;          // copies in flight that read or fill it
+    uint32_t next,
+        prev;      // of the one list it is in: free, waiting for epochs, droppable host copies
+    uint32_t slot; // OWNED: the slot that has it
+    uint32_t busy; // copies in flight that read or fill it
     uint32_t content_owner; // whose bytes it may hold
     uint32_t partner;       // the other page of the copy that fills it
     copy_id copy;           // the copy that fills it, when move is not MOVE_NONE
     uint64_t epoch;         // WAITING: free once every epoch up to this one has retired
-    uint8_t state, move, kind, listed; // kind: the last that had it, PAGE_KINDS: none; listed: droppable
+    uint8_t state, move, kind,
+        listed; // kind: the last that had it, PAGE_KINDS: none; listed: droppable
 };
 
 struct tier {
@@ -57,8 +61,8 @@ struct object {
     uint32_t device, filled;      // slots with a device page; with content in it
     uint32_t host, on_host;       // slots with a host page; with content in it
     uint32_t pins;
-    uint32_t evictable; // its share of pool->evictable
-    uint32_t cursor;    // slots before it need no copy to be started
+    uint32_t evictable;  // its share of pool->evictable
+    uint32_t cursor;     // slots before it need no copy to be started
     uint32_t next, prev; // in pool->stalled[rank]
     uint8_t kind, class, need, rank;
     bool is_live, is_fetching, is_writing, is_stalled;
@@ -94,7 +98,8 @@ struct pool {
     uint32_t *owner_pages;                           // [owners_max], device
     struct pool_pressure pressure[PAGE_KINDS];
     uint32_t evictable; // device pages of objects that could be offered: an upper bound of what is
-    struct stall_list stalled[COPY_RANKS]; // fetches and write-backs that need a host page or queue room
+    struct stall_list
+        stalled[COPY_RANKS]; // fetches and write-backs that need a host page or queue room
     uint32_t stalled_count;
     uint32_t host_kept; // host pages that write-backs leave for file reads to pass through
     uint64_t epoch_last, epoch_oldest; // last opened; oldest that has not retired (last + 1: none)
@@ -117,8 +122,10 @@ void pool__tier_init(struct tier *tier, uint32_t total, uint8_t *arena);
 uint8_t *pool__address(const struct pool *pool, enum tier_id tier, uint32_t page);
 // From the free list for a slot; the caller knows there is one. Device pages keep their content.
 uint32_t pool__take(struct pool *pool, enum tier_id tier, uint32_t slot);
-void pool__give(struct pool *pool, enum tier_id tier, uint32_t page); // from its slot, which forgets it
-void pool__copy_left(struct pool *pool, enum tier_id tier, uint32_t page); // a copy no longer touches it
+void pool__give(struct pool *pool, enum tier_id tier,
+                uint32_t page); // from its slot, which forgets it
+void pool__copy_left(struct pool *pool, enum tier_id tier,
+                     uint32_t page); // a copy no longer touches it
 void pool__zero_for(struct pool *pool, uint32_t page, const struct object *object);
 uint32_t pool__host_take(struct pool *pool, uint32_t slot); // drops the oldest copy if needed; NONE
 void pool__host_settle(struct pool *pool, uint32_t page);   // droppable now, or not

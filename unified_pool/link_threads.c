@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The link of the CPU backend: one worker thread per resource, each with a mailbox for one chunk, moving
-// bytes with memcpy or a read and holding the result back until the configured speed allows it. It
-// decides nothing about order.
+// The link of the CPU backend: one worker thread per resource, each with a mailbox for one chunk,
+// moving bytes with memcpy or a read and holding the result back until the configured speed allows
+// it. It decides nothing about order.
 //
 //   EMPTY --start (engine)--> POSTED --worker--> DONE --poll (engine)--> EMPTY
 //
-// The side whose turn it is owns the chunk; `state` (release/acquire) hands it over. A worker without a
-// chunk sleeps on the condition variable and uses no CPU; one that paces sleeps on the clock.
+// The side whose turn it is owns the chunk; `state` (release/acquire) hands it over. A worker
+// without a chunk sleeps on the condition variable and uses no CPU; one that paces sleeps on the
+// clock.
 #include "unified_pool/copy.h"
 
 #include <pthread.h>

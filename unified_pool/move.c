@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fetches and write-backs: which copy each slot needs next, what happens when one is done or fails.
 //
-// A fetch, per slot:       file --MOVE_READ--> host page --MOVE_UP--> device page      (SLOT_FILLED)
+// A fetch, per slot:       file --MOVE_READ--> host page --MOVE_UP--> device page (SLOT_FILLED)
 //                                 (a slot that is on the host starts at the second arrow)
-// A write-back, per slot:  device page --MOVE_DOWN--> host page                        (SLOT_ON_HOST)
+// A write-back, per slot:  device page --MOVE_DOWN--> host page (SLOT_ON_HOST)
 //
-// pump() starts what can be started, from object->cursor on; an object that lacks a host page or room in a
-// copy queue is stalled, in the list of its rank, and pumped again at every poll, the most urgent first.
+// pump() starts what can be started, from object->cursor on; an object that lacks a host page or
+// room in a copy queue is stalled, in the list of its rank, and pumped again at every poll, the
+// most urgent first.
 //
 // Invariants
-//   1. A copy whose page is OWNED belongs to an object that is fetching (READ, UP) or writing (DOWN).
-//   2. Abandoning gives the pages back first and cancels the copies after, so that the cancelled copy's
+//   1. A copy whose page is OWNED belongs to an object that is fetching (READ, UP) or writing
+//   (DOWN).
+//   2. Abandoning gives the pages back first and cancels the copies after, so that the cancelled
+//   copy's
 //      callback, which may come at once, finds a page nobody waits for.
 //   3. A fetch or write-back ends as a whole: all slots, or none of its device (host) pages stay.
 #include "unified_pool/internal.h"
@@ -61,7 +64,7 @@ static void stall(struct pool *pool, struct object *object)
 
 static void set_urgency(struct object *object, enum copy_class class, enum copy_need need)
 {
-    object->class = (uint8_t)class;
+    object->class = (uint8_t) class;
     object->need = (uint8_t)need;
     object->rank = (uint8_t)copy__rank(class, need);
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Objects: handles with generations, their runs of slots, pins, and the questions about residency.
 //
-// A handle is (generation, index + 1). Destroying an object counts its generation up, so that a stale handle
-// is caught at its next use. No object waits for a copy: pages do (internal.h).
+// A handle is (generation, index + 1). Destroying an object counts its generation up, so that a
+// stale handle is caught at its next use. No object waits for a copy: pages do (internal.h).
 #include "unified_pool/internal.h"
 
 struct object *pool__object(const struct pool *pool, pool_object handle)

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pages of both tiers: which are free, which still wait for a copy or an epoch, whose bytes they hold, and
-// the sums by kind and owner. It does not decide who gets a page.
+// Pages of both tiers: which are free, which still wait for a copy or an epoch, whose bytes they
+// hold, and the sums by kind and owner. It does not decide who gets a page.
 //
-// Every list is intrusive; nothing here walks the arena. The list of waiting pages is in the order of
-// their epochs, because the last opened epoch only grows; so retiring looks at its head alone.
+// Every list is intrusive; nothing here walks the arena. The list of waiting pages is in the order
+// of their epochs, because the last opened epoch only grows; so retiring looks at its head alone.
 #include <string.h>
 
 #include "unified_pool/internal.h"
@@ -139,8 +139,8 @@ uint32_t pool__host_take(struct pool *pool, uint32_t slot)
     return page;
 }
 
-// The page, just taken, will be written piece by piece: what it held must not show through. Bytes of the
-// same owner and kind may stay: he wrote them, and as that kind they are valid numbers.
+// The page, just taken, will be written piece by piece: what it held must not show through. Bytes
+// of the same owner and kind may stay: he wrote them, and as that kind they are valid numbers.
 void pool__zero_for(struct pool *pool, uint32_t page, const struct object *object)
 {
     struct page *p = &pool->tiers[TIER_DEVICE].pages[page];

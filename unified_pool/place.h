@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Counts and places memory with the same code: a layout function runs once with base NULL (it only
-// counts), then once more on the block that was allocated for it. Whoever allocates frees the block.
+// counts), then once more on the block that was allocated for it. Whoever allocates frees the
+// block.
 #ifndef POLDER_UNIFIED_POOL_PLACE_H
 #define POLDER_UNIFIED_POOL_PLACE_H
 

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pool's life, its epochs and its numbers. Pages are in pages.c, objects in object.c, copies in move.c,
-// who gives back in pressure.c, the invariants in pool_check.c; internal.h has the states.
+// The pool's life, its epochs and its numbers. Pages are in pages.c, objects in object.c, copies in
+// move.c, who gives back in pressure.c, the invariants in pool_check.c; internal.h has the states.
 //
 // All memory is one block, laid out by lay_out, which first only counts.
 #include <stdlib.h>
 
 #include "unified_pool/internal.h"
 
-// Host pages that write-backs never take, so that file reads always have a page to pass through: 1/16
-// of the host arena, at most 8.
+// Host pages that write-backs never take, so that file reads always have a page to pass through:
+// 1/16 of the host arena, at most 8.
 enum { HOST_KEPT_SHIFT = 4, HOST_KEPT_MAX = 8 };
 
 static void lay_out(struct placer *placer, const struct pool_options *options, struct pool **self,
@@ -29,9 +29,10 @@ static void lay_out(struct placer *placer, const struct pool_options *options, s
 static enum status check_options(const struct pool_options *o, struct fault *fault)
 {
     if (!is_power_of_two(o->page_bytes) || o->page_bytes < 32u << 10 || o->page_bytes > 2u << 20)
-        return fault_set(fault, STATUS_INVALID,
-                         "the page size is %zu bytes; it must be a power of two from 32 KiB to 2 MiB.",
-                         o->page_bytes);
+        return fault_set(
+            fault, STATUS_INVALID,
+            "the page size is %zu bytes; it must be a power of two from 32 KiB to 2 MiB.",
+            o->page_bytes);
     if (!o->device_pages || o->device_pages >= NONE || o->host_pages >= NONE)
         return fault_set(fault, STATUS_INVALID, "the pool needs at least one device page.");
     if (!o->objects_max || o->objects_max >= NONE || !o->slots_max || o->slots_max >= NONE ||
@@ -58,8 +59,7 @@ static void fill(struct pool *pool)
     pool->runs.count = options->slots_max;
     pool__runs_init(&pool->runs);
     pool->epoch_oldest = 1;
-    pool->host_kept =
-        (uint32_t)min_size(options->host_pages >> HOST_KEPT_SHIFT, HOST_KEPT_MAX);
+    pool->host_kept = (uint32_t)min_size(options->host_pages >> HOST_KEPT_SHIFT, HOST_KEPT_MAX);
 }
 
 enum status pool_create(const struct pool_options *options, struct pool **out, struct fault *fault)
@@ -73,8 +73,8 @@ enum status pool_create(const struct pool_options *options, struct pool **out, s
     lay_out(&placer, options, &self, &body);
     void *memory = calloc(1, placer.used);
     if (!memory)
-        return fault_set(fault, STATUS_NO_MEMORY, "out of memory for the pool's %zu bytes of tables.",
-                         placer.used);
+        return fault_set(fault, STATUS_NO_MEMORY,
+                         "out of memory for the pool's %zu bytes of tables.", placer.used);
     placer = (struct placer){.base = memory};
     lay_out(&placer, options, &self, &body);
     *self = body;

@@ -61,7 +61,7 @@ struct pool_options {
 
 MUST_USE enum status pool_create(const struct pool_options *options, struct pool **out,
                                  struct fault *fault);
-// No copy_poll after this: destroy the queues first (they wait for chunks in flight), the arenas last.
+// Order: the owners of objects, the copy queues (which wait for chunks in flight), the pool, the arenas.
 void pool_destroy(struct pool *pool);
 
 // ---- pressure: how each kind offers to give pages back ----

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Making room: asks the kinds for their cheapest offers and takes the cheapest of all until enough pages
-// are free or on their way. It does not know who is fair: prices do.
+// Making room: asks the kinds for their cheapest offers and takes the cheapest of all until enough
+// pages are free or on their way. It does not know who is fair: prices do.
 //
-// While an epoch is open a page given back now is not room now. It is given back all the same, and counted
-// as coming, so that the same request finds it free once the epoch has retired, and so that asking again
-// before that gives nothing more away. When even everything that could be offered would not suffice,
-// nothing is touched.
+// While an epoch is open a page given back now is not room now. It is given back all the same, and
+// counted as coming, so that the same request finds it free once the epoch has retired, and so that
+// asking again before that gives nothing more away. When even everything that could be offered
+// would not suffice, nothing is touched.
 #include "unified_pool/internal.h"
 
 // The cheapest of the kinds' offers; `known` caches those that were asked already.

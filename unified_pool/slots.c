@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Contiguous runs of slot numbers, because an object's page table is one array that never moves.
-// Boundary tags: the first and last slot of a free run hold its size, so that giving a run back finds both
-// neighbours at once. Free runs stand in bins by the power of two of their size. Objects of one kind
-// mostly have one size, so a run that was given back fits the next one.
+// Boundary tags: the first and last slot of a free run hold its size, so that giving a run back
+// finds both neighbours at once. Free runs stand in bins by the power of two of their size. Objects
+// of one kind mostly have one size, so a run that was given back fits the next one.
 #include "unified_pool/internal.h"
 
 enum { TRIES = 8 }; // runs of the own bin that are looked at before a larger one is split
@@ -15,8 +15,7 @@ static uint32_t bin_of(uint32_t size)
 static void link_run(struct run_table *table, uint32_t first, uint32_t size)
 {
     uint32_t *head = &table->bins[bin_of(size)];
-    table->runs[first] =
-        (struct run){.size = size, .next = *head, .prev = NONE, .is_free = true};
+    table->runs[first] = (struct run){.size = size, .next = *head, .prev = NONE, .is_free = true};
     if (size > 1)
         table->runs[first + size - 1] =
             (struct run){.size = size, .next = NONE, .prev = NONE, .is_free = true};
