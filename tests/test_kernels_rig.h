@@ -26,7 +26,7 @@ struct rig {
     enum dtype dtype;
     const char *instruction_set;
     double error;     // largest relative error seen, printed by rig_each
-    void *memory[512]; // of rig_alloc, released by rig_each
+    void *memory[4096]; // of rig_alloc, released by rig_each
     int blocks;
 };
 

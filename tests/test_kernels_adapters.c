@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/test_kernels_adapters.h"
+
+enum { PAGES = 4096, SLOTS = 2048 };
+
+static void page_next(struct adapters *l)
+{
+    uint32_t at = l->next_page + random_below(PAGES - l->next_page);
+    uint32_t page = l->free_pages[at];
+    l->free_pages[at] = l->free_pages[l->next_page];
+    l->free_pages[l->next_page++] = page;
+    CHECK(l->next_page < PAGES && l->slot_count < SLOTS);
+    l->slots[l->slot_count++] = page;
+    l->page = page;
+    l->fill = 0;
+}
+
+// Appends a slice after what was packed before; `slots0`: where the adapter's slots begin.
+static struct lora_slice slice_pack(struct adapters *l, const float *rows, uint32_t rank,
+                                    uint32_t cols, uint32_t slots0)
+{
+    size_t element = dtype_bytes(l->rig->dtype);
+    uint32_t row_bytes = (uint32_t)round_up(cols * element, 64);
+    struct lora_slice s = {.row_bytes = row_bytes, .rank = rank};
+    CHECK(row_bytes <= l->batch.page_bytes);
+    for (uint32_t j = 0; j < rank; j++) {
+        if (l->slot_count == slots0 || l->fill + row_bytes > l->batch.page_bytes)
+            page_next(l);
+        if (j == 0) {
+            s.first_slot = l->slot_count - 1 - slots0;
+            s.first_byte = l->fill;
+        }
+        uint8_t *to = l->arena + l->page * l->batch.page_bytes + l->fill;
+        memset(to, 0, row_bytes);
+        memcpy(to, rig_narrow(l->rig, rows + j * cols, cols), cols * element);
+        l->rig->table->release(l->rig->device, l->rig->memory[--l->rig->blocks]);
+        l->fill += row_bytes;
+    }
+    return s;
+}
+
+static void adapter_make(struct adapters *l, uint32_t number, uint32_t rank, uint32_t d_in,
+                         uint32_t d_out)
+{
+    uint32_t pairs = l->layers * LORA_MODULES * l->experts, slots0 = l->slot_count;
+    struct lora_pair *pair = rig_alloc(l->rig, pairs * sizeof *pair);
+    l->plain[number] = rig_alloc(l->rig, pairs * sizeof *l->plain[number]);
+    for (uint32_t i = 0; i < pairs; i++) {
+        uint32_t module = i / l->experts % LORA_MODULES, layer = i / l->experts / LORA_MODULES;
+        bool down = module == LORA_DOWN, absent = layer != 1 || (pairs > 14 && random_below(5) == 0);
+        struct plain_pair *p = &l->plain[number][i];
+        p->rank = absent ? 0 : rank > 4 && random_below(3) == 0 ? rank / 2 : rank;
+        p->scale = 0.25f + (float)number;
+        if (!p->rank)
+            continue;
+        uint32_t in = down ? d_out : d_in, out = down ? d_in : d_out;
+        p->a = rig_weight(l->rig, p->rank, in);
+        p->b = rig_weight(l->rig, p->rank, out);
+        pair[i].scale = p->scale;
+        pair[i].a = slice_pack(l, p->a, p->rank, in, slots0);
+        pair[i].b = slice_pack(l, p->b, p->rank, out, slots0);
+    }
+    l->view[number] = (struct lora_adapter_view){l->slots + slots0, pair, l->experts};
+}
+
+void adapters_make(struct adapters *l, struct rig *rig, const uint32_t *ranks, uint32_t count,
+                   uint32_t layers, uint32_t experts, uint32_t d_in, uint32_t d_out,
+                   size_t page_bytes)
+{
+    memset(l, 0, sizeof *l);
+    l->rig = rig;
+    l->count = count;
+    l->layers = layers;
+    l->experts = experts;
+    l->batch.page_bytes = page_bytes;
+    l->batch.adapters = l->view;
+    l->batch.row_begin = l->row_begin;
+    l->batch.adapter = l->adapter;
+    l->arena = rig_alloc(rig, PAGES * page_bytes);
+    memset(l->arena, 0xff, PAGES * page_bytes);
+    l->batch.arena = l->arena;
+    l->free_pages = rig_alloc(rig, PAGES * sizeof *l->free_pages);
+    l->slots = rig_alloc(rig, SLOTS * sizeof *l->slots);
+    for (uint32_t i = 0; i < PAGES; i++)
+        l->free_pages[i] = i;
+    for (uint32_t i = 0; i < count; i++) {
+        adapter_make(l, i, ranks[i], d_in, d_out);
+        l->batch.rank_max = ranks[i] > l->batch.rank_max ? ranks[i] : l->batch.rank_max;
+    }
+}
+
+void adapters_batch(struct adapters *l, uint32_t rows)
+{
+    uint32_t n = 0;
+    for (uint32_t row = 0; row < rows; n++) {
+        uint32_t length = 1 + random_below(rows < 6 ? 2 : rows / 3);
+        uint32_t pick = random_below(l->count + 1);
+        l->row_begin[n] = row;
+        l->adapter[n] = pick == l->count ? 0xffffffff : pick;
+        row = row + length < rows ? row + length : rows;
+        l->row_begin[n + 1] = row;
+    }
+    l->batch.segments = n;
+}
+
+uint32_t adapters_of(const struct adapters *l, uint32_t row)
+{
+    for (uint32_t i = 0; i < l->batch.segments; i++)
+        if (row >= l->row_begin[i] && row < l->row_begin[i + 1])
+            return l->adapter[i];
+    return 0xffffffff;
+}
+
+const struct plain_pair *adapters_pair(const struct adapters *l, uint32_t row, uint32_t layer,
+                                       enum lora_module module, uint32_t expert)
+{
+    uint32_t adapter = adapters_of(l, row);
+    if (adapter == 0xffffffff)
+        return NULL;
+    return &l->plain[adapter][(layer * LORA_MODULES + module) * l->experts +
+                              (l->experts > 1 ? expert : 0)];
+}
