@@ -1,0 +1,17 @@
+# The engine under simulation, and the pure parts of runtime/engine.
+if(TARGET polder_engine AND TARGET polder_kv)
+    set(sim_sources sim_engine.c sim_requests.c sim_world.c sim_model.c fake_device.c fakes.c)
+    add_executable(sim_engine ${sim_sources})
+    target_link_libraries(sim_engine PRIVATE polder_engine polder_flags m)
+    add_test(NAME sim_engine COMMAND sim_engine --seed 1 --seeds 24 --steps 100000)
+    add_test(NAME sim_engine_forced COMMAND sim_engine --mode forced --seed 1 --seeds 8 --steps 8000)
+    add_test(NAME sim_engine_entry COMMAND sim_engine --mode entry --seed 1 --seeds 8 --steps 16000)
+    add_test(NAME sim_engine_faults COMMAND sim_engine --mode faults --seed 1 --seeds 4)
+    add_test(NAME sim_engine_million COMMAND sim_engine --seed 1000 --seeds 50 --steps 1000000)
+    set_tests_properties(sim_engine sim_engine_forced sim_engine_entry PROPERTIES
+        TIMEOUT 120 LABELS "fast;sim")
+    set_tests_properties(sim_engine_faults PROPERTIES TIMEOUT 300 LABELS "sim")
+    set_tests_properties(sim_engine_million PROPERTIES TIMEOUT 1200 LABELS "slow;sim")
+    polder_test(test_engine_plan LIBS polder_engine LABELS fast)
+    polder_test(test_engine_text LIBS polder_engine LABELS fast)
+endif()
