@@ -107,8 +107,10 @@ void peft__pattern_destroy(struct peft_pattern *pattern)
 static bool plain_matches(const struct peft_pattern *pattern, const char *name)
 {
     size_t length = strlen(name);
+#ifndef POLDER_PLANT_BUG // without it the fuzzer must find the names that are shorter
     if (length < pattern->length)
         return false;
+#endif
     size_t skipped = length - pattern->length;
     if (skipped && (pattern->match == PEFT_MATCH_FULL || name[skipped - 1] != '.'))
         return false;

@@ -18,8 +18,8 @@
 // Invariants of a store that adapter__store_open accepted: 1. the base digest and shapes are those
 // of the given base. 2. every slice lies inside the pages, its rows have the length the base's
 // shape asks for, and no row straddles a page. 3. rank is 1..512, the same for A and B. 4. every
-// scale is finite. 5. the file is as long as it says, and the seal fits. The content of pages is covered by
-// adapter__store_verify alone: opening thousands of adapters must not read them all.
+// scale is finite. 5. the file is as long as it says, and the seal fits. The content of pages is
+// covered by adapter__store_verify alone: opening thousands of adapters must not read them all.
 #include "adapters/store.h"
 
 #include <math.h>
