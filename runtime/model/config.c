@@ -258,7 +258,11 @@ static enum status parse_layer_kinds(const struct fields *fields, struct model_c
         return json_fault_within(fault, fields->file, status);
     for (size_t i = 0; i < json_count(dense); i++) {
         uint32_t layer = 0;
-        if (!json_as_u32(json_at(dense, i), &layer) || layer >= out->layers)
+        bool is_there = json_as_u32(json_at(dense, i), &layer);
+#ifndef POLDER_PLANT_BUG
+        is_there = is_there && layer < out->layers;
+#endif
+        if (!is_there)
             return fault_set(fault, STATUS_INVALID,
                              "config.json: \"mlp_only_layers\" names a layer that is not there.");
         out->is_moe[layer] = 0;
