@@ -63,8 +63,7 @@ static enum status out_of_memory(const struct builder *b)
     return fault_set(b->fault, STATUS_NO_MEMORY, "out of memory while reading %s.", b->tree->name);
 }
 
-// ---- building
-// -------------------------------------------------------------------------------------
+// ---- building ----------------------------------------------------------------------------------
 
 static enum status link_node(struct builder *b, struct yaml_node *node)
 {
@@ -354,8 +353,7 @@ void yaml_tree_free(struct yaml_tree *tree)
     free(tree);
 }
 
-// ---- reading
-// --------------------------------------------------------------------------------------
+// ---- reading -----------------------------------------------------------------------------------
 
 const struct yaml_node *yaml_tree_root(const struct yaml_tree *tree)
 {

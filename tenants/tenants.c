@@ -49,8 +49,7 @@ bool tenant_class_from_name(const char *name, enum tenant_class *out)
     return false;
 }
 
-// ---- reading
-// --------------------------------------------------------------------------------------
+// ---- reading -----------------------------------------------------------------------------------
 
 static bool name_is_valid(const char *name)
 {
@@ -166,8 +165,7 @@ static enum status read_entry(const struct yaml_node *map, struct entry *entry, 
     return status;
 }
 
-// ---- the table
-// ------------------------------------------------------------------------------------
+// ---- the table ---------------------------------------------------------------------------------
 
 static struct entry *entry_named(const struct tenants *tenants, const char *name)
 {
@@ -329,8 +327,7 @@ const struct tenant *tenants_at(const struct tenants *tenants, uint32_t number)
     return number < tenants->count ? &tenants->entries[number].tenant : NULL;
 }
 
-// ---- questions
-// ------------------------------------------------------------------------------------
+// ---- questions ---------------------------------------------------------------------------------
 
 bool tenants_find_key(const struct tenants *tenants, const char *key, size_t bytes,
                       uint32_t *number)

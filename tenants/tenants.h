@@ -78,8 +78,7 @@ bool tenant_pattern_matches(const char *pattern, const char *name);
 const char *tenant_class_name(enum tenant_class class);
 bool tenant_class_from_name(const char *name, enum tenant_class *out);
 
-// ---- admission: pure functions on counters
-// --------------------------------------------------------
+// ---- admission: pure functions on counters -----------------------------------------------------
 
 enum { TENANT_WINDOW_SECONDS = 60 };
 

@@ -43,8 +43,7 @@ struct fake_engine {
     uint32_t owner[ADAPTERS_MAX];
 };
 
-// ---- events
-// ---------------------------------------------------------------------------------------
+// ---- events ------------------------------------------------------------------------------------
 
 static bool push(struct fake_engine *engine, const void *record, size_t bytes)
 {
@@ -112,8 +111,7 @@ static void refuse(struct fake_engine *engine, const struct engine_request *requ
     push_always(engine, &done, sizeof done);
 }
 
-// ---- tokens
-// ---------------------------------------------------------------------------------------
+// ---- tokens ------------------------------------------------------------------------------------
 
 static size_t token_text(int32_t token, char out[64])
 {
@@ -213,8 +211,7 @@ static uint64_t advance(struct fake_engine *engine, struct sequence *s, uint64_t
     return s->used && !s->paused ? s->due_us : UINT64_MAX;
 }
 
-// ---- commands
-// -------------------------------------------------------------------------------------
+// ---- commands ----------------------------------------------------------------------------------
 
 static uint32_t find_adapter(const struct fake_engine *engine, const char *name)
 {
@@ -369,8 +366,7 @@ static void take(struct fake_engine *engine, const void *record)
     }
 }
 
-// ---- life
-// -----------------------------------------------------------------------------------------
+// ---- life --------------------------------------------------------------------------------------
 
 static void *engine_main(void *context)
 {

@@ -6,3 +6,12 @@ add_library(fake_engine STATIC fake_engine.c)
 target_link_libraries(fake_engine PUBLIC polder_server)
 add_executable(test_server_main test_server_main.c)
 target_link_libraries(test_server_main PRIVATE fake_engine)
+
+# Debian's interpreter: python3-msgpack belongs to it. 77: something is not installed, said by the test.
+function(polder_server_script name)
+    cmake_parse_arguments(T "" "TIMEOUT" "" ${ARGN})
+    add_test(NAME ${name} COMMAND /usr/bin/python3 ${PROJECT_SOURCE_DIR}/tests/${name}.py)
+    set_tests_properties(${name} PROPERTIES TIMEOUT ${T_TIMEOUT} SKIP_RETURN_CODE 77 LABELS server
+        ENVIRONMENT "POLDER_TEST_SERVER=$<TARGET_FILE:test_server_main>;PYTHONDONTWRITEBYTECODE=1")
+endfunction()
+polder_server_script(test_server_rpc TIMEOUT 120)

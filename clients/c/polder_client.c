@@ -46,8 +46,7 @@ static int fail(struct polder_client *client, struct polder_error *error, const 
     return -1;
 }
 
-// ---- connecting
-// -----------------------------------------------------------------------------------
+// ---- connecting --------------------------------------------------------------------------------
 
 static void set_timeouts(int descriptor, uint32_t timeout_ms)
 {
@@ -174,8 +173,7 @@ void polder_close(struct polder_client *client)
     free(client);
 }
 
-// ---- messages
-// -------------------------------------------------------------------------------------
+// ---- messages ----------------------------------------------------------------------------------
 
 static int send_all(struct polder_client *client, const msgpack_sbuffer *bytes,
                     struct polder_error *error)
@@ -380,8 +378,7 @@ int polder_call(struct polder_client *client, const char *method, const msgpack_
     return rc ? rc : wait_for(client, id, on_token, context, result, error);
 }
 
-// ---- generate
-// -------------------------------------------------------------------------------------
+// ---- generate ----------------------------------------------------------------------------------
 
 static void pack_text(msgpack_packer *packer, const char *text)
 {

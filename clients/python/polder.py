@@ -223,8 +223,6 @@ class Client:
             queue = self._waiting.get(message[1])
         elif message[0] == 2 and message[1] == "token":
             queue = self._waiting.get(message[2][0]["id"])
-        elif message[0] == 2 and message[1] == "error":
-            raise ConnectionClosed(**message[2][0])
         else:
             queue = None
         if queue is not None:

@@ -32,8 +32,7 @@ static bool params_ok(struct call *call, const char *const *names, size_t count)
     return false;
 }
 
-// ---- questions
-// ------------------------------------------------------------------------------------
+// ---- questions ---------------------------------------------------------------------------------
 
 static struct request *ask_engine(struct call *call, enum request_kind kind, uint32_t command)
 {
@@ -95,8 +94,7 @@ void method_adapters_remove(struct call *call)
         (void)snprintf(request->model, sizeof request->model, "%s", name);
 }
 
-// ---- adapters.add
-// ---------------------------------------------------------------------------------
+// ---- adapters.add ------------------------------------------------------------------------------
 
 // Opens root/path one component at a time, never following a symlink. -1 with errno.
 static int open_below(const char *root, const char *path)
@@ -246,8 +244,7 @@ void adapters_on_converted(struct server *server)
     }
 }
 
-// ---- answers
-// --------------------------------------------------------------------------------------
+// ---- answers -----------------------------------------------------------------------------------
 
 static bool may_see(const struct request *request, const json_t *adapter)
 {

@@ -82,14 +82,13 @@ void connection_set_tenant(struct connection *connection, uint32_t tenant)
         server->unauthenticated_count--;
     connection->authenticated = true;
     connection->tenant = tenant;
-    if (!server_charge(server, tenant, held)) {
+    if (!server_charge(server, tenant, BUDGET_CONNECTIONS, held)) {
         connection->in.room = connection->output_charged = 0;
         connection_doom(connection);
     }
 }
 
-// ---- output
-// ---------------------------------------------------------------------------------------
+// ---- output ------------------------------------------------------------------------------------
 
 static void set_slow(struct connection *connection, bool slow)
 {
@@ -119,7 +118,7 @@ static void charge_output(struct connection *connection)
         server_discharge(server, owner, connection->output_charged - waiting);
         connection->output_charged = waiting;
     } else if (waiting > connection->output_charged) {
-        if (server_charge(server, owner, waiting - connection->output_charged))
+        if (server_charge(server, owner, BUDGET_CONNECTIONS, waiting - connection->output_charged))
             connection->output_charged = waiting;
         else
             connection_doom(connection);
@@ -156,8 +155,7 @@ static void on_write(struct bufferevent *events, void *context)
         half_close(connection);
 }
 
-// ---- input
-// ----------------------------------------------------------------------------------------
+// ---- input -------------------------------------------------------------------------------------
 
 static struct scan_limits limits_of(const struct connection *connection)
 {
@@ -179,7 +177,8 @@ static bool pull_input(struct connection *connection)
     if (!waiting)
         return true;
     size_t at = in->count;
-    if (!bytes_add(connection->server, connection_owner(connection), in, NULL, waiting, 1024)) {
+    if (!bytes_add(connection->server, connection_owner(connection), BUDGET_CONNECTIONS, in, NULL,
+                   waiting)) {
         notify_error(connection, STATUS_LIMIT, "the server has no room for this message now.");
         connection_close_after_flush(connection);
         return false;
@@ -264,8 +263,7 @@ static void on_other(struct bufferevent *events, short what, void *context)
         connection_doom(context);
 }
 
-// ---- life
-// -----------------------------------------------------------------------------------------
+// ---- life --------------------------------------------------------------------------------------
 
 static void make_room_among_strangers(struct server *server)
 {

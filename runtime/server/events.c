@@ -14,7 +14,7 @@
 #include "base/log.h"
 #include "runtime/server/internal.h"
 
-enum { EVENTS_PER_TURN = 512, TEXT_ROOM = 256 };
+enum { EVENTS_PER_TURN = 512 };
 
 static const char *finish_name(enum engine_finish finish)
 {
@@ -30,8 +30,7 @@ static const char *finish_name(enum engine_finish finish)
     }
 }
 
-// ---- one token
-// ------------------------------------------------------------------------------------
+// ---- one token ---------------------------------------------------------------------------------
 
 // [[token, logprob, text], ...], most likely first, as the engine sends them.
 static void pack_tops(struct server *server, msgpack_packer *packer,
@@ -85,7 +84,7 @@ static int append_packed(void *context, const char *data, size_t count)
     struct request *request = sink->request;
     if (!sink->failed)
         sink->failed =
-            !bytes_add(request->server, request->tenant, sink->out, data, count, TEXT_ROOM);
+            !bytes_add(request->server, request->tenant, BUDGET_ANSWERS, sink->out, data, count);
     return sink->failed ? -1 : 0;
 }
 
@@ -116,7 +115,7 @@ static bool add_text(struct request *request, struct choice *choice, const char 
                      const char **added)
 {
     size_t at = choice->text.count;
-    if (!bytes_add(request->server, request->tenant, &choice->text, text, bytes, TEXT_ROOM))
+    if (!bytes_add(request->server, request->tenant, BUDGET_ANSWERS, &choice->text, text, bytes))
         return false;
     text_repair(choice->text.data + at, bytes);
     *added = choice->text.data + at;
@@ -155,8 +154,7 @@ static void on_text(struct request *request, uint32_t index, const struct engine
         fail_choice(request);
 }
 
-// ---- the end
-// --------------------------------------------------------------------------------------
+// ---- the end -----------------------------------------------------------------------------------
 
 static void put_usage(msgpack_packer *packer, const struct request *request)
 {
@@ -224,6 +222,7 @@ static void send_result(struct request *request)
         put_choice(packer, request, &request->choice[0]);
     }
     put_usage(packer, request);
+    request_free_texts(request); // packed: they need not be paid for twice
     reply_send(request->connection);
 }
 
@@ -291,8 +290,7 @@ static void on_done(struct request *request, uint32_t index, const struct engine
         generate_finish(request);
 }
 
-// ---- the ring
-// -------------------------------------------------------------------------------------
+// ---- the ring ----------------------------------------------------------------------------------
 
 static void on_event(struct server *server, const void *record, size_t bytes)
 {

@@ -87,8 +87,7 @@ static bool read_intake(struct call *call, struct intake *intake, const struct t
            read_prompt(call, intake) && check_context(call, intake, tenant);
 }
 
-// ---- the record for the engine
-// --------------------------------------------------------------------
+// ---- the record for the engine -----------------------------------------------------------------
 
 static void set_model(struct server *server, uint32_t tenant, struct intake *intake,
                       struct engine_request *record)

@@ -34,8 +34,7 @@ struct bytes {
     size_t count, room;
 };
 
-// ---- requests: everything that is answered later
-// --------------------------------------------------
+// ---- requests: everything that is answered later -----------------------------------------------
 //
 //   FREE -> GENERATE: choices sent -> [text events] -> all choices done -> answered -> FREE
 //   FREE -> the others: command sent -> ENGINE_REPLY -> answered (or a second command) -> FREE
@@ -158,11 +157,13 @@ static inline uint64_t server_now_us(const struct server *server)
 }
 
 // ---- server.c
-bool server_charge(struct server *server, uint32_t tenant,
-                   size_t bytes); // tenant UINT32_MAX: nobody
+// tenant UINT32_MAX: nobody's. false: the budget has no room.
+enum budget_use { BUDGET_CONNECTIONS, BUDGET_ANSWERS };
+bool server_charge(struct server *server, uint32_t tenant, enum budget_use use, size_t bytes);
 void server_discharge(struct server *server, uint32_t tenant, size_t bytes);
-bool bytes_add(struct server *server, uint32_t tenant, struct bytes *bytes, const void *data,
-               size_t count, size_t room_min);
+// data NULL: only makes room. false: the budget or the memory has no room; nothing changed.
+bool bytes_add(struct server *server, uint32_t tenant, enum budget_use use, struct bytes *bytes,
+               const void *data, size_t count);
 void bytes_free(struct server *server, uint32_t tenant, struct bytes *bytes);
 
 // ---- listen.c
@@ -206,7 +207,8 @@ struct request *request_find(struct server *server, uint64_t id);
 uint64_t request_id(const struct request *request, uint32_t choice);
 struct request *request_of(const struct connection *connection, uint32_t msgid);
 void request_free(struct request *request);
-void request_detach(struct request *request); // its connection goes away
+void request_free_texts(struct request *request); // gives its buffers back early
+void request_detach(struct request *request);     // its connection goes away
 void request_cancel(struct request *request);
 void request_pause(struct request *request, bool pause);
 void request_flush_controls(struct server *server);

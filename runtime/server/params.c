@@ -185,8 +185,7 @@ bool params_tokens(struct params *params, const char *key, uint32_t vocab, size_
     return !value || tokens_from(params, key, value, vocab, max, out, count);
 }
 
-// ---- generate
-// -------------------------------------------------------------------------------------
+// ---- generate ----------------------------------------------------------------------------------
 
 static bool parse_prompt(struct params *params, size_t bytes_max, struct generate_params *out)
 {

@@ -45,8 +45,7 @@ bool params_name(struct params *params, const char *key, size_t bytes, char *out
 bool params_tokens(struct params *params, const char *key, uint32_t vocab, size_t max, int32_t *out,
                    size_t *count);
 
-// ---- generate
-// -------------------------------------------------------------------------------------
+// ---- generate ----------------------------------------------------------------------------------
 
 enum { GENERATE_CHOICES_MAX = 8, GENERATE_MAX_TOKENS_DEFAULT = 256 };
 

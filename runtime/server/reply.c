@@ -128,8 +128,7 @@ void reply_send(struct connection *connection)
     connection_send(connection, scratch->data, scratch->size);
 }
 
-// ---- errors
-// ---------------------------------------------------------------------------------------
+// ---- errors ------------------------------------------------------------------------------------
 
 // [0|1, "code: message"], or a map once hello asked for it. refusal may be NULL.
 static void pack_error(msgpack_packer *packer, bool structured, const struct fault *fault,

@@ -99,17 +99,22 @@ static void drop_controls(struct server *server, struct request *request)
     request->control = false;
 }
 
+void request_free_texts(struct request *request)
+{
+    for (uint32_t i = 0; i < request->choices; i++) {
+        bytes_free(request->server, request->tenant, &request->choice[i].text);
+        bytes_free(request->server, request->tenant, &request->choice[i].tokens);
+        bytes_free(request->server, request->tenant, &request->choice[i].logprobs);
+    }
+}
+
 void request_free(struct request *request)
 {
     struct server *server = request->server;
     request->done = request->choices; // nothing left to cancel
     request_detach(request);
     drop_controls(server, request);
-    for (uint32_t i = 0; i < GENERATE_CHOICES_MAX; i++) {
-        bytes_free(server, request->tenant, &request->choice[i].text);
-        bytes_free(server, request->tenant, &request->choice[i].tokens);
-        bytes_free(server, request->tenant, &request->choice[i].logprobs);
-    }
+    request_free_texts(request);
     free(request->report);
     request->report = NULL;
     request->kind = REQUEST_FREE;
@@ -118,8 +123,7 @@ void request_free(struct request *request)
     server->request_count--;
 }
 
-// ---- controls
-// -------------------------------------------------------------------------------------
+// ---- controls ----------------------------------------------------------------------------------
 
 static void owe_control(struct request *request)
 {

@@ -26,18 +26,24 @@
 #include "base/check.h"
 #include "base/log.h"
 
-enum { TICK_MS = 50, ENGINE_STOP_MS = 10000 };
+enum { TICK_MS = 50, ENGINE_STOP_MS = 10000, ROOM_MIN = 512 };
 
-// ---- memory budget
-// --------------------------------------------------------------------------------
+// ---- memory budget -----------------------------------------------------------------------------
 
-bool server_charge(struct server *server, uint32_t tenant, size_t bytes)
+// Answers that are being collected may fill three quarters, so that what is needed to say anything
+// at all to anybody (input, output) never finds the budget spent on them.
+static size_t share(size_t limit, enum budget_use use)
 {
-    if (server->buffered + bytes > server->limits.buffer_bytes)
+    return use == BUDGET_ANSWERS ? limit / 4 * 3 : limit;
+}
+
+bool server_charge(struct server *server, uint32_t tenant, enum budget_use use, size_t bytes)
+{
+    if (server->buffered + bytes > share(server->limits.buffer_bytes, use))
         return false;
     if (tenant != UINT32_MAX) {
         struct tenant_usage *usage = &server->usage[tenant];
-        if (usage->buffered + bytes > server->limits.buffer_bytes_per_tenant)
+        if (usage->buffered + bytes > share(server->limits.buffer_bytes_per_tenant, use))
             return false;
         usage->buffered += bytes;
     }
@@ -55,13 +61,13 @@ void server_discharge(struct server *server, uint32_t tenant, size_t bytes)
     }
 }
 
-bool bytes_add(struct server *server, uint32_t tenant, struct bytes *bytes, const void *data,
-               size_t count, size_t room_min)
+bool bytes_add(struct server *server, uint32_t tenant, enum budget_use use, struct bytes *bytes,
+               const void *data, size_t count)
 {
     size_t need = bytes->count + count;
     if (need > bytes->room || !bytes->data) {
-        size_t room = max_size(max_size(bytes->room * 2, room_min), need);
-        if (!server_charge(server, tenant, room - bytes->room))
+        size_t room = max_size(max_size(bytes->room * 2, ROOM_MIN), need);
+        if (!server_charge(server, tenant, use, room - bytes->room))
             return false;
         char *grown = realloc(bytes->data, room);
         if (!grown) {
@@ -85,8 +91,7 @@ void bytes_free(struct server *server, uint32_t tenant, struct bytes *bytes)
     *bytes = (struct bytes){0};
 }
 
-// ---- limits
-// ---------------------------------------------------------------------------------------
+// ---- limits ------------------------------------------------------------------------------------
 
 static void fill_u32(uint32_t *value, uint32_t fallback)
 {
@@ -124,8 +129,7 @@ struct server_limits server_limits_resolved(const struct server_options *options
     return limits;
 }
 
-// ---- signals and reload
-// ---------------------------------------------------------------------------
+// ---- signals and reload ------------------------------------------------------------------------
 
 static void leave(struct server *server, enum status status)
 {
@@ -185,8 +189,7 @@ static void on_reload_signal(evutil_socket_t number, short what, void *context)
     log_line(LOG_INFO, "tenants read again from %s", server->options.tenants_path);
 }
 
-// ---- timer
-// ----------------------------------------------------------------------------------------
+// ---- timer -------------------------------------------------------------------------------------
 
 static bool all_flushed(const struct server *server)
 {
@@ -252,8 +255,7 @@ static void on_worker_result(evutil_socket_t descriptor, short what, void *conte
     adapters_on_converted(context);
 }
 
-// ---- start and end
-// --------------------------------------------------------------------------------
+// ---- start and end -----------------------------------------------------------------------------
 
 static enum status allocate(struct server *server, struct fault *fault)
 {

@@ -1,0 +1,428 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods, over TCP and a Unix socket, by a plain socket and by clients/python."""
+import os
+import signal
+import sys
+import threading
+import unittest
+
+from test_server_lib import CONTEXT, Peer, Server, TENANTS, engine_stats, key_hash, until
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "clients", "python"))
+import polder  # noqa: E402
+
+
+class Methods(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.server = Server()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.server.stop()
+
+    def test_deny_by_default(self):
+        with Peer(self.server, key=None) as peer:
+            for method in ("generate", "models", "stats", "adapters.list", "tokenize", "nonsense"):
+                self.assertEqual(peer.error(method), [0, "unauthenticated: call auth with a key first."])
+            self.assertEqual(peer.result("ping"), "pong")
+            self.assertFalse(peer.result("hello")["authenticated"])
+            self.assertEqual(peer.error("auth", key="wrong"), [0, "unauthenticated: the key is wrong."])
+            self.assertEqual(peer.result("auth", key="key-bolt"), {"tenant": "bolt", "model": "demo"})
+            self.assertEqual(peer.result("stats")["tenant"]["name"], "bolt")
+            self.assertTrue(peer.result("hello")["authenticated"])
+
+    def test_three_wrong_keys_close(self):
+        with Peer(self.server, key=None) as peer:
+            for _ in range(3):
+                peer.error("auth", key="wrong")
+            self.assertEqual(peer.last_words(), [])
+
+    def test_generate_streams_then_answers(self):
+        for unix in (False, True):
+            with Peer(self.server, unix=unix) as peer:
+                result = peer.result("generate", prompt="zwölf ", max_tokens=21, stream=True, logprobs=2,
+                                     seed=7)
+                self.assertEqual(result["text"], "zwölf zwölf zwölf ")
+                self.assertEqual(result["finish_reason"], "length")
+                self.assertEqual(result["seed"], 7)
+                self.assertEqual(result["usage"]["prompt_tokens"], 7)
+                self.assertEqual(result["usage"]["completion_tokens"], 21)
+                self.assertNotIn("tokens", result)
+                notes = [note[2][0] for note in peer.notes]
+                self.assertEqual({note["id"] for note in notes}, {peer.next_id})
+                self.assertEqual("".join(note["text"] for note in notes), result["text"])
+                self.assertEqual([note["token"] for note in notes], list("zwölf ".encode()) * 3)
+                self.assertTrue(all(note["logprob"] == -0.5 and len(note["top"]) == 2 for note in notes))
+
+    def test_generate_whole(self):
+        with Peer(self.server) as peer:
+            result = peer.result("generate", prompt=[65, 66, 67], max_tokens=4)
+            self.assertEqual((result["text"], result["tokens"]), ("ABCA", [65, 66, 67, 65]))
+            self.assertEqual(peer.notes, [])
+            self.assertNotIn("logprobs", result)
+            result = peer.result("generate", prompt="ab", max_tokens=3, n=3, logprobs=True, seed=2**64 - 1)
+            self.assertEqual([choice["text"] for choice in result["choices"]], ["aba"] * 3)
+            self.assertEqual([choice["index"] for choice in result["choices"]], [0, 1, 2])
+            self.assertEqual(result["choices"][2]["logprobs"][0], {"token": 97, "logprob": -0.5})
+            self.assertEqual(result["usage"]["completion_tokens"], 9)
+            self.assertEqual(result["usage"]["prompt_tokens"], 2)
+
+    def test_stops(self):
+        with Peer(self.server) as peer:
+            result = peer.result("generate", prompt="hello world", stop=["o w"], max_tokens=50, stream=True)
+            self.assertEqual(result["finish_reason"], "stop")
+            result = peer.result("generate", prompt="hello", stop="nowhere", max_tokens=3, stream=True)
+            self.assertEqual((result["text"], result["finish_reason"]), ("hel", "length"))
+            notes = [note[2][0] for note in peer.notes if note[2][0]["id"] == peer.next_id]
+            self.assertEqual("".join(note["text"] for note in notes), "hel")
+            self.assertIsNone(notes[-1]["token"])  # held back, became final at the end
+            result = peer.result("generate", prompt="abc", stop_token_ids=[99], max_tokens=50)
+            self.assertEqual((result["text"], result["finish_reason"]), ("ab", "stop"))
+            self.assertEqual(peer.result("generate", prompt=[97, 256], max_tokens=9)["text"], "a")
+            self.assertEqual(peer.result("generate", prompt=[97, 256], max_tokens=4,
+                                         ignore_eos=True)["text"], "aa")
+
+    def test_nil_is_default(self):
+        with Peer(self.server) as peer:
+            fields = ("max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stop_token_ids", "n",
+                      "logprobs", "stream", "ignore_eos", "deadline_ms", "priority_class", "model")
+            result = peer.result("generate", prompt="a", **{name: None for name in fields})
+            self.assertEqual(result["usage"]["completion_tokens"], 256)
+            self.assertEqual(result["model"], "demo")
+
+    def test_parameters_are_checked(self):
+        bad = [("temperature", float("nan")), ("temperature", float("inf")), ("temperature", -0.1),
+               ("temperature", 1e308), ("temperature", "1"), ("top_p", 0), ("top_p", 1.5), ("top_p", None),
+               ("top_k", -1), ("top_k", 301), ("top_k", 1.0), ("seed", -1), ("seed", 0.5),
+               ("max_tokens", 0), ("max_tokens", -5), ("max_tokens", CONTEXT + 1), ("max_tokens", 2**63),
+               ("max_tokens", True), ("n", 0), ("n", 9), ("logprobs", 9), ("logprobs", -1),
+               ("stop", ""), ("stop", [""]), ("stop", ["x"] * 9), ("stop", [5]), ("stop", "x" * 129),
+               ("stop_token_ids", [300]), ("stop_token_ids", [-1]), ("stop_token_ids", list(range(9))),
+               ("stop_token_ids", 5), ("stream", 1), ("ignore_eos", "yes"), ("deadline_ms", 0),
+               ("deadline_ms", 10**9), ("priority_class", "urgent"), ("model", ""), ("model", 5),
+               ("model", "a\0b"), ("model", "x" * 200), ("temprature", 1), ("prompt", ""), ("prompt", []),
+               ("prompt", [300]), ("prompt", [-1]), ("prompt", [1.0]), ("prompt", ["a"]), ("prompt", None),
+               ("prompt", 5), ("prompt", b"bytes"), ("prompt", [2**64 - 1]), ("prompt", {"a": 1}),
+               ("prompt", "x" * 40000), ("prompt", [1] * 3000)]
+        with Peer(self.server) as peer:
+            before = engine_stats(peer)["requests"]
+            for name, value in bad:
+                if (name, value) == ("top_p", None):
+                    continue
+                error = peer.error("generate", **{"prompt": "a", "max_tokens": 1, name: value})
+                self.assertEqual(error[0], 1, (name, value, error))
+                self.assertTrue(error[1].startswith("invalid_argument: "), error)
+                self.assertIn(name, error[1])
+            self.assertEqual(engine_stats(peer)["requests"], before)
+            self.assertEqual(peer.result("generate", prompt="a", max_tokens=1)["text"], "a")
+
+    def test_unknown_field_is_named(self):
+        with Peer(self.server) as peer:
+            self.assertIn('unknown field "temprature"; known: model, prompt,',
+                          peer.error("generate", prompt="a", temprature=1)[1])
+            self.assertIn('unknown field "ключ', peer.error("hello", **{"ключ" * 20: 1})[1])
+            for params in ([1], ["x"], [{}, {}], [[1]], {}, None, "x", 5):
+                peer.next_id += 1
+                peer.send([0, peer.next_id, "generate", params])
+                self.assertEqual(peer.response(peer.next_id)[2][0], 1, params)
+            for params in ([], [None], [{}], [[]]):
+                peer.next_id += 1
+                peer.send([0, peer.next_id, "models", params])
+                self.assertIsNone(peer.response(peer.next_id)[2])
+
+    def test_context_is_said_with_numbers(self):
+        with Peer(self.server) as peer:
+            self.assertEqual(peer.error("generate", prompt="a" * CONTEXT)[1],
+                             "invalid_argument: the prompt has 2048 tokens; the context of 2048 tokens must "
+                             "hold it and at least one more.")
+            self.assertEqual(peer.error("generate", prompt="a" * 2000, max_tokens=49)[1],
+                             "invalid_argument: the prompt has 2000 tokens and max_tokens is 49; together "
+                             "they exceed the context of 2048 tokens.")
+            result = peer.result("generate", prompt="a" * (CONTEXT - 1))
+            self.assertEqual(result["usage"]["completion_tokens"], 1)
+
+    def test_adapters_of_others_do_not_exist(self):
+        with Peer(self.server) as peer:
+            self.assertEqual(peer.result("generate", prompt="a", model="acme-one", max_tokens=1)["model"],
+                             "acme-one")
+            answers = []
+            for name in ("bolt-one", "bolt-two", "ghost", "../one"):
+                peer.next_id = 500  # the same msgid every time, to compare bytes
+                peer.send([0, 501, "generate", [{"prompt": "a", "model": name}]])
+                data = peer.socket.recv(4096)
+                peer.unpacker = type(peer.unpacker)(raw=False)
+                answers.append(data.replace(name.encode(), b"NAME"))
+            sizes = {len(answer) - len("NAME") for answer in answers}
+            self.assertEqual(len({answer[8:] for answer in answers[:2]}), 1)
+            self.assertLessEqual(len(sizes), 2)
+            self.assertEqual([m["id"] for m in peer.result("models")], ["demo", "acme-one", "shared"])
+            names = [m["name"] for m in peer.result("adapters.list")]
+            self.assertEqual(names, ["acme-one", "shared"])
+        with Peer(self.server, key="key-cape") as peer:
+            self.assertEqual(peer.error("generate", prompt="a", model="shared"),
+                             [0, 'not_found: there is no model "shared".'])
+            self.assertEqual([m["id"] for m in peer.result("models")], ["demo"])
+
+    def test_tokenize_and_back(self):
+        with Peer(self.server) as peer:
+            text = "Grüße, 世界 🌍"
+            tokens = peer.result("tokenize", text=text)
+            self.assertEqual(tokens["count"], len(tokens["tokens"]))
+            self.assertEqual(peer.result("detokenize", tokens=tokens["tokens"])["text"], text)
+            self.assertEqual(peer.result("tokenize", text=""), {"count": 0, "tokens": []})
+            self.assertEqual(peer.result("detokenize", tokens=[])["text"], "")
+            self.assertEqual(peer.result("detokenize", tokens=[0xC3])["text"], "?")
+            for params in ({}, {"text": 5}, {"text": None}, {"text": "a", "x": 1}):
+                self.assertEqual(peer.error("tokenize", **params)[0], 1)
+            for params in ({}, {"tokens": 5}, {"tokens": [300]}, {"tokens": [-1]}, {"tokens": ["a"]}):
+                self.assertEqual(peer.error("detokenize", **params)[0], 1)
+
+    def test_cancel(self):
+        with Peer(self.server) as peer:
+            self.assertEqual(peer.result("cancel", id=4711), {"found": False})
+            self.assertEqual(peer.error("cancel")[0], 1)
+            self.assertEqual(peer.error("cancel", id=-1)[0], 1)
+            msgid = peer.request("generate", prompt="abc", max_tokens=2000, stream=True)
+            self.assertEqual(peer.read()[1], "token")
+            peer.send([2, "cancel", [{"id": msgid}]])
+            result = peer.response(msgid)[3]
+            self.assertEqual(result["finish_reason"], "cancelled")
+            self.assertLess(len(result["text"]), 2000)
+            msgid = peer.request("generate", prompt="abc", max_tokens=2000, n=2)
+            other = peer.request("cancel", id=msgid)
+            self.assertEqual(peer.response(other)[3], {"found": True})
+            result = peer.response(msgid)[3]
+            self.assertEqual([c["finish_reason"] for c in result["choices"]], ["cancelled"] * 2)
+            peer.send([2, "cancel", [{"id": 1}]])
+            peer.send([2, "cancel", ["rubbish"]])
+            peer.send([2, "no_such_thing", []])
+            self.assertEqual(peer.result("ping"), "pong")
+
+    def test_deadline(self):
+        with Peer(self.server) as peer:
+            error = peer.error("generate", prompt="abc", max_tokens=2000, deadline_ms=30)
+            self.assertTrue(error[1].startswith("deadline_exceeded: "), error)
+
+    def test_disconnect_cancels(self):
+        with Peer(self.server) as watcher:
+            before = engine_stats(watcher)["cancels"]
+            peer = Peer(self.server)
+            for _ in range(5):
+                peer.request("generate", prompt="abc", max_tokens=2000, stream=True)
+            self.assertTrue(until(lambda: engine_stats(watcher)["running"] == 5))
+            peer.close()
+            self.assertTrue(until(lambda: engine_stats(watcher)["running"] == 0))
+            self.assertEqual(engine_stats(watcher)["cancels"], before + 5)
+            self.assertEqual(watcher.result("stats")["tenant"]["parallel"], 0)
+
+    def test_structured_errors(self):
+        with Peer(self.server, key="key-bolt") as peer:
+            peer.result("hello", structured_errors=True)
+            self.assertEqual(peer.error("generate", prompt="a", n=0),
+                             {"type": 1, "code": "invalid_argument",
+                              "message": "n must be an integer from 1 to 8."})
+            self.assertEqual(peer.error("generate", prompt="a", max_tokens=101),
+                             {"type": 0, "code": "resource_exhausted",
+                              "message": "max_tokens is 100, 100 remaining.", "kind": "max_tokens",
+                              "limit": 100, "remaining": 100, "retry_after_ms": 0, "billed": False})
+
+    def test_manage_adapters(self):
+        good = os.path.join(self.server.adapters, "good")
+        os.makedirs(os.path.join(good, "deeper"))
+        open(os.path.join(good, "adapter_config.json"), "w").close()
+        os.mkdir(os.path.join(self.server.adapters, "empty"))
+        os.symlink("/etc", os.path.join(self.server.adapters, "link"))
+        with Peer(self.server, key="key-bolt") as peer:
+            self.assertEqual(peer.error("adapters.add", name="bolt-x", path="good"),
+                             [0, "permission_denied: this tenant may not manage adapters."])
+            self.assertTrue(peer.error("adapters.remove", name="bolt-one")[1].startswith("permission"))
+        with Peer(self.server) as peer:
+            self.assertEqual(peer.result("adapters.add", name="acme-x", path="good"),
+                             {"name": "acme-x", "report": {"applied": 4, "possible": 8}})
+            self.assertEqual(len(os.listdir(self.server.store)), 1)
+            self.assertEqual(peer.error("adapters.add", name="acme-x", path=good)[1][:14], "already_exists")
+            self.assertEqual(peer.error("adapters.add", name="acme-y", path="empty"),
+                             [0, "corrupt: there is no adapter_config.json."])
+            self.assertEqual(len(os.listdir(self.server.store)), 1)
+            self.assertEqual(peer.error("adapters.add", name="bolt-x", path="good")[1][:17],
+                             "permission_denied")
+            for path in ("/etc", "../..", "good/..", "good/../good", "./good", "link", "good//deeper",
+                         "missing", "/", self.server.adapters + "/../adapters/good"):
+                error = peer.error("adapters.add", name="acme-y", path=path)
+                self.assertEqual(error[1][:9], "not_found", path)
+            for name in ("../x", "a/b", ".x", "", "x" * 64, "a b"):
+                self.assertEqual(peer.error("adapters.add", name=name, path="good")[0], 1, name)
+            self.assertIn({"name": "acme-x", "own": True}, peer.result("adapters.list"))
+            self.assertEqual(peer.result("generate", prompt="a", model="acme-x", max_tokens=1)["text"], "a")
+            self.assertEqual(peer.result("adapters.remove", name="acme-x"), {"name": "acme-x"})
+            for name in ("acme-x", "bolt-one"):
+                self.assertEqual(peer.error("adapters.remove", name=name)[1],
+                                 'not_found: there is no model "%s".' % name)
+
+    def test_python_client(self):
+        for address in ("%s:%d" % self.server.address, "unix:" + self.server.unix):
+            with polder.Client(address, key="key-acme") as client:
+                self.assertEqual(client.tenant, "acme")
+                stream = client.generate("abc", max_tokens=6)
+                self.assertEqual("".join(token.text for token in stream), "abcabc")
+                self.assertEqual(stream.answer.text, "abcabc")
+                one, two = client.generate("1", max_tokens=40), client.generate("2", max_tokens=20)
+                self.assertEqual("".join(token.text for token in two), "2" * 20)
+                self.assertEqual("".join(token.text for token in one), "1" * 40)
+                with client.generate("long", max_tokens=2000) as stream:
+                    self.assertEqual(next(stream).text, "l")
+                self.assertEqual(stream.answer.finish_reason, "cancelled")
+                self.assertEqual(len(client.complete("a", n=4, max_tokens=2).choices), 4)
+                self.assertEqual(client.detokenize(client.tokenize("häh")), "häh")
+                self.assertEqual(client.ping(), "pong")
+                with self.assertRaises(polder.PolderError) as caught:
+                    client.complete("a", model="nope")
+                self.assertEqual(caught.exception.code, "not_found")
+        with self.assertRaises(polder.PolderError) as caught:
+            polder.Client("%s:%d" % self.server.address, key="wrong")
+        self.assertEqual(caught.exception.code, "unauthenticated")
+
+
+class Limits(unittest.TestCase):
+    def test_tenant_limits(self):
+        with Server(delay_us=2000) as server, Peer(server, key="key-bolt") as peer:
+            peer.result("hello", structured_errors=True)
+            running = [peer.request("generate", prompt="a", max_tokens=100) for _ in range(4)]
+            error = peer.error("generate", prompt="a", max_tokens=10)
+            self.assertEqual((error["code"], error["kind"], error["limit"]),
+                             ("resource_exhausted", "max_parallel_requests", 4))
+            for _ in running:
+                self.assertIn(peer.read()[1], running)
+            for _ in range(16):
+                peer.result("generate", prompt="a", max_tokens=1)
+            error = peer.error("generate", prompt="a", max_tokens=1)
+            self.assertEqual((error["kind"], error["remaining"], error["billed"]), ("rpm_limit", 0, False))
+            self.assertTrue(30000 < error["retry_after_ms"] <= 61000, error)
+            self.assertEqual(peer.error("generate", prompt="a" * 350, max_tokens=60)["kind"],
+                             "max_context_tokens")
+            stats = peer.result("stats")
+            self.assertEqual(set(stats), {"tenant"})
+            self.assertEqual((stats["tenant"]["requests"], stats["tenant"]["refused"]), (20, 3))
+            self.assertEqual(stats["tenant"]["completion_tokens"], 416)
+
+    def test_requests_per_connection(self):
+        with Server("requests_per_connection=3", delay_us=5000) as server, Peer(server) as peer:
+            running = [peer.request("generate", prompt="a", max_tokens=20) for _ in range(3)]
+            self.assertEqual(peer.error("generate", prompt="a")[1],
+                             "resource_exhausted: this connection has 3 unfinished requests already.")
+            self.assertEqual(peer.result("ping"), "pong")
+            self.assertEqual(sorted(peer.read()[1] for _ in running), running)
+
+    def test_open_access(self):
+        import subprocess
+        import test_server_lib as lib
+        for listen, code in (("0.0.0.0:0", 1), ("example.org:1", 1), ("127.0.0.1:99999", 1), ("x", 1)):
+            run = subprocess.run([lib.PROGRAM, "--open", "--listen", listen], capture_output=True, timeout=20)
+            self.assertEqual(run.returncode, code, listen)
+
+    def test_buffers_are_bounded(self):
+        with Server("buffer_bytes=200000", delay_us=0) as server, Peer(server) as peer:
+            before = server.rss_kib()
+            prompt = [299] * 8  # 43 spaces each
+            running = [peer.request("generate", prompt=prompt, max_tokens=2000) for _ in range(10)]
+            answers = [peer.read() for _ in running]
+            codes = {answer[2][1].split(":")[0] for answer in answers if answer[2]}
+            self.assertEqual(codes, {"resource_exhausted"})
+            self.assertLess(server.rss_kib() - before, 4000)
+            self.assertEqual(peer.result("generate", prompt="a", max_tokens=2)["text"], "aa")
+
+
+class Signals(unittest.TestCase):
+    def test_sigterm_drains(self):
+        with Server(delay_us=3000) as server:
+            peer, other = Peer(server), Peer(server)
+            msgid = peer.request("generate", prompt="abc", max_tokens=200, stream=True)
+            self.assertEqual(peer.read()[1], "token")
+            server.signal(signal.SIGTERM)
+            self.assertTrue(until(lambda: other.call("hello")[2] is not None))
+            self.assertEqual(other.error("generate", prompt="a"),
+                             [0, "unavailable: the server is shutting down."])
+            with Peer(server, key=None) as late:
+                self.assertEqual(late.error("hello"), [0, "unavailable: the server is shutting down."])
+            self.assertEqual(peer.response(msgid)[3]["usage"]["completion_tokens"], 200)
+            self.assertEqual(server.process.wait(10), 0)
+            self.assertFalse(os.path.exists(server.unix))
+
+    def test_drain_has_an_end(self):
+        with Server("shutdown_timeout_ms=200", delay_us=5000) as server:
+            peer = Peer(server)
+            msgid = peer.request("generate", prompt="abc", max_tokens=2000)
+            self.assertTrue(until(lambda: True))
+            server.signal(signal.SIGTERM)
+            answer = peer.response(msgid)
+            self.assertEqual(answer[2][1].split(":")[0], "unavailable")
+            self.assertEqual(server.process.wait(10), 0)
+
+    def test_second_signal_leaves_now(self):
+        with Server(delay_us=5000) as server:
+            peer = Peer(server)
+            peer.request("generate", prompt="abc", max_tokens=2000)
+            server.signal(signal.SIGINT)
+            self.assertTrue(until(lambda: peer.call("hello")[2] is not None))
+            server.signal(signal.SIGINT)
+            self.assertEqual(server.process.wait(10), 0)
+
+    def test_reload(self):
+        with Server() as server:
+            acme, second, bolt = Peer(server), Peer(server, key="key-acme-2"), Peer(server, key="key-bolt")
+            server.write_tenants(TENANTS + "  - name: bolt\n")
+            server.signal(signal.SIGHUP)
+            self.assertTrue(until(lambda: "there twice" in server.log_text()))
+            self.assertEqual(bolt.result("ping"), "pong")
+            text = TENANTS.replace(", " + key_hash("key-acme-2"), "")
+            text = text.replace("name: bolt", "name: dune").replace(key_hash("key-bolt"), key_hash("key-dune"))
+            server.write_tenants(text)
+            server.signal(signal.SIGHUP)
+            for gone in (second, bolt):
+                self.assertEqual(gone.last_words()[0][2][0]["code"], "unauthenticated")
+            names = [t["name"] for t in acme.result("stats")["tenants"]]
+            self.assertEqual(names, ["acme", "bolt", "cape", "dune"])  # numbers stand
+            with Peer(server, key="key-dune") as dune:
+                self.assertEqual(dune.result("generate", prompt="a", max_tokens=1)["text"], "a")
+            with Peer(server, key=None) as peer:
+                self.assertEqual(peer.error("auth", key="key-bolt")[1][:15], "unauthenticated")
+
+    def test_socket_file_in_use(self):
+        import subprocess
+        import test_server_lib as lib
+        with Server() as server:
+            run = subprocess.run([lib.PROGRAM, "--open", "--listen", "unix:" + server.unix],
+                                 capture_output=True, timeout=20)
+            self.assertEqual(run.returncode, 1)
+            self.assertIn(b"is in use", run.stderr)
+            with Peer(server, unix=True) as peer:
+                self.assertEqual(peer.result("ping"), "pong")
+
+
+class Together(unittest.TestCase):
+    def test_many_threads(self):
+        def work(server, key, failures):
+            try:
+                with polder.Client("unix:" + server.unix, key=key) as client:
+                    for i in range(10):
+                        prompt = "%s-%d " % (key, i)
+                        text = client.complete(prompt, max_tokens=3 * len(prompt)).text
+                        if text != prompt * 3:
+                            failures.append(text)
+            except Exception as error:  # noqa: BLE001
+                failures.append(error)
+
+        with Server() as server:
+            failures = []
+            threads = [threading.Thread(target=work, args=(server, key, failures))
+                       for key in ("key-acme", "key-acme-2", "key-cape") for _ in range(10)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            self.assertEqual(failures, [])
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=1)
