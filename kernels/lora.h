@@ -43,7 +43,7 @@ struct lora_adapter_view {
 struct lora_batch {
     const uint8_t *arena;
     size_t page_bytes;
-    uint32_t segments;
+    uint32_t segments, rows;   // rows of the step: what is known when a command is recorded
     const uint32_t *row_begin; // [segments + 1]; rows [row_begin[i], row_begin[i+1]) use adapter[i]
     const uint32_t *adapter;   // [segments], index into adapters, 0xffffffff: base rows
     const struct lora_adapter_view *adapters;

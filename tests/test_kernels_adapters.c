@@ -98,7 +98,7 @@ void adapters_batch(struct adapters *l, uint32_t rows)
         l->row_begin[n] = row;
         l->adapter[n] = pick == l->count ? 0xffffffff : pick;
         row = row + length < rows ? row + length : rows;
-        l->row_begin[n + 1] = row;
+        l->row_begin[n + 1] = l->batch.rows = row;
     }
     l->batch.segments = n;
 }

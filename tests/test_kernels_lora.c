@@ -112,6 +112,7 @@ static void lora_bits(struct rig *rig)
         struct lora_batch one = l.batch;
         one.segments = 1;
         one.row_begin = begin;
+        one.rows = begin[1];
         one.adapter = &adapter;
         memset(y1, 0, OUT * sizeof(float));
         const void *x1 = act + r * rig->table->act_bytes(rig->device, 1, IN);

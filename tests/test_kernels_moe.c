@@ -290,6 +290,7 @@ static void moe_bits(struct rig *rig)
         one.work.expert = m.work.expert + r * 2;
         one.work.gate = m.work.gate + r * 2;
         alone.batch.row_begin = alone.row_begin;
+        alone.batch.rows = 1;
         alone.batch.adapter = alone.adapter;
         alone.row_begin[0] = 0;
         alone.row_begin[1] = 1;

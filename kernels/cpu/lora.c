@@ -88,7 +88,7 @@ void cpu__lora_shrink(struct stream *s, const struct lora_shrink_args *a)
         return;
     struct command *c = cpu__record(s, &shrink_operation, 0);
     c->a.shrink = *a;
-    size_t rows = a->batch->row_begin[a->batch->segments];
+    size_t rows = a->batch->rows; // row_begin is device memory: it may not be there yet
     size_t x_bytes = cpu__act_row_bytes(((struct cpu_device *)s->device)->dtype, a->d_in);
     cpu__reads(c, a->x, rows * x_bytes, 0, 1);
     cpu__writes(c, a->hidden, rows * a->batch->rank_max * sizeof(float), 0, 1);
@@ -169,7 +169,7 @@ void cpu__lora_expand(struct stream *s, const struct lora_expand_args *a)
         return;
     struct command *c = cpu__record(s, &expand_operation, 0);
     c->a.expand = *a;
-    size_t rows = a->batch->row_begin[a->batch->segments];
+    size_t rows = a->batch->rows; // row_begin is device memory: it may not be there yet
     size_t width = a->interleave_half < 0 ? a->d_out : tile_interleaved_rows(a->d_out);
     cpu__reads(c, a->hidden, rows * a->batch->rank_max * sizeof(float), 0, 1);
     cpu__writes(c, a->y, width * sizeof(float), a->y_stride * sizeof(float), rows);

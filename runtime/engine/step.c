@@ -27,41 +27,102 @@ struct step *step_paused_most_urgent(struct engine *engine)
 
 // ---- planning ----
 
-// Distinct adapters pinned by this step so far hold this many pages.
-static bool pin_adapter(struct engine *e, const struct sequence *s, uint32_t *adapter_pages)
+// What the runs secured so far hold: they stand in engine->runs[0 .. kept).
+struct secured {
+    uint32_t kept, adapter_pages; // of distinct adapters
+};
+
+static bool holds_adapter(const struct engine *e, const struct secured *held, adapter_id adapter)
 {
+    for (uint32_t i = 0; i < held->kept; i++) {
+        const struct sequence *s = &e->sequences[e->runs[i].slot];
+        if (s->has_adapter && s->adapter.bits == adapter.bits)
+            return true;
+    }
+    return false;
+}
+
+// *more: the pages that the adapter adds to the step.
+static bool pin_adapter(struct engine *e, const struct secured *held, uint32_t slot, uint32_t *more)
+{
+    const struct sequence *s = &e->sequences[slot];
     struct adapters *adapters = e->options.adapters;
-    uint32_t pages = adapter_page_count(adapters, s->adapter);
+    if (!holds_adapter(e, held, s->adapter))
+        *more = adapter_page_count(adapters, s->adapter);
+    if (!sequence_pages_allow(e, held->adapter_pages + *more)) {
+        (void)sequence_make_room(e, slot);
+        return false;
+    }
     if (!adapter_is_resident(adapters, s->adapter)) {
         enum status status = adapter_fetch(adapters, s->adapter, (enum copy_class)s->class, COPY_ADAPTER);
         (void)status; // FULL: tried again at the next plan
         return false;
     }
-    if (!sequence_pages_allow(e, *adapter_pages + pages))
-        return false;
     adapter_pin(adapters, s->adapter);
     adapter_used(adapters, s->adapter);
-    *adapter_pages += pages; // counted per run: an upper bound when runs share an adapter
     return true;
 }
 
+// Copies of KV blocks wait in the stream for the next segment: until that has retired nobody else may get
+// the pages they read and write, so they have an epoch of their own.
 static void copy_block(void *context, void *to, const void *from, size_t bytes)
 {
     struct engine *e = context;
+    if (!e->copies_recorded)
+        e->copies_epoch = pool_epoch_open(e->options.pool);
+    e->copies_recorded = true;
     e->table->copy(e->stream, to, from, bytes);
 }
 
-// Pages and pins for one run; false leaves nothing held.
-static bool secure(struct engine *e, const struct plan_run *run, uint32_t *adapter_pages)
+static void copies_retired(struct engine *e)
+{
+    if (e->copies_recorded)
+        pool_epoch_retire(e->options.pool, e->copies_epoch);
+    e->copies_recorded = false;
+}
+
+void step_run_copies(struct engine *engine)
+{
+    struct segment_result result;
+    if (!engine->copies_recorded)
+        return;
+    enum status status = engine->table->submit(engine->stream);
+    if (!status)
+        status = engine->table->wait(engine->stream, &result);
+    if (status) // the blocks they fill belong to sequences that no step holds
+        log_line(LOG_ERROR, "copying KV blocks failed: %s", status_sentence(status));
+    copies_retired(engine);
+}
+
+// Device pages that positions [0, tokens) need beyond what the sequence has.
+static uint32_t more_pages(const struct engine *e, const struct sequence *s, uint32_t tokens)
+{
+    const struct kv_shape *shape = &e->options.kv_shape;
+    uint32_t known = s->reserved > s->computed ? s->reserved : s->computed;
+    if (tokens <= known)
+        return 0;
+    return (uint32_t)(div_up(tokens, shape->block_tokens) - div_up(known, shape->block_tokens)) *
+           shape->pages_per_block;
+}
+
+// Pages and pins for one run; false leaves nothing pinned.
+static bool secure(struct engine *e, const struct plan_run *run, struct secured *held)
 {
     struct sequence *s = &e->sequences[run->slot];
-    if (s->has_adapter && !pin_adapter(e, s, adapter_pages))
+    uint32_t adapter_pages = 0, tokens = run->position + run->count;
+    if (s->state != SEQUENCE_RUNNING) // it has just made room for a run before it
         return false;
+    if (s->has_adapter && !pin_adapter(e, held, run->slot, &adapter_pages))
+        return false;
+    adapter_pages += held->adapter_pages;
     struct kv_copier copier = {.copy = copy_block, .context = e};
     enum status status = STATUS_FULL;
-    if (sequence_pages_allow(e, *adapter_pages + e->options.kv_shape.pages_per_block))
-        status = kv_reserve(e->options.kv, s->kv, run->position + run->count, &copier);
-    if (status) {
+    if (sequence_pages_allow(e, adapter_pages + more_pages(e, s, tokens)))
+        status = kv_reserve(e->options.kv, s->kv, tokens, &copier);
+    if (!status)
+        s->reserved = tokens;
+    // Copy-on-write may have taken a block more than was counted.
+    if (status || !sequence_pages_allow(e, adapter_pages)) {
         if (s->has_adapter)
             adapter_unpin(e->options.adapters, s->adapter);
         (void)sequence_make_room(e, run->slot);
@@ -69,6 +130,8 @@ static bool secure(struct engine *e, const struct plan_run *run, uint32_t *adapt
     }
     kv_pin(e->options.kv, s->kv);
     s->in_step = true;
+    held->adapter_pages = adapter_pages;
+    held->kept++;
     return true;
 }
 
@@ -118,6 +181,7 @@ static void fill_places(struct engine *e, struct step *step)
     step->lora = (struct lora_batch){.arena = o->arena,
                                      .page_bytes = o->page_bytes,
                                      .segments = segment,
+                                     .rows = step->plan.rows,
                                      .row_begin = step->device.lora_row,
                                      .adapter = step->device.lora_adapter,
                                      .adapters = o->adapters ? adapters_views(o->adapters) : NULL,
@@ -163,19 +227,24 @@ bool step_plan_next(struct engine *engine)
                                  .less_urgent_prefill_max = (engine->options.rows_max + 3) / 4};
     // The runs are chosen into the step of the most urgent class that could run.
     struct plan_run *runs = engine->runs;
-    uint32_t chosen = plan_choose(engine->candidates, count, &limits, runs), kept = 0, pages = 0;
+    uint32_t chosen = plan_choose(engine->candidates, count, &limits, runs);
+    struct secured held = {.kept = 0};
     for (uint32_t i = 0; i < chosen; i++) {
-        if (secure(engine, &runs[i], &pages))
-            runs[kept++] = runs[i];
+        struct plan_run run = runs[i];
+        if (secure(engine, &run, &held))
+            runs[held.kept - 1] = run;
     }
-    if (!kept)
+    if (!held.kept) {
+        step_run_copies(engine);
         return false;
+    }
     struct step_plan plan = {.step = engine->steps_made++};
-    plan_layout(runs, kept, &plan);
+    plan_layout(runs, held.kept, &plan);
     struct step *step = &engine->steps[plan.class];
     CHECK(step->state == STEP_NONE);
     step->plan = plan;
-    memcpy(step->runs, runs, kept * sizeof *runs);
+    step->adapter_pages = held.adapter_pages;
+    memcpy(step->runs, runs, held.kept * sizeof *runs);
     fill_step(engine, step);
     fill_places(engine, step);
     trace(engine, step);
@@ -344,6 +413,7 @@ static void measure(struct engine *e, const struct step *step)
 static void retired(struct engine *e, struct step *step, const struct segment_result *result)
 {
     pool_epoch_retire(e->options.pool, step->epoch);
+    copies_retired(e);
     if (result->missed) {
         uint32_t half = 2 * result->miss_layer + 1;
         account_experts(e, step->half, half);
@@ -377,6 +447,7 @@ static bool advance_flight(struct engine *e, struct step *step)
         return false;
     if (status) {
         pool_epoch_retire(e->options.pool, step->epoch);
+        copies_retired(e);
         fail_step(e, step, status, "The device failed while running a step.");
         return true;
     }
@@ -410,8 +481,11 @@ bool step_advance(struct engine *engine)
     }
     switch (step->state) {
     case STEP_READY:
-        if (submit(engine, step))
+        if (submit(engine, step)) {
+            pool_epoch_retire(engine->options.pool, step->epoch);
+            copies_retired(engine);
             fail_step(engine, step, STATUS_DEVICE, "The device refused a segment.");
+        }
         return true;
     case STEP_FLIGHT:
         return advance_flight(engine, step);
