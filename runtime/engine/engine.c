@@ -269,6 +269,8 @@ static void end_everything(struct engine *e, enum status status, const char *mes
             experts_gate_done(e->options.experts, e->moe_index[step->half / 2]);
         step_release_rows(e, step);
     }
+    if (!e->current)
+        step_run_copies(e);
     for (int state = SEQUENCE_QUEUED; state <= SEQUENCE_OUT; state++) {
         for (uint32_t slot = e->lists[state].head; slot != NO_SLOT;) {
             uint32_t next = e->sequences[slot].next;

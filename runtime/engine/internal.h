@@ -32,6 +32,7 @@ struct sequence {
     int32_t *tokens;   // [context_max] prompt, then generated
     uint32_t length;   // tokens known
     uint32_t computed; // tokens with KV
+    uint32_t reserved; // positions with blocks, when more than computed
     uint32_t prompt, generated, max_tokens, cached;
     uint32_t high_water; // most tokens that ever had KV: rows below it are recomputed
     struct sample_params sampling;
@@ -91,6 +92,7 @@ struct step {
     bool segment_head;     // the segment in flight ends with the head
     bool places_changed;   // the block must be copied to the device before the next segment
     uint32_t halves_run;
+    uint32_t adapter_pages; // of its adapters, kept free for it while it is paused
     uint64_t epoch;
     uint64_t started_us;
 };
@@ -117,6 +119,8 @@ struct engine {
     struct stream *stream;
     struct step steps[ENGINE_CLASSES];
     struct step *current; // READY, FLIGHT, GATE or RESULTS; NULL between steps
+    bool copies_recorded; // copies of KV blocks stand in the stream, under copies_epoch
+    uint64_t copies_epoch;
     struct scratch scratch;
     uint32_t *moe_index; // [layers] number of the layer among MoE layers, or NO_SLOT
 
@@ -157,6 +161,7 @@ bool step_plan_next(struct engine *engine);
 bool step_advance(struct engine *engine); // false: nothing could be done now
 struct step *step_paused_most_urgent(struct engine *engine);
 void step_release_rows(struct engine *engine, struct step *step);
+void step_run_copies(struct engine *engine); // when no segment will take them along
 
 // forward.c
 void forward_begin(struct engine *engine, struct step *step);

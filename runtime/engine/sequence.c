@@ -153,14 +153,20 @@ static uint32_t pages_of_tokens(const struct engine *e, uint32_t tokens)
     return (uint32_t)div_up(tokens, shape->block_tokens) * shape->pages_per_block;
 }
 
-// Would `more_pages` beside the KV of all sequences leave the experts their floor?
+// Would `more_pages` beside the KV of all sequences, on the device or on their way to it, and the adapters
+// of paused steps leave the experts their floor?
 bool sequence_pages_allow(const struct engine *engine, uint32_t more_pages)
 {
     struct pool_stats pool;
     struct kv_stats kv;
     pool_stats(engine->options.pool, &pool);
     kv_stats(engine->options.kv, &kv);
-    uint64_t held = kv.reserved_bytes / pool.page_bytes;
+    uint64_t held = pool.device_by_kind[PAGE_KV] -
+                    kv.cached_blocks * engine->options.kv_shape.pages_per_block;
+    for (int class = 0; class < ENGINE_CLASSES; class++) {
+        const struct step *step = &engine->steps[class];
+        held += step->state == STEP_PAUSED ? step->adapter_pages : 0;
+    }
     uint32_t floor = engine->options.experts
                          ? engine_expert_floor(&engine->options.model->expert_shape,
                                                engine->options.model->config.top_k)
@@ -175,7 +181,7 @@ void sequence_drop_kv(struct engine *engine, uint32_t slot)
     if (s->has_kv)
         kv_close(engine->options.kv, s->kv);
     s->has_kv = false;
-    s->computed = 0;
+    s->computed = s->reserved = 0;
     engine->counters.drops++;
     sequence_move(engine, slot, SEQUENCE_QUEUED);
 }
