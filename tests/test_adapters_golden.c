@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "adapters/peft.h"
 #include "base/json.h"
 #include "base/safetensors.h"
 #include "tests/test_adapters_tool.h"
@@ -53,6 +54,8 @@ static const struct {
 struct golden {
     struct adapter_base base;
     uint8_t is_moe[16];
+    char base_name[64], writer[100];
+    uint32_t applied;
     struct reader *reader;
     struct safetensors *file;
 };
@@ -101,7 +104,11 @@ static void golden_open(struct golden *golden, const char *name, enum dtype dtyp
     (void)snprintf(path, sizeof path, "%s/%s/golden.safetensors", GOLDEN, name);
     assert_int_equal(reader_open(path, &golden->reader, &fault), STATUS_OK);
     assert_int_equal(safetensors_open(golden->reader, path, &golden->file, &fault), STATUS_OK);
-    base_read(golden, safetensors_metadata(golden->file, "base"), dtype);
+    const char *about = safetensors_metadata(golden->file, "about");
+    assert_non_null(about);
+    assert_int_equal(
+        sscanf(about, "%63s %u %99[^\n]", golden->base_name, &golden->applied, golden->writer), 3);
+    base_read(golden, golden->base_name, dtype);
 }
 
 static void golden_close(struct golden *golden)
@@ -173,7 +180,7 @@ static void case_run(const char *name, const char *layout, enum dtype dtype, con
     if (adapter_convert(directory, &golden.base, 32768, store, &report, &fault))
         fail_msg("%s: %s", name, fault.text);
     assert_string_equal(report.layout, layout);
-    assert_int_equal(report.matrices_applied, atoi(safetensors_metadata(golden.file, "applied")));
+    assert_int_equal(report.matrices_applied, golden.applied);
     assert_int_equal(adapter_verify(store, &golden.base, 32768, &fault), STATUS_OK);
     tool_rig_make(&rig, &golden.base, 32768, 64, 64, 4);
     if (adapter_register(rig.adapters, name, store, 1, &id, &fault))
@@ -195,8 +202,7 @@ static void case_run(const char *name, const char *layout, enum dtype dtype, con
     }
     (void)printf("%-26s %s %3u of %3u matrices, %u compared, worst %.2f of the bound; %s; %s\n",
                  name, dtype == DTYPE_F32 ? "f32 " : "bf16", report.matrices_applied,
-                 report.matrices_possible, deltas, worst, report.layout,
-                 safetensors_metadata(golden.file, "writer"));
+                 report.matrices_possible, deltas, worst, report.layout, golden.writer);
     assert_true(deltas > 0);
     tool_rig_clear(&rig);
     golden_close(&golden);
@@ -212,6 +218,48 @@ static void test_adapters_golden_bf16(void **state)
 {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         case_run(cases[i].name, cases[i].layout, DTYPE_BF16, *state);
+}
+
+// matching.json: what PEFT's own functions answer about names.
+static void test_adapters_golden_matching(void **state)
+{
+    char *text;
+    size_t bytes, asked = 0;
+    struct json *root;
+    struct fault fault;
+    (void)state;
+    assert_int_equal(reader_slurp_in(GOLDEN, "matching.json", 1 << 20, &text, &bytes, NULL),
+                     STATUS_OK);
+    assert_int_equal(json_parse("matching.json", text, bytes, NULL, &root, &fault), STATUS_OK);
+    for (size_t i = 0; i < json_count(root); i++) {
+        const struct json *answers = json_find(json_at(root, i), "answers");
+        const char *settings;
+        struct peft_config config;
+        assert_true(json_as_string(json_find(json_at(root, i), "config"), &settings));
+        if (peft__config_parse(settings, strlen(settings), &config, &fault))
+            fail_msg("%s: %s", settings, fault.text);
+        for (size_t n = 0; n < json_count(answers); n++, asked++) {
+            const struct json *answer = json_at(answers, n);
+            const char *name;
+            bool targeted;
+            uint32_t rank;
+            double scale;
+            assert_true(json_as_string(json_at(answer, 0), &name));
+            assert_true(json_as_bool(json_at(answer, 1), &targeted));
+            assert_true(json_as_u32(json_at(answer, 2), &rank));
+            assert_true(json_as_double(json_at(answer, 3), &scale));
+            bool is_parameter = strstr(name, "gate_up_proj") || strstr(name, "experts.down_proj");
+            if ((is_parameter ? peft__config_targets_parameter(&config, name)
+                              : peft__config_targets(&config, name)) != targeted)
+                fail_msg("%s: %s", settings, name);
+            assert_int_equal(peft__config_rank(&config, name), rank);
+            assert_true(peft__config_scale(&config, name, rank) == (float)scale);
+        }
+        peft__config_clear(&config);
+    }
+    assert_int_equal(asked, 31 * 84);
+    json_free(root);
+    free(text);
 }
 
 static int setup(void **state)
@@ -231,6 +279,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_adapters_golden_f32),
         cmocka_unit_test(test_adapters_golden_bf16),
+        cmocka_unit_test(test_adapters_golden_matching),
     };
     return cmocka_run_group_tests_name("adapters_golden", tests, setup, teardown);
 }

@@ -12,16 +12,21 @@ tests/golden/adapters/NAME/:
     adapter/             adapter_config.json and adapter_model.safetensors, untouched
     golden.safetensors   tokens.I (I32), logits.I (F32 [tokens, vocab]) for I = 0, 1, made in float32
                          delta:MATRIX (F32 [out, in]): the effective change of the matrix
-                         __metadata__: base, writer, applied (matrices with LoRA), layout
+                         __metadata__: about = BASE, number of matrices with LoRA, WRITER
+matching.json: for 31 configurations and 84 names, what PEFT's own functions answer.
 The bases are in tests/golden/adapters/base-*/ (config.json, model.safetensors, tokenizer.json), with a
 golden.safetensors of their own (tokens.I, logits.I); every writer's versions must agree with it.
 """
 
 import json
 import math
+import os
 import pathlib
 import shutil
 import sys
+
+if os.environ.get("PYTHONHASHSEED") != "0":  # PEFT writes sets
+    os.execve(sys.executable, [sys.executable, *sys.argv], dict(os.environ, PYTHONHASHSEED="0"))
 
 import peft
 import torch
@@ -144,7 +149,7 @@ def make_base(name, seed):
     for i, tokens in sequences():
         tensors[f"tokens.{i}"] = tokens[0].to(torch.int32)
         tensors[f"logits.{i}"] = logits_of(model, tokens)
-    save_file(tensors, path / "golden.safetensors", metadata={"base": name})
+    save_file(tensors, path / "golden.safetensors", metadata={"about": name})
 
 
 def sequences():
@@ -228,11 +233,84 @@ def make_case(name, seed):
         assert difference > 0.05, (name, difference)
         tensors[f"tokens.{i}"] = tokens[0].to(torch.int32)
         tensors[f"logits.{i}"] = logits
-    save_file(tensors, path / "golden.safetensors", metadata={
-        "base": base, "writer": f"peft {peft.__version__}, transformers {transformers.__version__}",
-        "applied": str(len(found))})
+    # One entry: safetensors writes several in no particular order.
+    about = f"{base} {len(found)} peft {peft.__version__}, transformers {transformers.__version__}"
+    save_file(tensors, path / "golden.safetensors", metadata={"about": about})
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     print(f"{name}: {len(found)} matrices, logits moved by {difference:.3f}, {size} bytes")
+
+
+# (LoraConfig arguments): which matrices PEFT targets, at what rank and scale.
+MATCHING = [
+    dict(target_modules=["q_proj"]),
+    dict(target_modules=["model.layers.1.self_attn.q_proj", "layers.2.mlp.up_proj"]),
+    dict(target_modules=["self_attn.q_proj", "proj", "_proj", "experts.3.gate_proj"]),
+    dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1]),
+    dict(target_modules=["q_proj", "model.layers.0.self_attn.k_proj"], layers_to_transform=1),
+    dict(target_modules=["q_proj"], layers_to_transform=[0, 2], layers_pattern="layers"),
+    dict(target_modules=["q_proj"], layers_to_transform=[0, 2], layers_pattern=["h", "lay(er|ers)"]),
+    dict(target_modules=["q_proj"], layers_to_transform=[2], layers_pattern=["h"]),
+    dict(target_modules=["gate_proj"], layers_to_transform=[12], layers_pattern=["layers", "experts"]),
+    dict(target_modules=[], target_parameters=["mlp.experts.gate_up_proj"], layers_to_transform=[]),
+    dict(target_modules=r".*\.q_proj"),
+    dict(target_modules=r"q_proj"),
+    dict(target_modules=r"model\.layers\.(\d+)\.mlp\.experts\.\1\..*"),
+    dict(target_modules=r"(?i).*Q_PROJ|.*\.(?P<w>up|down)_proj"),
+    dict(target_modules=r".*layers\.1[0-9]\..*(?<!gate)_proj"),
+    dict(target_modules=r"(?!.*self_attn).*"),
+    dict(target_modules=["q_proj", "k_proj", "up_proj"], exclude_modules=["layers.0.self_attn.q_proj", "k_proj"]),
+    dict(target_modules=["q_proj", "k_proj"], exclude_modules=r".*\.0\..*"),
+    dict(target_modules=r".*", exclude_modules=r".*mlp.*"),
+    dict(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "down_proj"]),
+    dict(target_modules=[], target_parameters=["model.layers.2.mlp.experts.down_proj", "experts.gate_up_proj"]),
+    dict(target_modules=["q_proj"], rank_pattern={"q_proj": 2, "layers.1.self_attn.q_proj": 3}),
+    dict(target_modules=["q_proj"], rank_pattern={"z": 7, "layers.1.self_attn.q_proj": 3, "q_proj": 2}),
+    dict(target_modules=["q_proj"], rank_pattern={"proj": 2, "_proj": 3, ".proj": 4, "self_attn.._proj": 5}),
+    dict(target_modules=["q_proj"], rank_pattern={"^model.layers.1.mlp.up_proj": 9, "^layers.0.*": 8}),
+    dict(target_modules=["q_proj"], rank_pattern={r"model\.layers\.\d\..*_proj": 11, "experts": 6}),
+    dict(target_modules=["q_proj"], rank_pattern={"q_proj|k_proj": 5, r"(a|b|up)_proj": 12, r"1\d\.self_attn\..*": 13}),
+    dict(target_modules=["q_proj"], rank_pattern={r"experts\.(\d+)\.gate_proj": 3, r"experts\.1\.down_proj": 4}),
+    dict(target_modules=["q_proj"], rank_pattern={r"(.)_(\w+)$": 3}),
+    dict(target_modules=["q_proj"], alpha_pattern={"q_proj": 1, "up_proj": 0.5, "gate_up_proj": -3}, use_rslora=True),
+    dict(target_modules=["q_proj"], alpha_pattern={"down_proj": 64}, rank_pattern={"mlp.down_proj": 48}),
+]
+
+
+def matching_names():
+    words = {"self_attn": ATTENTION, "mlp": MLP}
+    for layer in (0, 1, 2, 12):
+        for part, modules in words.items():
+            for word in modules:
+                yield f"model.layers.{layer}.{part}.{word}", False
+        for expert in (0, 1, 3, 12):
+            for word in MLP:
+                yield f"model.layers.{layer}.mlp.experts.{expert}.{word}", False
+        for word in ("gate_up_proj", "down_proj"):
+            yield f"model.layers.{layer}.mlp.experts.{word}", True
+
+
+def make_matching():
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+    out = []
+    for arguments in MATCHING:
+        config = LoraConfig(r=16, lora_alpha=24, task_type="CAUSAL_LM", **arguments)
+        answers = []
+        for name, is_parameter in matching_names():
+            targets = config.target_parameters or []
+            if is_parameter:  # _inject_parameters
+                targeted = name in targets or any(name.endswith("." + target) for target in targets)
+            else:
+                targeted = bool(check_target_module_exists(config, name))
+            rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+            alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+            scale = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
+            answers.append([name, targeted, rank, scale])
+        arguments = dict(arguments, peft_type="LORA", r=16, lora_alpha=24)
+        out.append({"config": json.dumps(arguments), "answers": answers})
+    lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in out)
+    (ROOT / "matching.json").write_text("[" + lines + "]\n")
+    print(f"matching: {len(out)} configurations, {len(answers)} names each")
 
 
 def main():
@@ -241,6 +319,7 @@ def main():
     if WRITER == "new" and not chosen:
         for seed, name in enumerate(BASES):
             make_base(name, seed)
+        make_matching()
     for seed, (name, case) in enumerate(CASES.items()):
         if case[0] == WRITER and (not chosen or name in chosen):
             make_case(name, 1000 + seed)
