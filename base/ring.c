@@ -58,6 +58,13 @@ size_t ring_room(const struct ring *ring)
     return usable > HEADER ? usable - HEADER : 0;
 }
 
+size_t ring_free(const struct ring *ring)
+{
+    uint64_t head = atomic_load_explicit(&ring->head, memory_order_acquire);
+    uint64_t tail = atomic_load_explicit(&ring->tail, memory_order_relaxed);
+    return ring->capacity - (size_t)(tail - head);
+}
+
 enum status ring_push(struct ring *ring, const void *record, size_t bytes)
 {
     if (bytes > ring->capacity / 2 - HEADER)

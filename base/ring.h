@@ -21,6 +21,9 @@ void ring_destroy(struct ring *ring);
 MUST_USE enum status ring_push(struct ring *ring, const void *record, size_t bytes);
 // Producer: bytes that a single record may have right now.
 size_t ring_room(const struct ring *ring);
+// Producer: free bytes in all. Several records fit when the sum of their bytes + 16, and the largest once
+// more (a record never wraps), is at most this.
+size_t ring_free(const struct ring *ring);
 
 // Consumer: the oldest record, valid until ring_pop; false when empty.
 bool ring_peek(struct ring *ring, const void **record, size_t *bytes);

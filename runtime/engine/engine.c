@@ -179,7 +179,7 @@ static enum status check_options(const struct engine_options *o, struct fault *f
                          "token's experts %llu: raise --pool-bytes or lower --max-model-len.",
                          pool.device_total, o->context_max, (unsigned long long)kv,
                          (unsigned long long)floor);
-    if (ring_room(o->port->events) < output_room_needed(NULL, o->sequences_max))
+    if (ring_free(o->port->events) < output_room_needed(NULL, o->sequences_max))
         return fault_set(fault, STATUS_INVALID,
                          "the event ring is too small for %u sequences at once.", o->sequences_max);
     return STATUS_OK;

@@ -26,7 +26,7 @@ bool output_event(struct engine *engine, const void *record, size_t bytes)
 size_t output_room_needed(const struct engine *engine, uint32_t samples)
 {
     (void)engine;
-    return (size_t)samples * (sizeof(struct engine_text) + TEXT_HELD_MAX + 16);
+    return ((size_t)samples + 1) * (sizeof(struct engine_text) + TEXT_HELD_MAX + 16); // see ring_free
 }
 
 static void emit_text(struct engine *e, struct sequence *s, uint32_t sample, size_t ready)
@@ -127,7 +127,7 @@ static bool take_token(struct engine *e, uint32_t slot, uint32_t sample)
 
 bool output_results(struct engine *engine, struct step *step)
 {
-    if (ring_room(engine->options.port->events) < output_room_needed(engine, step->plan.samples))
+    if (ring_free(engine->options.port->events) < output_room_needed(engine, step->plan.samples))
         return false;
     uint32_t sample = 0, runs = step->plan.runs;
     engine->counters.rows += step->plan.rows;
