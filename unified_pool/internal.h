@@ -42,8 +42,10 @@ struct page {
     uint32_t partner;       // the other page of the copy that fills it
     copy_id copy;           // the copy that fills it, when move is not MOVE_NONE
     uint64_t epoch;         // WAITING: free once every epoch up to this one has retired
-    uint8_t state, move, kind,
-        listed; // kind: the last that had it, PAGE_KINDS: none; listed: droppable
+    uint8_t state, move;
+    uint8_t kind;         // the kind that had it last, PAGE_KINDS: none
+    uint8_t content_kind; // as which kind content_owner's bytes were written
+    bool listed;          // among the droppable
 };
 
 struct tier {

@@ -198,6 +198,7 @@ static void read_done(struct pool *pool, struct object *object, uint32_t slot)
 static void up_done(struct pool *pool, struct object *object, uint32_t page, uint32_t slot)
 {
     pool->tiers[TIER_DEVICE].pages[page].content_owner = object->owner;
+    pool->tiers[TIER_DEVICE].pages[page].content_kind = object->kind;
     pool->slot_flags[slot] |= SLOT_FILLED;
     if (++object->filled < object->slots)
         return;

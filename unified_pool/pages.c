@@ -144,7 +144,7 @@ uint32_t pool__host_take(struct pool *pool, uint32_t slot)
 void pool__zero_for(struct pool *pool, uint32_t page, const struct object *object)
 {
     struct page *p = &pool->tiers[TIER_DEVICE].pages[page];
-    if (p->content_owner == object->owner && p->kind == object->kind)
+    if (p->content_owner == object->owner && p->content_kind == object->kind)
         return;
     uint8_t *memory = pool__address(pool, TIER_DEVICE, page);
     if (pool->options.zero)
@@ -152,6 +152,7 @@ void pool__zero_for(struct pool *pool, uint32_t page, const struct object *objec
     else
         memset(memory, 0, pool->options.page_bytes);
     p->content_owner = object->owner;
+    p->content_kind = object->kind;
 }
 
 // ---- giving back ----

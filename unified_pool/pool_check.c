@@ -39,7 +39,8 @@ static void check_owned(const struct pool *pool, enum tier_id tier, uint32_t ind
         CHECK(object->is_writing);
     if (tier == TIER_DEVICE) {
         if (pool->slot_flags[page->slot] & SLOT_FILLED)
-            CHECK(page->content_owner == object->owner && page->move == MOVE_NONE);
+            CHECK(page->content_owner == object->owner && page->content_kind == object->kind &&
+                  page->move == MOVE_NONE);
         return;
     }
     bool holds = pool->slot_flags[page->slot] & SLOT_ON_HOST;

@@ -180,6 +180,8 @@ uint32_t kv_match_prefix(struct kv *kv, kv_sequence handle, const int32_t *token
         block->hits += block->hits < UINT32_MAX;
         block->write_failed = false;
         kv__block_settle(kv, index);
+        if (block->list != KV_LEAVING_LIST) // another sequence may have just brought it back
+            pool_drop_host(kv->options.pool, block->object);
         table[found] = index;
     }
     uint32_t known = found * block_tokens;
@@ -285,6 +287,11 @@ static void own_written(struct kv *kv, struct sequence *sequence, uint32_t block
         if (kv->blocks[old].refs == 1) {
             if (kv->blocks[old].is_indexed)
                 kv__index_remove(kv, old);
+            if (kv->blocks[old].list ==
+                KV_LEAVING_LIST) { // of one that has closed: it would be stale
+                kv__list_remove(kv, old);
+                pool_drop_host(pool, kv->blocks[old].object);
+            }
         } else {
             table[i] = *fresh++;
             if (sequence->computed > i * block_tokens) {

@@ -62,8 +62,11 @@ static void check_sequence(const struct kv *kv, const struct sequence *sequence)
     for (uint32_t i = 0; i < sequence->blocks; i++) {
         const struct block *block = &kv->blocks[table[i]];
         CHECK(block->is_live && block->refs);
-        if (sequence->is_active && sequence->state == KV_RESIDENT)
+        if (sequence->state == KV_RESIDENT) {
             CHECK(pool_is_resident(kv->options.pool, block->object));
+            CHECK(block->list == KV_LEAVING_LIST ||
+                  !pool_has_host_copy(kv->options.pool, block->object));
+        }
         if (sequence->pins)
             CHECK(pool_pins(kv->options.pool, block->object));
     }
