@@ -25,6 +25,12 @@
 
 enum { KEY_BYTES_MAX = 256, NAME_BYTES = 200 };
 
+#ifdef POLDER_PLANT_BUG
+enum { DEPTH_SLACK = 1 }; // the planted bug of tests/fuzz_yaml.c: one open collection too many
+#else
+enum { DEPTH_SLACK = 0 };
+#endif
+
 struct yaml_node {
     const struct yaml_tree *tree;
     enum yaml_kind kind;
@@ -153,7 +159,7 @@ static enum status on_open(struct builder *b, const yaml_event_t *event, enum ya
         return refuse(b, event->start_mark, "tags (!name) are not supported.");
     if (wants_key(b))
         return refuse(b, event->start_mark, "a key must be a plain word, not a list or a map.");
-    if (b->depth == YAML_DEPTH_MAX)
+    if (b->depth == YAML_DEPTH_MAX + DEPTH_SLACK)
         return refuse(b, event->start_mark, "the nesting is deeper than 16 levels.");
     struct yaml_node *node = NULL;
     enum status status = node_new(b, kind, event->start_mark, &node);
