@@ -12,8 +12,9 @@ tests/golden/adapters/NAME/:
     adapter/             adapter_config.json and adapter_model.safetensors, untouched
     golden.safetensors   tokens.I (I32), logits.I (F32 [tokens, vocab]) for I = 0, 1, made in float32
                          delta:MATRIX (F32 [out, in]): the effective change of the matrix
-                         __metadata__: about = BASE, number of matrices with LoRA, WRITER
-matching.json: for 31 configurations and 84 names, what PEFT's own functions answer.
+                         applied (I32 [1]): matrices with LoRA; writer (U8): versions, as text
+                         __metadata__: base = name of the base's directory
+../adapters_names.json: for 31 configurations and 84 names, what PEFT's own functions answer.
 The bases are in tests/golden/adapters/base-*/ (config.json, model.safetensors, tokenizer.json), with a
 golden.safetensors of their own (tokens.I, logits.I); every writer's versions must agree with it.
 """
@@ -149,7 +150,7 @@ def make_base(name, seed):
     for i, tokens in sequences():
         tensors[f"tokens.{i}"] = tokens[0].to(torch.int32)
         tensors[f"logits.{i}"] = logits_of(model, tokens)
-    save_file(tensors, path / "golden.safetensors", metadata={"about": name})
+    save_file(tensors, path / "golden.safetensors", metadata={"base": name})
 
 
 def sequences():
@@ -233,9 +234,11 @@ def make_case(name, seed):
         assert difference > 0.05, (name, difference)
         tensors[f"tokens.{i}"] = tokens[0].to(torch.int32)
         tensors[f"logits.{i}"] = logits
+    writer = f"peft {peft.__version__}, transformers {transformers.__version__}"
+    tensors["writer"] = torch.tensor(list(writer.encode()), dtype=torch.uint8)
+    tensors["applied"] = torch.tensor([len(found)], dtype=torch.int32)
     # One entry: safetensors writes several in no particular order.
-    about = f"{base} {len(found)} peft {peft.__version__}, transformers {transformers.__version__}"
-    save_file(tensors, path / "golden.safetensors", metadata={"about": about})
+    save_file(tensors, path / "golden.safetensors", metadata={"base": base})
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     print(f"{name}: {len(found)} matrices, logits moved by {difference:.3f}, {size} bytes")
 
@@ -309,7 +312,7 @@ def make_matching():
         arguments = dict(arguments, peft_type="LORA", r=16, lora_alpha=24)
         out.append({"config": json.dumps(arguments), "answers": answers})
     lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in out)
-    (ROOT / "matching.json").write_text("[" + lines + "]\n")
+    ROOT.with_name("adapters_names.json").write_text("[" + lines + "]\n")
     print(f"matching: {len(out)} configurations, {len(answers)} names each")
 
 
