@@ -48,7 +48,7 @@ SEEDS = {
                                            split("x", "MergedWithNext"), split("y", "MergedWithPrevious"),
                                            {"type": "Digits", "individual_digits": True}, LEVEL)), b"axybcd123"),
     "forms": (file(normalizer={"type": "Sequence", "normalizers": [{"type": "NFKD"}, {"type": "NFC"}]},
-                   added_tokens=[added(259, "\u00e9", normalized=True)]), "\ufb01 e\u0301\u0323 \ud55c".encode()),
+                   added_tokens=[added(259, "x\u00e9", normalized=True)]), "\ufb01 xe\u0301\u0323 \ud55c".encode()),
 }
 
 OUT.mkdir(parents=True, exist_ok=True)
