@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Copy queues: three resources (host-to-device, device-to-host, file reads), one priority queue each, one
-// order in all (DESIGN.md 7). Copies are cut into chunks of at most 1 MiB; a higher need overtakes at the next
-// chunk; prefetches can be cancelled; every byte is charged to an owner.
+// Copy queues: three resources (host-to-device, device-to-host, file reads), one priority queue
+// each, one order in all (DESIGN.md 7). Copies are cut into chunks of at most 1 MiB; a higher need
+// overtakes at the next chunk; prefetches can be cancelled; every byte is charged to an owner.
 //
-// What moves the bytes is a `struct link`: worker threads at a configured speed (copy_link_threads, for
-// the CPU backend), or the simulator's fake. Engine thread only; callbacks run inside copy_poll.
+// What moves the bytes is a `struct link`: worker threads at a configured speed (copy_link_threads,
+// for the CPU backend), or the simulator's fake. Engine thread only; callbacks run inside
+// copy_poll.
 #ifndef POLDER_UNIFIED_POOL_COPY_H
 #define POLDER_UNIFIED_POOL_COPY_H
 
@@ -78,10 +79,12 @@ void copy_destroy(struct copy_queues *queues); // waits for chunks in flight; no
 // FULL when copies_max are queued on this resource. Starts nothing: copy_poll does.
 MUST_USE enum status copy_submit(struct copy_queues *queues, const struct copy_request *request,
                                  copy_id *out);
-void copy_promote(struct copy_queues *queues, copy_id id, enum copy_class class, enum copy_need need);
+void copy_promote(struct copy_queues *queues, copy_id id, enum copy_class class,
+                  enum copy_need need);
 // The callback still comes (CANCELLED, at once when no chunk is in flight, else after it).
 void copy_cancel(struct copy_queues *queues, copy_id id);
-// Takes finished chunks, calls done(), starts the next ones, until no chunk is done. Not from done().
+// Takes finished chunks, calls done(), starts the next ones, until no chunk is done. Not from
+// done().
 void copy_poll(struct copy_queues *queues);
 bool copy_is_idle(const struct copy_queues *queues);
 

@@ -1,27 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pool: ONE arena of pages per device that holds KV blocks, adapters and experts, a pinned host arena
-// of the same page size, and store files below (DESIGN.md 4).
+// The pool: ONE arena of pages per device that holds KV blocks, adapters and experts, a pinned host
+// arena of the same page size, and store files below (DESIGN.md 4).
 //
 // Terms
-//   object    what owns pages: a KV block, an adapter, an expert. It has a fixed number of slots; each slot
-//             may have a device page, a host page and a place in a file. Residency is a fact per (slot, tier).
-//   owner     an opaque number (a tenant) that bytes are charged to; the pool does not know who is fair.
-//   fetch     bring all slots of an object onto the device through the copy queues.
-//   pin       a submitted segment needs the object: its device pages stay where they are.
-//   epoch     one submitted segment. A device page given back is reused only after the last epoch open at
+//   object    what owns pages: a KV block, an adapter, an expert. It has a fixed number of slots;
+//   each slot
+//             may have a device page, a host page and a place in a file. Residency is a fact per
+//             (slot, tier).
+//   owner     an opaque number (a tenant) that bytes are charged to; the pool does not know who is
+//   fair. fetch     bring all slots of an object onto the device through the copy queues. pin a
+//   submitted segment needs the object: its device pages stay where they are. epoch     one
+//   submitted segment. A device page given back is reused only after the last epoch open at
 //             that moment has retired.
-//   price     what giving an object back would cost, in microseconds per byte; the cheapest leaves first.
+//   price     what giving an object back would cost, in microseconds per byte; the cheapest leaves
+//   first.
 //
-// Read-only objects (experts, adapters) have a file place: giving them back is free of copies. KV objects
-// have none: they are dropped (recompute) or written to host pages first (pool_write_back).
+// Read-only objects (experts, adapters) have a file place: giving them back is free of copies. KV
+// objects have none: they are dropped (recompute) or written to host pages first (pool_write_back).
 //
-// Invariants (pool_check): 1. free + owned + waiting-for-an-epoch = total, per tier. 2. a page has one
-// owner. 3. pins >= 0, a pinned object is resident. 4. per-owner and per-kind sums match. 5. a page is
-// zeroed before an object of another owner can read what it held. 6. no page is handed out before the
-// epochs that might read it have retired.
+// Invariants (pool_check): 1. free + owned + waiting-for-an-epoch = total, per tier. 2. a page has
+// one owner. 3. pins >= 0, a pinned object is resident. 4. per-owner and per-kind sums match. 5. a
+// page is zeroed before an object of another owner can read what it held. 6. no page is handed out
+// before the epochs that might read it have retired.
 //
-// Engine thread only. Nothing allocates after pool_create. Copies move in pool_poll; give the copy queues room
-// for device_pages + host_pages copies, then a fetch never waits for a place in a queue.
+// Engine thread only. Nothing allocates after pool_create. Copies move in pool_poll; give the copy
+// queues room for device_pages + host_pages copies, then a fetch never waits for a place in a
+// queue.
 #ifndef POLDER_UNIFIED_POOL_POOL_H
 #define POLDER_UNIFIED_POOL_POOL_H
 
@@ -45,14 +49,14 @@ typedef struct {
 struct pool;
 
 struct pool_options {
-    size_t page_bytes;         // power of two, 32 KiB .. 2 MiB
-    uint32_t device_pages;     // size of the device arena
-    uint32_t host_pages;       // size of the host arena
-    uint32_t objects_max;      // objects alive at once
-    uint32_t slots_max;        // slots of all objects together
-    uint32_t owners_max;       // owner numbers are 0 .. owners_max - 1
-    uint8_t *device_arena;     // device_pages * page_bytes, from the device's alloc
-    uint8_t *host_arena;       // host_pages * page_bytes
+    size_t page_bytes;          // power of two, 32 KiB .. 2 MiB
+    uint32_t device_pages;      // size of the device arena
+    uint32_t host_pages;        // size of the host arena
+    uint32_t objects_max;       // objects alive at once
+    uint32_t slots_max;         // slots of all objects together
+    uint32_t owners_max;        // owner numbers are 0 .. owners_max - 1
+    uint8_t *device_arena;      // device_pages * page_bytes, from the device's alloc
+    uint8_t *host_arena;        // host_pages * page_bytes
     struct copy_queues *copies; // not owned
     // How device pages are zeroed, in the order of the device's work; NULL: memset.
     void (*zero)(void *context, void *device_memory, size_t bytes);
@@ -61,7 +65,8 @@ struct pool_options {
 
 MUST_USE enum status pool_create(const struct pool_options *options, struct pool **out,
                                  struct fault *fault);
-// Order: the owners of objects, the copy queues (which wait for chunks in flight), the pool, the arenas.
+// Order: the owners of objects, the copy queues (which wait for chunks in flight), the pool, the
+// arenas.
 void pool_destroy(struct pool *pool);
 
 // ---- pressure: how each kind offers to give pages back ----
@@ -73,14 +78,16 @@ struct pool_offer {
 
 struct pool_pressure {
     void *context;
-    // The cheapest offer of this kind, false when there is none. Called while pool_reserve looks for room.
+    // The cheapest offer of this kind, false when there is none. Called while pool_reserve looks
+    // for room.
     bool (*cheapest)(void *context, struct pool_offer *out);
-    // The pool takes the offer: the kind forgets the object's residency (page tables, index) and calls
-    // pool_drop_device, or destroys the object.
+    // The pool takes the offer: the kind forgets the object's residency (page tables, index) and
+    // calls pool_drop_device, or destroys the object.
     void (*give_back)(void *context, pool_object object);
 };
 
-void pool_set_pressure(struct pool *pool, enum page_kind kind, const struct pool_pressure *pressure);
+void pool_set_pressure(struct pool *pool, enum page_kind kind,
+                       const struct pool_pressure *pressure);
 
 // ---- objects ----
 
@@ -94,10 +101,10 @@ struct pool_object_options {
 };
 
 // FULL when objects_max is reached or no run of `slots` free slots is left.
-MUST_USE enum status pool_object_create(struct pool *pool, const struct pool_object_options *options,
-                                        pool_object *out);
-// Gives back every page (device pages after their epochs). CHECKs that it is not pinned. Copies in flight are
-// cancelled or awaited internally; the handle is dead at once.
+MUST_USE enum status
+pool_object_create(struct pool *pool, const struct pool_object_options *options, pool_object *out);
+// Gives back every page (device pages after their epochs). CHECKs that it is not pinned. Copies in
+// flight are cancelled or awaited internally; the handle is dead at once.
 void pool_object_destroy(struct pool *pool, pool_object object);
 uint64_t pool_tag(const struct pool *pool, pool_object object);
 uint32_t pool_slots(const struct pool *pool, pool_object object);
@@ -114,36 +121,39 @@ void *pool_device_address(const struct pool *pool, uint32_t page);
 
 // ---- device pages ----
 
-// Device pages for all slots that have none, to be written by the caller (a fresh KV block). Takes free
-// pages, else the cheapest offers. FULL, with nothing changed for this object, when they do not suffice
-// now; pages waiting for an epoch do not count. Offers are taken also while an epoch is open: their pages are
-// not room now, but they are after it has retired, and until then the same request takes no more. When all
-// that could be offered would not suffice, nothing is given back. Pages that held bytes of another owner or
-// kind are zeroed.
+// Device pages for all slots that have none, to be written by the caller (a fresh KV block). Takes
+// free pages, else the cheapest offers. FULL, with nothing changed for this object, when they do
+// not suffice now; pages waiting for an epoch do not count. Offers are taken also while an epoch is
+// open: their pages are not room now, but they are after it has retired, and until then the same
+// request takes no more. When all that could be offered would not suffice, nothing is given back.
+// Pages that held bytes of another owner or kind are zeroed.
 MUST_USE enum status pool_reserve(struct pool *pool, pool_object object);
-// The same without an object: OK when `pages` device pages are free, so that several reservations that
-// follow at once cannot fail half way.
+// The same without an object: OK when `pages` device pages are free, so that several reservations
+// that follow at once cannot fail half way.
 MUST_USE enum status pool_make_room(struct pool *pool, uint32_t pages);
-// Reserves and starts copies from the highest tier that holds each slot (host, else file through a host
-// page, which stays as a host copy while there is room). OK when started or already there or under way; a
-// repeated call with a more urgent (class, need) promotes. FULL as pool_reserve, or when no host page can
-// come; NOT_FOUND when no tier holds it. When a copy fails the object is not resident, pages are given
-// back, and pool_fetch_status says why (IO, FULL, CANCELLED; OK while under way and after success).
+// Reserves and starts copies from the highest tier that holds each slot (host, else file through a
+// host page, which stays as a host copy while there is room). OK when started or already there or
+// under way; a repeated call with a more urgent (class, need) promotes. FULL as pool_reserve, or
+// when no host page can come; NOT_FOUND when no tier holds it. When a copy fails the object is not
+// resident, pages are given back, and pool_fetch_status says why (IO, FULL, CANCELLED; OK while
+// under way and after success).
 MUST_USE enum status pool_fetch(struct pool *pool, pool_object object, enum copy_class class,
                                 enum copy_need need);
 enum status pool_fetch_status(const struct pool *pool, pool_object object);
-void pool_fetch_cancel(struct pool *pool, pool_object object); // prefetches that are no longer wanted
-// Forget the device pages (free of copies; content is lost unless a lower tier has it). Cancels a fetch or
-// write-back under way; CHECKs that the object is not pinned.
+void pool_fetch_cancel(struct pool *pool,
+                       pool_object object); // prefetches that are no longer wanted
+// Forget the device pages (free of copies; content is lost unless a lower tier has it). Cancels a
+// fetch or write-back under way; CHECKs that the object is not pinned.
 void pool_drop_device(struct pool *pool, pool_object object);
-// Copies the device content to host pages (KV swap-out); when pool_is_written_back turns true the caller
-// may pool_drop_device. Host pages come from the free list or from droppable host copies of read-only
-// objects, except the last few (1/16, at most 8) that file reads pass through; FULL otherwise. The content must
-// not change meanwhile. When a copy fails the host pages are given back and neither
-// pool_is_writing_back nor pool_is_written_back is true.
+// Copies the device content to host pages (KV swap-out); when pool_is_written_back turns true the
+// caller may pool_drop_device. Host pages come from the free list or from droppable host copies of
+// read-only objects, except the last few (1/16, at most 8) that file reads pass through; FULL
+// otherwise. The content must not change meanwhile. When a copy fails the host pages are given back
+// and neither pool_is_writing_back nor pool_is_written_back is true.
 MUST_USE enum status pool_write_back(struct pool *pool, pool_object object, enum copy_class class);
 bool pool_is_written_back(const struct pool *pool, pool_object object);
-void pool_drop_host(struct pool *pool, pool_object object); // cancels a fetch or write-back under way
+void pool_drop_host(struct pool *pool,
+                    pool_object object); // cancels a fetch or write-back under way
 
 void pool_pin(struct pool *pool, pool_object object);
 void pool_unpin(struct pool *pool, pool_object object);
