@@ -33,7 +33,7 @@
 
 // Flushes whose arrays may still be read by segments in flight: one running and one queued, for
 // each of three priority classes, rounded up.
-enum { FLUSHES_ALIVE = 8 };
+enum { FLUSHES_ALIVE = 8, NO_STEP = UINT32_MAX };
 
 enum state { ABSENT, FETCHING, RESIDENT };
 
@@ -41,6 +41,8 @@ struct entry {
     pool_object object;
     struct expert_history history;
     uint64_t used_order; // larger: used later; breaks ties of price
+    float price;         // as of step price_step of its layer; NO_STEP: not known
+    uint32_t price_step;
     uint8_t state, dirty, hold, pinned, prefetch;
 };
 
@@ -123,29 +125,35 @@ static void settle(struct experts *experts)
 
 // ---- pressure: what the pool asks when it needs pages ----
 
-static float price_of(const struct experts *experts, uint32_t index)
+// Computed once per step and expert: a gate that brings many experts asks for many offers.
+static float price_of(struct experts *experts, struct entry *entry, uint32_t now)
 {
-    const struct entry *entry = &experts->entries[index];
-    uint32_t now = experts->steps[layer_of(experts, index)];
-    return expert_probability(&entry->history, now) * experts->options.fetch_us_per_byte;
+    if (entry->price_step != now) {
+        entry->price =
+            expert_probability(&entry->history, now) * experts->options.fetch_us_per_byte;
+        entry->price_step = now;
+    }
+    return entry->price;
 }
 
 static bool cheapest(void *context, struct pool_offer *out)
 {
     struct experts *experts = context;
-    settle(experts);
-    const struct entry *best = NULL;
+    const struct expert_shape *shape = &experts->options.shape;
+    struct entry *best = NULL;
     float best_price = 0.0f;
-    for (uint32_t i = 0; i < experts->total; i++) {
-        const struct entry *entry = &experts->entries[i];
-        if (entry->state != RESIDENT || entry->hold ||
-            pool_pins(experts->options.pool, entry->object))
-            continue;
-        float price = price_of(experts, i);
-        if (!best || price < best_price ||
-            (price == best_price && entry->used_order < best->used_order)) {
-            best = entry;
-            best_price = price;
+    settle(experts);
+    for (uint32_t layer = 0; layer < shape->layers; layer++) {
+        struct entry *entry = &experts->entries[(size_t)layer * shape->experts];
+        for (uint32_t e = 0; e < shape->experts; e++, entry++) {
+            if (entry->state != RESIDENT || entry->hold)
+                continue;
+            float price = price_of(experts, entry, experts->steps[layer]);
+            if (!best || price < best_price ||
+                (price == best_price && entry->used_order < best->used_order)) {
+                best = entry;
+                best_price = price;
+            }
         }
     }
     if (best)
@@ -214,6 +222,7 @@ static enum status create_objects(struct experts *experts)
             pool_object_create(experts->options.pool, &object, &experts->entries[i].object);
         if (status)
             return status;
+        experts->entries[i].price_step = NO_STEP;
         mark_dirty(experts, i); // the zeroed table must become PAGE_NONE
     }
     return STATUS_OK;
@@ -456,6 +465,7 @@ void experts_used(struct experts *experts, uint32_t layer, const uint32_t *need)
             continue;
         struct entry *entry = &experts->entries[first + e];
         expert_history_use(&entry->history, now);
+        entry->price_step = NO_STEP;
         entry->used_order = ++experts->order;
         used++;
     }
@@ -488,7 +498,8 @@ uint32_t experts_prefetch(struct experts *experts, uint32_t fetches_max)
 {
     settle(experts);
     uint32_t started = 0;
-    if (experts->stats.resident + experts->fetching_count == experts->total)
+    if (experts->stats.resident + experts->fetching_count == experts->total ||
+        !has_free_pages(experts))
         return 0;
     // First what was used within the window, then whatever there is room for.
     for (uint32_t pass = 0; pass < 2; pass++)

@@ -470,9 +470,37 @@ static void test_experts_prefetch_makes_way_for_a_gate(void **state)
     bench_close(b);
 }
 
+// The pool of the bench has room for 64 objects, five times these experts.
+static void test_experts_create_undoes_what_failed(void **state)
+{
+    (void)state;
+    struct bench *b = bench_open(4 * SLOTS);
+    struct expert_options options = {.shape = b->shape,
+                                     .pool = b->pool,
+                                     .device = b->device,
+                                     .arena = b->arena,
+                                     .store = &b->store.reader,
+                                     .clock = clock_fake(&b->now)};
+    for (int round = 0; round < 3; round++) {
+        struct experts *more[8];
+        uint32_t made = 0;
+        struct fault fault = {0};
+        enum status status;
+        while (!(status = experts_create(&options, &more[made], &fault)))
+            made++;
+        assert_int_equal(status, STATUS_FULL);
+        assert_int_equal(made, 4);
+        assert_non_null(strstr(fault.text, "12 expert objects"));
+        while (made)
+            experts_destroy(more[--made]);
+    }
+    bench_close(b);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_experts_create_undoes_what_failed),
         cmocka_unit_test(test_experts_shape_counts_pages),
         cmocka_unit_test(test_experts_store_holds_what_was_put),
         cmocka_unit_test(test_experts_history_ages),

@@ -295,27 +295,30 @@ enum status weight_read(const struct weight *weight, enum dtype dtype, uint64_t 
                : safetensors_read_bf16(weight->file, weight->tensor, first, out, count, fault);
 }
 
-static enum status hash_tensor(const struct weight *weight, uint8_t *chunk,
-                               struct hash_stream *stream,
+// Every tensor has a digest of its own, so that they can be computed in any order.
+static enum status hash_tensor(const struct weight *weight, uint8_t *chunk, struct digest *out,
                                void (*progress)(void *context, uint64_t bytes), void *context,
                                struct fault *fault)
 {
     const struct tensor *tensor = weight->tensor;
     const char *type = tensor_type_name(tensor->type);
     uint64_t dims = tensor->dims;
-    hash_update(stream, tensor->name, strlen(tensor->name) + 1);
-    hash_update(stream, type, strlen(type) + 1);
-    hash_update(stream, &dims, sizeof dims);
-    hash_update(stream, tensor->shape, tensor->dims * sizeof tensor->shape[0]);
+    struct hash_stream stream;
+    hash_begin(&stream, NULL);
+    hash_update(&stream, tensor->name, strlen(tensor->name) + 1);
+    hash_update(&stream, type, strlen(type) + 1);
+    hash_update(&stream, &dims, sizeof dims);
+    hash_update(&stream, tensor->shape, tensor->dims * sizeof tensor->shape[0]);
     for (uint64_t at = 0; at < tensor->bytes;) {
         size_t n = min_size((size_t)(tensor->bytes - at), HASH_CHUNK);
         enum status status = safetensors_read(weight->file, tensor, at, chunk, n, fault);
         if (status)
             return status;
-        hash_update(stream, chunk, n);
+        hash_update(&stream, chunk, n);
         at += n;
         progress(context, n);
     }
+    *out = hash_end(&stream);
     return STATUS_OK;
 }
 
@@ -327,8 +330,12 @@ enum status checkpoint_hash(const struct checkpoint *checkpoint, struct hash_str
     if (!chunk)
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory while reading the checkpoint.");
     enum status status = STATUS_OK;
-    for (size_t i = 0; !status && i < checkpoint->count; i++)
-        status = hash_tensor(&checkpoint->weights[i], chunk, stream, progress, context, fault);
+    for (size_t i = 0; !status && i < checkpoint->count; i++) {
+        struct digest digest;
+        status = hash_tensor(&checkpoint->weights[i], chunk, &digest, progress, context, fault);
+        if (!status)
+            hash_update(stream, digest.bytes, sizeof digest.bytes);
+    }
     free(chunk);
     return status;
 }

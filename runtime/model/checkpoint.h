@@ -45,8 +45,8 @@ MUST_USE enum status checkpoint_finish(const struct checkpoint *checkpoint, bool
 MUST_USE enum status weight_read(const struct weight *weight, enum dtype dtype, uint64_t first,
                                  void *out, size_t count, struct fault *fault);
 
-// Feeds (name, type, shape, bytes) of all tensors in the order of their names: independent of
-// sharding.
+// Feeds the digest of each tensor (name, type, shape, bytes) in the order of their names:
+// independent of sharding.
 MUST_USE enum status checkpoint_hash(const struct checkpoint *checkpoint,
                                      struct hash_stream *stream,
                                      void (*progress)(void *context, uint64_t bytes), void *context,
