@@ -120,6 +120,16 @@ static void fill_sequence(struct engine *e, uint32_t slot, const struct engine_r
     }
 }
 
+// Could it run if it were alone?
+static bool fits_pool(const struct engine *e, const struct engine_request *r, adapter_id adapter)
+{
+    struct pool_stats pool;
+    pool_stats(e->options.pool, &pool);
+    uint32_t pages = sequence_pages_needed(e, r->prompt_tokens + r->max_tokens, r->adapter[0], adapter);
+    const struct model *model = e->options.model;
+    return pages + engine_expert_floor(&model->expert_shape, model->config.top_k) <= pool.device_total;
+}
+
 static bool take_request(struct engine *e, const struct engine_request *r, size_t bytes)
 {
     if (bytes < sizeof *r)
@@ -138,6 +148,9 @@ static bool take_request(struct engine *e, const struct engine_request *r, size_
     if (r->adapter[0] && (!e->options.adapters ||
                           adapter_find(e->options.adapters, r->adapter, &adapter) != STATUS_OK))
         return refuse(e, r->id, STATUS_NOT_FOUND, "There is no model of that name.");
+    if (!fits_pool(e, r, adapter))
+        return refuse(e, r->id, STATUS_LIMIT,
+                      "The request and its adapter are larger than the pool; ask for fewer tokens.");
     fill_sequence(e, slot, r, adapter);
     copy_stops(&e->sequences[slot], r, stops);
     sequence_move(e, slot, SEQUENCE_QUEUED);

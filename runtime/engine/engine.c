@@ -196,6 +196,7 @@ enum status engine_create(const struct engine_options *options, struct engine **
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory while making the engine.");
     e->options = *options;
     e->table = options->device->table;
+    e->want.slot = e->want_next.slot = NO_SLOT;
     uint32_t commands = options->model->config.layers * 32 + 64 + options->sequences_max;
     status = e->table->stream_create(options->device, commands, &e->stream);
     if (!status)
@@ -286,10 +287,11 @@ static bool nothing_lives(const struct engine *e)
     return e->lists[SEQUENCE_FREE].count == e->sequence_slots;
 }
 
-// Nothing to run: bring likely experts in while free pages last.
-static enum engine_turn rest(const struct engine *e)
+// Nothing to run: bring likely experts in while free pages last, unless somebody waits for pages.
+static enum engine_turn rest(struct engine *e)
 {
-    if (e->options.experts && !e->current && experts_prefetch(e->options.experts, 8))
+    bool waits = e->want_next.slot != NO_SLOT || step_paused_most_urgent(e);
+    if (e->options.experts && !e->current && !waits && experts_prefetch(e->options.experts, 8))
         return ENGINE_WAITING;
     if (nothing_lives(e))
         return copy_is_idle(e->options.copies) ? ENGINE_IDLE : ENGINE_WAITING;
@@ -353,6 +355,11 @@ const float *engine_logits(const struct engine *engine, uint32_t index)
 {
     CHECK(index < engine->options.sequences_max);
     return engine->scratch.logits + (size_t)index * engine->options.model->config.vocab;
+}
+
+const uint32_t *engine_need(const struct engine *engine)
+{
+    return engine->scratch.need;
 }
 
 void engine_counters(const struct engine *engine, struct engine_counters *out)

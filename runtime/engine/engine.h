@@ -84,6 +84,9 @@ void engine_run(struct engine *engine);
 // tools that turn the engine themselves.
 const float *engine_logits(const struct engine *engine, uint32_t index);
 
+// Pairs per expert of the step that ran last, [MoE layers][experts]; NULL for a dense model. Likewise.
+const uint32_t *engine_need(const struct engine *engine);
+
 struct engine_counters {
     uint64_t steps, segments, gate_misses, pauses, swaps_out, swaps_in, drops;
     uint64_t rows;                          // rows of finished steps

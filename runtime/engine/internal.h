@@ -27,7 +27,7 @@ struct sequence {
     uint64_t id, arrival;
     uint32_t tenant, class;
     adapter_id adapter;
-    bool has_adapter, has_kv, in_step, paused, cancelled, emitted_first;
+    bool has_adapter, adapter_pinned, has_kv, in_step, paused, cancelled, emitted_first;
     kv_sequence kv;
     int32_t *tokens;   // [context_max] prompt, then generated
     uint32_t length;   // tokens known
@@ -131,6 +131,10 @@ struct engine {
     struct plan_candidate *candidates; // [sequence_slots]
     struct plan_run *runs;             // [sequences_max], while planning
     struct digest *salts;              // [tenants_max]
+    // Pages that the most urgent sequence without room is waiting for: kept free of those that come after it.
+    struct want {
+        uint32_t slot, pages; // NO_SLOT: nobody
+    } want, want_next;        // of the last planning; of this one
     uint64_t arrivals, steps_made;
     bool draining, halted, quit;
     struct engine_counters counters;
@@ -150,7 +154,11 @@ void sequence_expire(struct engine *engine);
 uint32_t sequence_find(const struct engine *engine, uint64_t id);
 void sequence_admit(struct engine *engine);
 uint32_t sequence_candidates(struct engine *engine);
-bool sequence_make_room(struct engine *engine, uint32_t for_slot);
+bool sequence_make_room(struct engine *engine, uint32_t for_slot, uint32_t pages);
+void sequence_want(struct engine *engine, uint32_t slot, uint32_t pages);
+void sequence_fetch_ahead(struct engine *engine, uint32_t class_below);
+uint32_t sequence_pages_needed(const struct engine *engine, uint32_t tokens, bool has_adapter,
+                               adapter_id adapter);
 void sequence_bring_back(struct engine *engine);
 void sequence_drop_kv(struct engine *engine, uint32_t slot);
 uint32_t sequence_waiting_class(const struct engine *engine);

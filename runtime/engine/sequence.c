@@ -195,29 +195,106 @@ static bool someone_is_leaving(const struct engine *e)
     return false;
 }
 
-// Takes pages from the least urgent, newest running sequence that comes after for_slot in the order. True
-// when pages are free or on their way; the caller tries again at the next turn.
-bool sequence_make_room(struct engine *engine, uint32_t for_slot)
+// Notes who waits for room; of several the first in the order.
+void sequence_want(struct engine *engine, uint32_t slot, uint32_t pages)
 {
-    const struct sequence *wanting = &engine->sequences[for_slot];
+    struct want *want = &engine->want_next;
+    if (want->slot == NO_SLOT ||
+        goes_before(&engine->sequences[slot], &engine->sequences[want->slot]))
+        *want = (struct want){.slot = slot, .pages = pages};
+}
+
+// Pages that this sequence must leave to one before it in the order that waits for them.
+static uint32_t owed_pages(const struct engine *e, uint32_t slot)
+{
+    const struct want *want = &e->want;
+    if (want->slot == NO_SLOT || want->slot == slot)
+        return 0;
+    const struct sequence *before = &e->sequences[want->slot];
+    bool lives = before->state != SEQUENCE_FREE && before->state != SEQUENCE_ENDED;
+    return lives && goes_before(before, &e->sequences[slot]) ? want->pages : 0;
+}
+
+static void send_out(struct engine *e, uint32_t slot, enum copy_class class)
+{
+    if (kv_swap_out(e->options.kv, e->sequences[slot].kv, class)) {
+        sequence_drop_kv(e, slot);
+    } else {
+        e->counters.swaps_out++;
+        sequence_move(e, slot, SEQUENCE_OUT);
+    }
+}
+
+// Whom to send out for a sequence: one that its client has paused, else the last in the order, if it comes
+// after. NO_SLOT: nobody.
+static uint32_t find_victim(const struct engine *e, uint32_t for_slot)
+{
+    const struct sequence *wanting = &e->sequences[for_slot];
+    uint32_t last = NO_SLOT;
+    for (uint32_t slot = e->lists[SEQUENCE_RUNNING].tail; slot != NO_SLOT;
+         slot = e->sequences[slot].previous) {
+        const struct sequence *victim = &e->sequences[slot];
+        if (slot == for_slot || victim->in_step || !victim->has_kv)
+            continue;
+        if (victim->paused)
+            return slot;
+        if (last == NO_SLOT && goes_before(wanting, victim))
+            last = slot;
+    }
+    return last;
+}
+
+// Takes pages from another sequence. True when pages are on their way; the caller tries again at the next
+// turn, and until then those after it in the order leave it `pages`.
+bool sequence_make_room(struct engine *engine, uint32_t for_slot, uint32_t pages)
+{
+    sequence_want(engine, for_slot, pages);
     if (someone_is_leaving(engine))
         return true;
-    for (uint32_t slot = engine->lists[SEQUENCE_RUNNING].tail; slot != NO_SLOT;
-         slot = engine->sequences[slot].previous) {
-        struct sequence *victim = &engine->sequences[slot];
-        if (slot == for_slot || !goes_before(wanting, victim))
-            return false;
-        if (victim->in_step || !victim->has_kv)
-            continue;
-        if (kv_swap_out(engine->options.kv, victim->kv, (enum copy_class)wanting->class)) {
-            sequence_drop_kv(engine, slot);
-        } else {
-            engine->counters.swaps_out++;
-            sequence_move(engine, slot, SEQUENCE_OUT);
-        }
+    uint32_t victim = find_victim(engine, for_slot);
+    if (victim == NO_SLOT)
+        return false;
+    send_out(engine, victim, (enum copy_class)engine->sequences[for_slot].class);
+    return true;
+}
+
+// Pages with which a sequence of `tokens` tokens can run.
+uint32_t sequence_pages_needed(const struct engine *engine, uint32_t tokens, bool has_adapter,
+                               adapter_id adapter)
+{
+    return pages_of_tokens(engine, tokens) +
+           (has_adapter ? adapter_page_count(engine->options.adapters, adapter) : 0);
+}
+
+static uint32_t pages_to_start(const struct engine *e, const struct sequence *s)
+{
+    // A token more than it has, so that it does not leave again at once.
+    uint32_t tokens = s->length < e->options.context_max ? s->length + 1 : s->length;
+    return sequence_pages_needed(e, tokens, s->has_adapter, s->adapter);
+}
+
+// Sequences that take part in planning: those of paused steps do not.
+static uint32_t seats_taken(const struct engine *e)
+{
+    uint32_t seats = e->lists[SEQUENCE_RUNNING].count;
+    for (int class = 0; class < ENGINE_CLASSES; class++)
+        seats -= e->steps[class].state == STEP_PAUSED ? e->steps[class].plan.runs : 0;
+    for (uint32_t slot = e->lists[SEQUENCE_OUT].head; slot != NO_SLOT; slot = e->sequences[slot].next)
+        seats += kv_state(e->options.kv, e->sequences[slot].kv) == KV_COMING;
+    return seats;
+}
+
+// A seat for this sequence, if need be that of one whose client has paused it or of a less urgent class.
+static bool has_seat(struct engine *e, uint32_t slot)
+{
+    if (seats_taken(e) < e->options.sequences_max)
         return true;
-    }
-    return false;
+    uint32_t victim = find_victim(e, slot);
+    if (victim == NO_SLOT || (!e->sequences[victim].paused &&
+                              e->sequences[victim].class <= e->sequences[slot].class))
+        return false;
+    send_out(e, victim, (enum copy_class)e->sequences[slot].class);
+    return true;
 }
 
 void sequence_bring_back(struct engine *engine)
@@ -227,15 +304,19 @@ void sequence_bring_back(struct engine *engine)
         struct sequence *s = &engine->sequences[slot];
         uint32_t next = s->next;
         enum kv_state state = kv_state(kv, s->kv);
-        if (state == KV_RESIDENT)
+        if (state == KV_RESIDENT) {
             sequence_move(engine, slot, SEQUENCE_RUNNING);
-        else if (state == KV_LOST)
+        } else if (state == KV_LOST) {
             sequence_drop_kv(engine, slot);
-        else if (state == KV_SWAPPED && !s->paused) {
-            // A block more than it had, so that it does not leave again at once.
-            if (!sequence_pages_allow(engine, pages_of_tokens(engine, s->length + 1)) ||
-                kv_swap_in(kv, s->kv, (enum copy_class)s->class))
-                return; // in order: nobody behind it may take the room it waits for
+        } else if (state == KV_SWAPPED && !s->paused) {
+            uint32_t pages = pages_to_start(engine, s);
+            if (!has_seat(engine, slot))
+                return; // in order: nobody behind it may take what it waits for
+            if (!sequence_pages_allow(engine, pages + owed_pages(engine, slot)) ||
+                kv_swap_in(kv, s->kv, (enum copy_class)s->class)) {
+                (void)sequence_make_room(engine, slot, pages);
+                return;
+            }
             engine->counters.swaps_in++;
         }
         slot = next;
@@ -244,14 +325,16 @@ void sequence_bring_back(struct engine *engine)
 
 // ---- admission ----
 
-static bool adapter_ready(struct engine *e, struct sequence *s)
+static bool adapter_ready(const struct engine *e, const struct sequence *s)
 {
-    if (!s->has_adapter || adapter_is_resident(e->options.adapters, s->adapter))
-        return true;
-    if (adapter_fetch(e->options.adapters, s->adapter, (enum copy_class)s->class, COPY_ADAPTER)) {
-        // No room or a failed read: the next turn tries again, or the request ends below.
-    }
-    return false;
+    return !s->has_adapter || adapter_is_resident(e->options.adapters, s->adapter);
+}
+
+static void fetch_adapter(struct engine *e, const struct sequence *s)
+{
+    enum status status =
+        adapter_fetch(e->options.adapters, s->adapter, (enum copy_class)s->class, COPY_ADAPTER);
+    (void)status; // no room now: the next turn tries again; a failed read ends the request there
 }
 
 static struct digest prefix_root(const struct engine *e, const struct sequence *s)
@@ -284,31 +367,45 @@ static bool start(struct engine *e, uint32_t slot)
     return true;
 }
 
+// The first swapped-out sequence that wants to come back.
+static uint32_t first_out(const struct engine *e)
+{
+    uint32_t slot = e->lists[SEQUENCE_OUT].head;
+    while (slot != NO_SLOT && e->sequences[slot].paused)
+        slot = e->sequences[slot].next;
+    return slot;
+}
+
 // Queued sequences in order, as long as seats and pages last. A sequence whose adapter is on its way waits
 // alone; one that finds no pages stops those behind it, so that big requests are not starved.
 void sequence_admit(struct engine *engine)
 {
     const struct engine_options *o = &engine->options;
-    uint32_t seats = engine->lists[SEQUENCE_RUNNING].count + engine->lists[SEQUENCE_OUT].count;
+    uint32_t awaited = 0; // pages of those whose adapter is on its way
     for (uint32_t slot = engine->lists[SEQUENCE_QUEUED].head; slot != NO_SLOT;) {
         struct sequence *s = &engine->sequences[slot];
-        uint32_t next = s->next;
-        if (seats >= o->sequences_max)
-            return;
-        uint32_t out = engine->lists[SEQUENCE_OUT].head;
+        uint32_t next = s->next, out = first_out(engine);
         if (out != NO_SLOT && goes_before(&engine->sequences[out], s))
             return;
         if (s->has_adapter && adapter_fetch_status(o->adapters, s->adapter) == STATUS_IO) {
             sequence_end(engine, slot, STATUS_IO, ENGINE_FINISH_ERROR,
                          "Reading the adapter from its store failed; ask the operator.");
-        } else if (!s->paused && adapter_ready(engine, s)) {
-            if (!sequence_pages_allow(engine, pages_of_tokens(engine, s->length + 1))) {
-                (void)sequence_make_room(engine, slot);
+        } else if (!s->paused) {
+            uint32_t pages = pages_to_start(engine, s);
+            if (!has_seat(engine, slot))
+                return;
+            if (!sequence_pages_allow(engine, pages + awaited + owed_pages(engine, slot))) {
+                if (!awaited)
+                    (void)sequence_make_room(engine, slot, pages);
                 return;
             }
-            if (!start(engine, slot))
+            if (!adapter_ready(engine, s)) {
+                fetch_adapter(engine, s);
+                sequence_want(engine, slot, pages);
+                awaited += pages;
+            } else if (!start(engine, slot)) {
                 return;
-            seats++;
+            }
         }
         slot = next;
     }
@@ -334,6 +431,22 @@ uint32_t sequence_candidates(struct engine *engine)
         };
     }
     return count;
+}
+
+// Adapters of queued sequences that are more urgent than the running step come while it runs.
+void sequence_fetch_ahead(struct engine *engine, uint32_t class_below)
+{
+    for (uint32_t slot = engine->lists[SEQUENCE_QUEUED].head; slot != NO_SLOT;
+         slot = engine->sequences[slot].next) {
+        struct sequence *s = &engine->sequences[slot];
+        if (s->class >= class_below)
+            return;
+        if (s->paused || s->cancelled || adapter_ready(engine, s))
+            continue;
+        if (sequence_pages_allow(engine, pages_to_start(engine, s)))
+            fetch_adapter(engine, s);
+        return; // one at a time: they are in order
+    }
 }
 
 // The most urgent class that has something to run outside the steps, for preemption.

@@ -214,7 +214,7 @@ static enum status make_kv(struct stack *s, struct fault *fault)
                             .clock = clock_monotonic(),
                             .shape = s->kv_shape,
                             .page_bytes = s->page_bytes,
-                            .sequences_max = o->sequences_max + 8,
+                            .sequences_max = o->sequences_max + o->queue_max,
                             .blocks_max = (uint32_t)div_up(o->context_max, s->kv_shape.block_tokens),
                             .secret = s->secret,
                             .recompute_us_per_token = 100.0f,

@@ -6,8 +6,9 @@
 //   GATE -experts there-> READY (re-enters at the gate);  PAUSED -resume-> READY
 //
 // Invariants: 1. at most one step is current; a paused one is of a less urgent class than every step that
-// runs meanwhile. 2. FLIGHT holds one pool epoch, nothing else does. 3. a step that is not PAUSED pins the KV
-// and the adapters of its rows; a paused one pins the KV alone. 4. a half-layer is computed once.
+// runs meanwhile. 2. a segment in flight holds one pool epoch; copies of KV blocks that wait for the next
+// segment hold another. 3. a step that is not PAUSED pins the KV and the adapters of its rows; a paused one
+// pins the KV, and adapters from when they arrive for its resuming. 4. a half-layer is computed once.
 #include <string.h>
 
 #include "base/check.h"
@@ -27,9 +28,17 @@ struct step *step_paused_most_urgent(struct engine *engine)
 
 // ---- planning ----
 
+static void unpin_adapter(struct engine *e, struct sequence *s)
+{
+    if (s->adapter_pinned)
+        adapter_unpin(e->options.adapters, s->adapter);
+    s->adapter_pinned = false;
+}
+
 // What the runs secured so far hold: they stand in engine->runs[0 .. kept).
 struct secured {
     uint32_t kept, adapter_pages; // of distinct adapters
+    uint32_t awaited;             // of adapters that runs before are waiting for
 };
 
 static bool holds_adapter(const struct engine *e, const struct secured *held, adapter_id adapter)
@@ -43,22 +52,31 @@ static bool holds_adapter(const struct engine *e, const struct secured *held, ad
 }
 
 // *more: the pages that the adapter adds to the step.
-static bool pin_adapter(struct engine *e, const struct secured *held, uint32_t slot, uint32_t *more)
+static bool pin_adapter(struct engine *e, struct secured *held, uint32_t slot, uint32_t *more)
 {
-    const struct sequence *s = &e->sequences[slot];
+    struct sequence *s = &e->sequences[slot];
     struct adapters *adapters = e->options.adapters;
     if (!holds_adapter(e, held, s->adapter))
         *more = adapter_page_count(adapters, s->adapter);
     if (!sequence_pages_allow(e, held->adapter_pages + *more)) {
-        (void)sequence_make_room(e, slot);
+        (void)sequence_make_room(e, slot, *more + e->options.kv_shape.pages_per_block);
         return false;
     }
     if (!adapter_is_resident(adapters, s->adapter)) {
-        enum status status = adapter_fetch(adapters, s->adapter, (enum copy_class)s->class, COPY_ADAPTER);
-        (void)status; // FULL: tried again at the next plan
+        enum status status = STATUS_FULL; // tried again at the next plan
+        if (adapter_fetch_status(adapters, s->adapter) == STATUS_IO) {
+            sequence_end(e, slot, STATUS_IO, ENGINE_FINISH_ERROR,
+                         "Reading the adapter from its store failed; ask the operator.");
+            return false;
+        }
+        sequence_want(e, slot, *more + e->options.kv_shape.pages_per_block);
+        if (sequence_pages_allow(e, held->adapter_pages + held->awaited + *more))
+            status = adapter_fetch(adapters, s->adapter, (enum copy_class)s->class, COPY_ADAPTER);
+        held->awaited += status ? 0 : *more;
         return false;
     }
     adapter_pin(adapters, s->adapter);
+    s->adapter_pinned = true;
     adapter_used(adapters, s->adapter);
     return true;
 }
@@ -123,9 +141,8 @@ static bool secure(struct engine *e, const struct plan_run *run, struct secured 
         s->reserved = tokens;
     // Copy-on-write may have taken a block more than was counted.
     if (status || !sequence_pages_allow(e, adapter_pages)) {
-        if (s->has_adapter)
-            adapter_unpin(e->options.adapters, s->adapter);
-        (void)sequence_make_room(e, run->slot);
+        unpin_adapter(e, s);
+        (void)sequence_make_room(e, run->slot, adapter_pages + more_pages(e, s, tokens));
         return false;
     }
     kv_pin(e->options.kv, s->kv);
@@ -218,6 +235,8 @@ static void trace(struct engine *e, const struct step *step)
 bool step_plan_next(struct engine *engine)
 {
     const struct step *paused = step_paused_most_urgent(engine);
+    engine->want = engine->want_next;
+    engine->want_next.slot = NO_SLOT;
     sequence_bring_back(engine);
     sequence_admit(engine);
     uint32_t count = sequence_candidates(engine);
@@ -257,17 +276,13 @@ bool step_plan_next(struct engine *engine)
 
 static void unpin_adapters(struct engine *e, struct step *step)
 {
-    for (uint32_t i = 0; i < step->plan.runs; i++) {
-        const struct sequence *s = &e->sequences[step->runs[i].slot];
-        if (s->has_adapter)
-            adapter_unpin(e->options.adapters, s->adapter);
-    }
+    for (uint32_t i = 0; i < step->plan.runs; i++)
+        unpin_adapter(e, &e->sequences[step->runs[i].slot]);
 }
 
 void step_release_rows(struct engine *engine, struct step *step)
 {
-    if (step->state != STEP_PAUSED)
-        unpin_adapters(engine, step);
+    unpin_adapters(engine, step);
     for (uint32_t i = 0; i < step->plan.runs; i++) {
         struct sequence *s = &engine->sequences[step->runs[i].slot];
         kv_unpin(engine->options.kv, s->kv);
@@ -296,32 +311,31 @@ static void pause(struct engine *e, struct step *step)
     e->counters.pauses++;
 }
 
-// Enters a paused step again when its adapters are there.
+// Enters a paused step again when its adapters are there; those that are wait for the others.
 static bool resume(struct engine *e, struct step *step)
 {
+    struct adapters *adapters = e->options.adapters;
     bool ready = true;
     for (uint32_t i = 0; i < step->plan.runs; i++) {
-        const struct sequence *s = &e->sequences[step->runs[i].slot];
-        if (!s->has_adapter || adapter_is_resident(e->options.adapters, s->adapter))
+        struct sequence *s = &e->sequences[step->runs[i].slot];
+        if (!s->has_adapter || s->adapter_pinned)
             continue;
+        if (adapter_is_resident(adapters, s->adapter)) {
+            adapter_pin(adapters, s->adapter);
+            s->adapter_pinned = true;
+            step->runs[i].adapter = adapter_view_index(adapters, s->adapter);
+            continue;
+        }
         ready = false;
-        if (adapter_fetch_status(e->options.adapters, s->adapter) == STATUS_IO) {
+        if (adapter_fetch_status(adapters, s->adapter) == STATUS_IO) {
             fail_step(e, step, STATUS_IO, "Reading an adapter from its store failed.");
             return true;
         }
-        if (adapter_fetch(e->options.adapters, s->adapter, (enum copy_class)step->plan.class,
-                          COPY_GATE))
+        if (adapter_fetch(adapters, s->adapter, (enum copy_class)step->plan.class, COPY_GATE))
             return false;
     }
     if (!ready)
         return false;
-    for (uint32_t i = 0; i < step->plan.runs; i++) {
-        struct sequence *s = &e->sequences[step->runs[i].slot];
-        if (s->has_adapter) {
-            adapter_pin(e->options.adapters, s->adapter);
-            step->runs[i].adapter = adapter_view_index(e->options.adapters, s->adapter);
-        }
-    }
     fill_places(e, step);
     step->state = STEP_READY;
     e->current = step;
@@ -388,6 +402,7 @@ static void gate_bring(struct engine *e, struct step *step)
 
 static void at_preemption_point(struct engine *e, struct step *step)
 {
+    sequence_fetch_ahead(e, step->plan.class);
     struct plan_leave_inputs in = {.step_class = step->plan.class,
                                    .waiting_class = sequence_waiting_class(e)};
     if (e->options.force_leave)
