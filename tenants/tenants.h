@@ -9,7 +9,7 @@
 //
 //   tenants:
 //     - name: acme                      # [A-Za-z0-9._-], 1..63
-//       keys_blake2b: [<64 hex>, ...]   # BLAKE2b-256 of each key; see `polder hash-key`
+//       keys_blake2b: [<64 hex>, ...]   # of each key: printf %s KEY | b2sum -l 256
 //       allowed_adapters: ["acme-*"]    # "*" stands for any run of characters; missing: none
 //       priority_class: standard        # interactive | standard | batch
 //       weight: 1                       # share within the class, 0.01..100

@@ -21,3 +21,9 @@ polder_server_script(test_server_nvim TIMEOUT 90)
 polder_test(test_rpc LIBS polder_server ${MSGPACK_LIBRARY} LABELS fast)
 polder_fuzzer(fuzz_rpc LIBS polder_server ${MSGPACK_LIBRARY})
 polder_fuzzer(fuzz_yaml LIBS polder_tenants)
+polder_server_script(test_server_doc TIMEOUT 60)
+
+polder_test(test_server_client LIBS polder_client_json polder_base TIMEOUT 60 LABELS server)
+add_dependencies(test_server_client test_server_main)
+set_tests_properties(test_server_client PROPERTIES
+    ENVIRONMENT "POLDER_TEST_SERVER=$<TARGET_FILE:test_server_main>")

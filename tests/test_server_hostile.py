@@ -8,7 +8,7 @@ import time
 import unittest
 
 import msgpack
-from test_server_lib import Peer, Server, engine_stats, until
+from test_server_lib import Peer, Server, engine_stats, sanitized, until
 
 
 def request(msgid, method, params):
@@ -51,7 +51,8 @@ class Hostile(unittest.TestCase):
             for head in (b"\xdb\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"):
                 self.refused(envelope + head, "too long", key)
         self.refused(b"\x94\x00\x01" + b"\xa4ping" + b"\xdd\x00\x00\xf0\x00", "too many items")
-        self.assertLess(self.server.rss_kib() - before, 2000)
+        if not sanitized():
+            self.assertLess(self.server.rss_kib() - before, 2000)
 
     def test_depth_bombs(self):
         for filler in (b"\x91", b"\x81\xa1a", b"\xdc\x00\x01", b"\xdd\x00\x00\x00\x01"):
@@ -340,7 +341,8 @@ class Many(unittest.TestCase):
             self.assertTrue(until(lambda: steady.result("stats")["server"]["connections"] == 1))
             grown = server.rss_kib() - before
             print("RSS before %d KiB, grown by %d KiB over 10,000 requests" % (before, grown))
-            self.assertLess(grown, 1024)
+            if not sanitized():  # a sanitizer keeps freed memory on purpose
+                self.assertLess(grown, 1024)
             self.assertEqual(server.descriptors(), descriptors)
             stats = steady.result("stats")
             self.assertEqual(stats["tenant"]["parallel"], 0)

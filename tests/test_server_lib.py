@@ -21,6 +21,12 @@ CONTEXT = 2048  # of the fake engine
 WAIT = float(os.environ.get("POLDER_TEST_WAIT", "10"))
 
 
+def sanitized():
+    with open(PROGRAM, "rb") as file:
+        data = file.read()
+    return b"__asan_init" in data or b"__tsan_init" in data
+
+
 def key_hash(key):
     return hashlib.blake2b(key.encode(), digest_size=32).hexdigest()
 
