@@ -270,7 +270,7 @@ static void end_everything(struct engine *e, enum status status, const char *mes
             experts_gate_done(e->options.experts, e->moe_index[step->half / 2]);
         step_release_rows(e, step);
     }
-    if (!e->current)
+    if (!e->current && !e->broken)
         step_run_copies(e);
     for (int state = SEQUENCE_QUEUED; state <= SEQUENCE_OUT; state++) {
         for (uint32_t slot = e->lists[state].head; slot != NO_SLOT;) {
@@ -306,7 +306,9 @@ enum engine_turn engine_turn(struct engine *engine)
     bool worked = commands_take(engine);
     sequence_expire(engine);
     sequence_flush_ended(engine);
-    if (engine->quit)
+    if (engine->broken)
+        end_everything(engine, STATUS_DEVICE, "The device failed; the server has to be started anew.");
+    else if (engine->quit)
         end_everything(engine, STATUS_SHUTTING_DOWN, "The server was shut down.");
     if (step_advance(engine))
         worked = true;

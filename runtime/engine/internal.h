@@ -136,7 +136,7 @@ struct engine {
         uint32_t slot, pages; // NO_SLOT: nobody
     } want, want_next;        // of the last planning; of this one
     uint64_t arrivals, steps_made;
-    bool draining, halted, quit;
+    bool draining, halted, quit, broken; // broken: the device failed
     struct engine_counters counters;
     float half_us_per_row; // measured, for the length of segments
     uint64_t submitted_us;

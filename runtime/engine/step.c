@@ -303,6 +303,14 @@ static void fail_step(struct engine *e, struct step *step, enum status status, c
         sequence_end(e, step->runs[i].slot, status, ENGINE_FINISH_ERROR, message);
 }
 
+// Nothing on the device can be relied on any more, page tables and cached KV included: the engine ends all
+// requests and stops; a new process heals.
+static void device_failed(struct engine *e, struct step *step, enum status status, const char *message)
+{
+    fail_step(e, step, status, message);
+    e->broken = e->quit = e->draining = true;
+}
+
 static void pause(struct engine *e, struct step *step)
 {
     unpin_adapters(e, step);
@@ -350,6 +358,8 @@ static uint32_t segment_length(const struct engine *e, const struct step *step)
         return 1;
     if (step->plan.class == ENGINE_INTERACTIVE)
         return e->options.segment_halves_max; // nobody may overtake it
+    if (sequence_waiting_class(e) < step->plan.class)
+        return 1; // it is left at the next preemption point
     float half_us = e->half_us_per_row * (float)step->plan.rows;
     float halves = half_us > 0 ? (float)SEGMENT_TARGET_US / half_us : 1.0f;
     uint32_t n = halves >= (float)e->options.segment_halves_max ? e->options.segment_halves_max
@@ -463,7 +473,7 @@ static bool advance_flight(struct engine *e, struct step *step)
     if (status) {
         pool_epoch_retire(e->options.pool, step->epoch);
         copies_retired(e);
-        fail_step(e, step, status, "The device failed while running a step.");
+        device_failed(e, step, status, "The device failed while running a step.");
         return true;
     }
     retired(e, step, &result);
@@ -499,7 +509,7 @@ bool step_advance(struct engine *engine)
         if (submit(engine, step)) {
             pool_epoch_retire(engine->options.pool, step->epoch);
             copies_retired(engine);
-            fail_step(engine, step, STATUS_DEVICE, "The device refused a segment.");
+            device_failed(engine, step, STATUS_DEVICE, "The device refused a segment.");
         }
         return true;
     case STEP_FLIGHT:
