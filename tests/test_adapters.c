@@ -362,6 +362,43 @@ static void test_adapters_fused_refused(void **state)
            "LoRA for model.layers.1.mlp.experts.down_proj, which target_parameters does not name");
 }
 
+// gate_up_proj is square (2I = H) and alone: the writer's version decides, and the report says so.
+static void test_adapters_fused_order_by_version(void **state)
+{
+    static const struct {
+        const char *version;
+        bool is_transposed;
+    } writers[] = {
+        {"", true}, // PEFT 0.17 did not write one
+        {", \"peft_version\": \"0.18.1\"", true},
+        {", \"peft_version\": \"0.19.0\"", true},
+        {", \"peft_version\": \"0.19.1\"", false},
+        {", \"peft_version\": \"0.19.1.dev0@UNKNOWN\"", false},
+        {", \"peft_version\": \"0.20.0\"", false},
+        {", \"peft_version\": \"1.0.0\"", false},
+        {", \"peft_version\": \"main\"", true},
+        {", \"peft_version\": 7", true},
+    };
+    struct adapter_base base = tool_base(DTYPE_BF16);
+    base.moe_intermediate = 32;
+    for (size_t i = 0; i < sizeof writers / sizeof *writers; i++) {
+        struct tool_adapter a;
+        struct adapter_report report;
+        char rest[256];
+        (void)snprintf(rest, sizeof rest, "\"target_parameters\": [\"gate_up_proj\"]%s",
+                       writers[i].version);
+        moe_begin(&a, *state, rest);
+        tool_pair_add(&a, "layers.1.mlp.experts", 16, 64, 64);
+        tool_adapter_write(&a);
+        assert_int_equal(adapter_convert(a.directory, &base, PAGE, store_path, &report, NULL),
+                         STATUS_OK);
+        assert_string_equal(report.layout, writers[i].is_transposed
+                                               ? "fused experts, transposed, by version"
+                                               : "fused experts, by version");
+        assert_int_equal(unlink(store_path), 0);
+    }
+}
+
 static void test_adapters_experts_partly_missing(void **state)
 {
     struct tool_adapter a;
@@ -518,6 +555,7 @@ int main(void)
         cmocka_unit_test(test_adapters_mismatch_refused),
         cmocka_unit_test(test_adapters_values_refused),
         cmocka_unit_test(test_adapters_fused_refused),
+        cmocka_unit_test(test_adapters_fused_order_by_version),
         cmocka_unit_test(test_adapters_experts_partly_missing),
         cmocka_unit_test(test_adapters_stacked),
         cmocka_unit_test(test_adapters_files_refused),

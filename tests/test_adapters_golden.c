@@ -151,8 +151,13 @@ static double delta_compare(const struct tool_rig *rig, const struct golden *gol
     assert_int_equal(safetensors_read_f32(golden->file, tensor, 0, want, tensor->elements, NULL),
                      STATUS_OK);
     assert_true(pair->a.rank && pair->a.rank == pair->b.rank);
-    for (uint32_t o = 0; o < tensor->shape[0]; o++)
-        for (uint32_t i = 0; i < tensor->shape[1]; i++) {
+    uint32_t d_out = (uint32_t)tensor->shape[0], d_in = (uint32_t)tensor->shape[1];
+    for (uint32_t j = 0; j < pair->a.rank; j++) {
+        assert_true(tool_padding_is_zero(rig, &golden->base, view, &pair->a, j, d_in));
+        assert_true(tool_padding_is_zero(rig, &golden->base, view, &pair->b, j, d_out));
+    }
+    for (uint32_t o = 0; o < d_out; o++)
+        for (uint32_t i = 0; i < d_in; i++) {
             double sum = 0, size = 0;
             for (uint32_t j = 0; j < pair->a.rank; j++) {
                 double a = tool_element(rig, &golden->base, view, &pair->a, j, i);
@@ -160,7 +165,7 @@ static double delta_compare(const struct tool_rig *rig, const struct golden *gol
                 sum += a * b;
                 size += fabs(a * b);
             }
-            double off = fabs((double)pair->scale * sum - (double)want[o * tensor->shape[1] + i]);
+            double off = fabs((double)pair->scale * sum - (double)want[o * d_in + i]);
             double allowed = unit * fabs((double)pair->scale) * size + 1e-7;
             assert_true(off == off);
             worst = fmax(worst, off / allowed);

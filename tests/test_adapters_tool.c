@@ -255,6 +255,17 @@ void tool_rig_settle(struct tool_rig *rig)
     pool_check(rig->pool);
 }
 
+bool tool_padding_is_zero(const struct tool_rig *rig, const struct adapter_base *base,
+                          const struct lora_adapter_view *view, const struct lora_slice *slice,
+                          uint32_t row, uint32_t dim)
+{
+    const uint8_t *at = lora_row_at(rig->device_arena, rig->page_bytes, view->pages, slice, row);
+    for (size_t i = dim * dtype_bytes(base->dtype); i < slice->row_bytes; i++)
+        if (at[i])
+            return false;
+    return true;
+}
+
 float tool_element(const struct tool_rig *rig, const struct adapter_base *base,
                    const struct lora_adapter_view *view, const struct lora_slice *slice,
                    uint32_t row, uint32_t i)

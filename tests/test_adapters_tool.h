@@ -65,6 +65,10 @@ void tool_rig_make(struct tool_rig *rig, const struct adapter_base *base, size_t
 void tool_rig_clear(struct tool_rig *rig);
 void tool_rig_settle(struct tool_rig *rig); // polls until no copy is left
 
+// The bytes between the elements of a row and its end are zero.
+bool tool_padding_is_zero(const struct tool_rig *rig, const struct adapter_base *base,
+                          const struct lora_adapter_view *view, const struct lora_slice *slice,
+                          uint32_t row, uint32_t dim);
 // Element i of row j of a resident slice.
 float tool_element(const struct tool_rig *rig, const struct adapter_base *base,
                    const struct lora_adapter_view *view, const struct lora_slice *slice,
