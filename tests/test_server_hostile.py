@@ -267,7 +267,7 @@ class Slow(unittest.TestCase):
 
 class Many(unittest.TestCase):
     def test_connections_up_to_the_limit(self):
-        with Server("connections_max=300", "unauthenticated_max=300") as server:
+        with Server("connections_max=300", "unauthenticated_max=300", "connections_per_tenant=300") as server:
             first = Peer(server)
             others = [Peer(server) for _ in range(299)]
             with Peer(server, key=None) as extra:
@@ -285,6 +285,20 @@ class Many(unittest.TestCase):
             self.assertTrue(until(lambda: first.result("stats")["server"]["connections"] == 1))
             with Peer(server) as again:
                 self.assertEqual(again.result("ping"), "pong")
+
+    def test_connections_of_one_tenant(self):
+        with Server("connections_per_tenant=5") as server:
+            peers = [Peer(server) for _ in range(5)]
+            with Peer(server, key=None) as sixth:
+                self.assertEqual(sixth.error("auth", key="key-acme"),
+                                 [0, "resource_exhausted: this tenant has 5 connections already."])
+                self.assertEqual(sixth.result("auth", key="key-bolt")["tenant"], "bolt")
+            self.assertEqual(peers[0].result("auth", key="key-acme-2")["tenant"], "acme")
+            peers.pop().close()
+            self.assertTrue(until(lambda: peers[0].result("stats")["tenant"]["connections"] == 4))
+            Peer(server).close()
+            for peer in peers:
+                peer.close()
 
     def test_no_descriptors_left(self):
         import resource

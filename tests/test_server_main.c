@@ -27,6 +27,7 @@ static bool set_limit(struct server_limits *limits, const char *text)
         size_t *large;
     } rows[] = {
         {"connections_max", &limits->connections_max, NULL},
+        {"connections_per_tenant", &limits->connections_per_tenant, NULL},
         {"unauthenticated_max", &limits->unauthenticated_max, NULL},
         {"requests_max", &limits->requests_max, NULL},
         {"requests_per_connection", &limits->requests_per_connection, NULL},

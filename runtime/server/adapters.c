@@ -79,7 +79,6 @@ static bool may_manage(struct call *call)
 void method_adapters_remove(struct call *call)
 {
     static const char *const names[] = {"name"};
-    struct server *server = call->connection->server;
     char name[ENGINE_ADAPTER_NAME] = "";
     if (!params_ok(call, names, ARRAY_COUNT(names)) || !may_manage(call))
         return;
@@ -88,7 +87,6 @@ void method_adapters_remove(struct call *call)
         reply_fault(call, &call->params.fault);
         return;
     }
-    (void)server;
     struct request *request = ask_engine(call, REQUEST_ADAPTER_OWNER, ENGINE_ADAPTER_LIST);
     if (request)
         (void)snprintf(request->model, sizeof request->model, "%s", name);
@@ -300,9 +298,10 @@ static void pack_tenant(msgpack_packer *packer, const struct server *server, uin
 {
     const struct tenant_usage *usage = &server->usage[number];
     const struct tenant *tenant = tenants_at(server->tenants, number);
-    put_map(packer, 13);
+    put_map(packer, 14);
     put_text(packer, "name", tenant->name);
     put_text(packer, "priority_class", tenant_class_name(tenant->class));
+    put_u64(packer, "connections", usage->connections);
     put_u64(packer, "requests", usage->requests);
     put_u64(packer, "finished", usage->finished);
     put_u64(packer, "failed", usage->failed);

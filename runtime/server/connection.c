@@ -78,10 +78,13 @@ void connection_set_tenant(struct connection *connection, uint32_t tenant)
     struct server *server = connection->server;
     size_t held = connection->in.room + connection->output_charged;
     server_discharge(server, connection_owner(connection), held);
-    if (!connection->authenticated)
+    if (connection->authenticated)
+        server->usage[connection->tenant].connections--;
+    else
         server->unauthenticated_count--;
     connection->authenticated = true;
     connection->tenant = tenant;
+    server->usage[tenant].connections++;
     if (!server_charge(server, tenant, BUDGET_CONNECTIONS, held)) {
         connection->in.room = connection->output_charged = 0;
         connection_doom(connection);
@@ -300,10 +303,8 @@ void connection_accepted(struct server *server, int descriptor, const char *peer
     (void)snprintf(connection->peer, sizeof connection->peer, "%s", peer);
     server->connection_count++;
     server->unauthenticated_count++;
-    if (server->options.open_access) {
-        connection->authenticated = true;
-        server->unauthenticated_count--;
-    }
+    if (server->options.open_access)
+        connection_set_tenant(connection, 0);
     bufferevent_setcb(events, on_read, on_write, on_other, connection);
     bufferevent_setwatermark(events, EV_READ, 0, READ_CHUNK);
     bufferevent_setwatermark(events, EV_WRITE, server->limits.output_high_bytes / 2, 0);
@@ -321,7 +322,9 @@ static void connection_free(struct connection *connection)
     bufferevent_free(connection->events);
     connection->events = NULL;
     server->connection_count--;
-    if (!connection->authenticated)
+    if (connection->authenticated)
+        server->usage[owner].connections--;
+    else
         server->unauthenticated_count--;
     connection->next_free = server->free_connections;
     server->free_connections = connection;

@@ -292,31 +292,34 @@ static void on_done(struct request *request, uint32_t index, const struct engine
 
 // ---- the ring ----------------------------------------------------------------------------------
 
+// The text that follows a record of fixed size; a record that lies about it is a bug of the engine.
+static const char *tail(const void *record, size_t bytes, size_t fixed, uint32_t claimed)
+{
+    CHECK(bytes >= fixed && bytes - fixed >= claimed);
+    return (const char *)record + fixed;
+}
+
 static void on_event(struct server *server, const void *record, size_t bytes)
 {
-    uint32_t kind;
-    uint64_t id;
-    CHECK(bytes >= sizeof kind);
-    memcpy(&kind, record, sizeof kind);
-    if (kind == ENGINE_STOPPED) {
+    const struct engine_text *text = record;
+    const struct engine_done *done = record;
+    const struct engine_reply *reply = record;
+    CHECK(bytes >= sizeof(struct engine_control));
+    if (text->kind == ENGINE_STOPPED) {
         server->engine_stopped = true;
         return;
     }
-    CHECK(bytes >= (kind == ENGINE_TEXT   ? sizeof(struct engine_text)
-                    : kind == ENGINE_DONE ? sizeof(struct engine_done)
-                                          : sizeof(struct engine_reply)));
-    memcpy(&id, (const char *)record + offsetof(struct engine_text, id), sizeof id);
-    struct request *request = request_find(server, id);
-    uint32_t index = (uint32_t)(id & 0xff);
+    struct request *request = request_find(server, text->id);
+    uint32_t index = (uint32_t)(text->id & 0xff);
     if (!request)
         return;
     bool generates = request->kind == REQUEST_GENERATE && index < request->choices;
-    if (kind == ENGINE_TEXT && generates)
-        on_text(request, index, record, (const char *)record + sizeof(struct engine_text));
-    else if (kind == ENGINE_DONE && generates)
-        on_done(request, index, record, (const char *)record + sizeof(struct engine_done));
-    else if (kind == ENGINE_REPLY && !generates)
-        adapters_on_reply(request, record, (const char *)record + sizeof(struct engine_reply));
+    if (text->kind == ENGINE_TEXT && generates)
+        on_text(request, index, text, tail(record, bytes, sizeof *text, text->text_bytes));
+    else if (text->kind == ENGINE_DONE && generates)
+        on_done(request, index, done, tail(record, bytes, sizeof *done, done->text_bytes));
+    else if (text->kind == ENGINE_REPLY && request->kind != REQUEST_GENERATE)
+        adapters_on_reply(request, reply, tail(record, bytes, sizeof *reply, reply->bytes));
 }
 
 _Static_assert(offsetof(struct engine_text, id) == offsetof(struct engine_done, id) &&

@@ -105,6 +105,7 @@ enum server_state { SERVER_RUNNING, SERVER_DRAINING, SERVER_LEAVING };
 struct tenant_usage {
     struct tenant_counters counters;
     size_t buffered;
+    uint32_t connections;
     uint64_t requests, finished, failed, cancelled;
     uint64_t prompt_tokens, cached_tokens, completion_tokens;
 };

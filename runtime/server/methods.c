@@ -107,6 +107,12 @@ void method_auth(struct call *call)
         reply_error(call, STATUS_BUSY, "auth while requests are running is not possible.");
         return;
     }
+    bool same = connection->authenticated && connection->tenant == number;
+    if (!same && server->usage[number].connections >= server->limits.connections_per_tenant) {
+        reply_error(call, STATUS_LIMIT, "this tenant has %u connections already.",
+                    server->usage[number].connections);
+        return;
+    }
     connection->key = hash_bytes(NULL, key.text, key.bytes);
     connection_set_tenant(connection, number);
     msgpack_packer *packer = reply_open(call);

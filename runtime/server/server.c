@@ -110,6 +110,7 @@ struct server_limits server_limits_resolved(const struct server_options *options
     struct server_limits limits = options->limits;
     size_t context = options->engine.context_tokens;
     fill_u32(&limits.connections_max, 1024);
+    fill_u32(&limits.connections_per_tenant, 256);
     fill_u32(&limits.unauthenticated_max, 64);
     fill_u32(&limits.requests_max, 1024);
     fill_u32(&limits.requests_per_connection, 64);

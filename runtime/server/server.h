@@ -26,6 +26,7 @@ enum { SERVER_OWNER_OPERATOR = 0x7fffffff };
 struct server_limits {
     uint32_t connections_max;           // [1024] together
     uint32_t unauthenticated_max;       // [64] a new one beyond this closes the oldest of them
+    uint32_t connections_per_tenant;    // [256]
     uint32_t requests_max;              // [1024] unfinished requests of all connections
     uint32_t requests_per_connection;   // [64]
     size_t frame_bytes;                 // [1 MiB, more if a prompt of the whole context needs it]
