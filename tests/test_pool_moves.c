@@ -134,6 +134,28 @@ static void test_pool_fetch_without_host_pages(void **state)
     bench_close(bench);
 }
 
+// The host pages a fetch hoped for went to KV: it gives up with FULL as soon as nothing is under
+// way.
+static void test_pool_fetch_gives_up(void **state)
+{
+    (void)state;
+    struct bench *bench = bench_open(8, 2);
+    pool_object kv = make_reserved(bench, PAGE_KV, 0, 2);
+    pool_object a = make_filed(bench, PAGE_ADAPTER, 0, 2, 0);
+    bench->link.held[COPY_D2H] = true;
+    assert_int_equal(pool_write_back(bench->pool, kv, COPY_BATCH), STATUS_OK);
+    assert_int_equal(pool_fetch(bench->pool, a, COPY_BATCH, COPY_KV), STATUS_OK);
+    pool_poll(bench->pool);
+    assert_true(pool_is_fetching(bench->pool, a));
+    bench->link.held[COPY_D2H] = false;
+    settle(bench);
+    assert_true(pool_is_written_back(bench->pool, kv));
+    assert_false(pool_is_fetching(bench->pool, a));
+    assert_int_equal(pool_fetch_status(bench->pool, a), STATUS_FULL);
+    assert_int_equal(stats_of(bench).device_free, 6);
+    bench_close(bench);
+}
+
 static void test_pool_fetch_takes_the_cheapest(void **state)
 {
     (void)state;
@@ -363,6 +385,7 @@ int main(void)
         cmocka_unit_test(test_pool_host_copies_are_a_cache),
         cmocka_unit_test(test_pool_fetch_through_few_host_pages),
         cmocka_unit_test(test_pool_fetch_without_host_pages),
+        cmocka_unit_test(test_pool_fetch_gives_up),
         cmocka_unit_test(test_pool_fetch_takes_the_cheapest),
         cmocka_unit_test(test_pool_write_back_and_return),
         cmocka_unit_test(test_pool_write_back_takes_host_copies),

@@ -148,9 +148,7 @@ void kv__block_settle(struct kv *kv, uint32_t index)
     } else if (block->active) {
         kv__list_remove(kv, index);
     } else if (block->object.bits) {
-        if (pool_is_fetching(pool, block->object))
-            pool_fetch_cancel(pool, block->object);
-        else if (pool_has_host_copy(pool, block->object))
+        if (pool_has_host_copy(pool, block->object)) // also when it was coming back
             pool_drop_device(pool, block->object);
         else if (pool_is_resident(pool, block->object) && block->list != KV_HELD)
             kv__list_append(kv, index, KV_HELD);
