@@ -233,7 +233,11 @@ static void check_config(const struct config *config)
     X(deepseek, "deepseek", TOKENIZE_SPECIAL, true, false)                                         \
     X(o200k, "o200k", TOKENIZE_SPECIAL, true, false)                                               \
     X(odd, "odd", TOKENIZE_SPECIAL, true, false)                                                   \
-    X(odd_plain, "odd", 0, false, false)
+    X(odd_plain, "odd", 0, false, false)                                                           \
+    X(previous, "previous", TOKENIZE_SPECIAL, false, true)                                         \
+    X(next, "next", TOKENIZE_SPECIAL, false, true)                                                 \
+    X(contiguous, "contiguous", TOKENIZE_SPECIAL, false, true)                                     \
+    X(empty, "empty", TOKENIZE_SPECIAL, false, true)
 
 #define X(label, file, flags, every_point, same_bytes)                                             \
     static void test_tokenizer_equals_package_##label(void **state)                                \
@@ -244,9 +248,74 @@ static void check_config(const struct config *config)
 CONFIGS(X)
 #undef X
 
+// A tokenizer with one Split stage that leaves only what the class matches.
+static struct tokenizer *load_class(const char *json, const char *class)
+{
+    static const char key[] = "\"pre_tokenizer\":", behind[] = ",\"post_processor\":";
+    const char *begin = strstr(json, key), *end = strstr(json, behind);
+    assert_true(begin && end);
+    size_t room = strlen(json) + 1024;
+    char *text = malloc(room);
+    assert_non_null(text);
+    (void)snprintf(text, room,
+                   "%.*s%s{\"type\":\"Sequence\",\"pretokenizers\":[{\"type\":\"Split\","
+                   "\"pattern\":{\"Regex\":\"\\%s\"},\"behavior\":\"Removed\",\"invert\":true},"
+                   "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"use_regex\":false}]}%s",
+                   (int)(begin - json), json, key, class, end);
+    struct tokenizer *t;
+    struct fault fault = {0};
+    if (tokenizer_load(class, text, strlen(text), &t, &fault))
+        fail_msg("%s", fault.text);
+    free(text);
+    return t;
+}
+
+static uint64_t hash_class(const struct tokenizer *t)
+{
+    static struct text text;
+    struct token_scratch *scratch;
+    uint64_t h = 0xcbf29ce484222325u;
+    assert_int_equal(token_scratch_create(&scratch), STATUS_OK);
+    for (size_t i = 0; i < 17376; i++) {
+        struct token_list list = {0};
+        uint8_t bytes[4 * POINTS_PER_STRING];
+        make_points(i, &text);
+        assert_int_equal(
+            tokenizer_encode(t, scratch, text.bytes, text.count, 0, SIZE_MAX, &list, NULL),
+            STATUS_OK);
+        h = hash_more(h, bytes,
+                      tokenizer_decode(t, list.ids, list.count, false, bytes, sizeof bytes));
+        token_list_clear(&list);
+    }
+    token_scratch_destroy(scratch);
+    return h;
+}
+
+static void test_tokenizer_classes_have_the_packages_members(void **state)
+{
+    (void)state;
+    size_t bytes;
+    int classes = 0;
+    char *json = slurp("llama.json", &bytes), *lines = slurp("classes.txt", &bytes), class[32];
+    unsigned long long want;
+    for (char *line = strtok(lines, "\n"); line; line = strtok(NULL, "\n"), classes++) {
+        assert_int_equal(sscanf(line, "%31s %llx", class, &want), 2);
+        if (class[0] == '.')
+            (void)strcpy(class, "u002E"); // load_class puts a backslash in front
+        struct tokenizer *t = load_class(json, class);
+        if (hash_class(t) != want)
+            fail_msg("the class %s has other members", class);
+        tokenizer_free(t);
+    }
+    print_message("%d classes compared over all code points\n", classes);
+    free(json);
+    free(lines);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_tokenizer_classes_have_the_packages_members),
 #define X(label, file, flags, every_point, same_bytes)                                             \
     cmocka_unit_test(test_tokenizer_equals_package_##label),
         CONFIGS(X)

@@ -189,7 +189,6 @@ static enum status cut_added(struct encoder *e, const struct added_set *set, con
                 break;
             begin = last;
         }
-        begin = max_size(begin, token->lstrip ? done : begin);
         while (token->rstrip && end < bytes && is_space(utf8__point(text + end)))
             end += (size_t)utf8__scan(text + end, bytes - end);
         e->prefix_space = prefix_space;

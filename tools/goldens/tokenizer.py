@@ -5,6 +5,7 @@ Usage: python tools/goldens/tokenizer.py [--show CONFIG INDEX]     (needs: pip i
 
   atoms.txt        pieces of text, one per line in hexadecimal
   <name>.json      tokenizers, trained here on files of this machine
+  classes.txt      which code points the classes of patterns have
   <config>.u32     for each string: FNV-1a 64 over the ids (as u32) and the decoded text, folded to 32 bits
 
 String i is made of atoms by the generator `make_string`, which tests/test_tokenizer_golden.c repeats.
@@ -169,7 +170,33 @@ def make_tokenizers(text):
                 [AddedToken("[MASK]", lstrip=True, rstrip=True, single_word=True, special=True, normalized=False)],
                 [AddedToken("word", rstrip=True, single_word=True), AddedToken("<a>", normalized=False),
                  AddedToken("<a><b>", lstrip=True, normalized=False), AddedToken("①", normalized=True)], prefix_space=True)
-    return dict([qwen, gpt2, prefix, llama, deepseek, o200k, odd])
+    made = [qwen, gpt2, prefix, llama, deepseek, o200k, odd]
+    # Behaviours one by one, on merges that were learned without them: every border shows.
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for name, pattern, behavior, invert in JOINS:
+        made.append(train(name, text, 700, None, [], [], []))
+        made[-1][1].pre_tokenizer = pre_tokenizers.Sequence([split(pattern, behavior, invert), level])
+    return dict(made)
+
+
+JOINS = [("previous", Regex("[aeiou ]"), "merged_with_previous", False),
+         ("next", Regex(r"[\p{Lu}aeiou ]"), "merged_with_next", False),
+         ("contiguous", Regex("[aeiou ]"), "contiguous", True),
+         ("empty", Regex("[ei]|(?=n)|(?<=t)"), "contiguous", False)]
+
+
+def write_classes():
+    """Which code points each class of a pattern has: FNV-1a 64 of their UTF-8, in order."""
+    text = "".join(s.decode() for s in point_strings())
+    lines = []
+    for pattern in [r"\s", r"\S", r"\d", r"\D", "."] + [r"\p{%s}" % name for name in
+                    "L Lu Ll Lt Lm Lo M Mc Me N Nd Nl No P Pc Pd Ps Pe Pi Pf Po S Sm Sc Sk So Z Zs Zl Zp".split()]:
+        stage = pre_tokenizers.Split(Regex(pattern + "+"), "removed", invert=True)
+        h = 0xCBF29CE484222325
+        for byte in "".join(piece for piece, _ in stage.pre_tokenize_str(text)).encode():
+            h = ((h ^ byte) * 0x100000001B3) & MASK
+        lines.append(f"{pattern} {h:016x}\n")
+    (OUT / "classes.txt").write_text("".join(lines))
 
 
 CONFIGS = {  # name: (tokenizer, special tokens recognised, template, every code point too)
@@ -178,6 +205,7 @@ CONFIGS = {  # name: (tokenizer, special tokens recognised, template, every code
     "gpt2_prefix_plain": ("gpt2_prefix", False, False, False), "llama": ("llama", True, True, True),
     "llama_plain": ("llama", False, True, False), "deepseek": ("deepseek", True, False, True),
     "o200k": ("o200k", True, False, True), "odd": ("odd", True, False, True), "odd_plain": ("odd", False, False, False),
+    **{name: (name, True, False, False) for name in ("previous", "next", "contiguous", "empty")},
 }
 
 
@@ -206,6 +234,7 @@ def main():
     if sys.argv[1:2] == ["--show"]:
         return show(sys.argv[2], int(sys.argv[3]))
     OUT.mkdir(parents=True, exist_ok=True)
+    write_classes()
     atoms = make_atoms()
     (OUT / "atoms.txt").write_text("".join(a.hex() + "\n" for a in atoms))
     strings = [make_string(atoms, i).decode() for i in range(STRINGS)]
