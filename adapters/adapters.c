@@ -3,12 +3,13 @@
 //
 // States of a slot, and who moves it:
 //
-//   FREE --adapter_register--> NAMED --adapter_remove--> LEAVING --bury--> FREE
+//   FREE --adapter_register--> NAMED --adapter_remove--> LEAVING --bury--> BURIED --graves_close-->
+//     FREE
 //
 // A NAMED adapter has a place in the name index. A LEAVING one has none: its name is free, requests
 // that hold it go on, and it is buried when the last user has released it and nothing pins it.
-// Burying destroys the pool object at once; the file is closed when no copy can still read it (see
-// `graves`).
+// Burying destroys the pool object at once. The pool does not wait for a read that is under way, so
+// a BURIED adapter still has its file, until no copy can read from it.
 //
 // Every registered adapter owns one pool object (its slots are the store's pages) and one row of
 // the view table, the row of its slot: 24 bytes, so that nothing has to be assigned when an adapter
@@ -16,10 +17,9 @@
 // those worth asking.
 //
 // Invariants: 1. `order` holds the slots in state NAMED, by name. 2. users > 0 or pinned: the
-// object lives.
-// 3. warm holds every adapter with device pages, no slot twice. 4. an id names one registration:
-// slot and generation. Does not decide who may use an adapter (runtime) nor who gives pages back
-// (the pool; the price is price.c).
+// object lives. 3. warm holds every adapter with device pages, no slot twice. 4. an id names one
+// registration: slot and generation. Does not decide who may use an adapter (runtime) nor who gives
+// pages back (the pool; the price is price.c).
 #include "adapters/adapters.h"
 
 #include <sched.h>
@@ -32,7 +32,7 @@
 
 enum { SLOTS_MAX = 0xffff, NO_PLACE = 0xffffffff, QUIET_TRIES = 1000000 };
 
-enum state { STATE_FREE, STATE_NAMED, STATE_LEAVING };
+enum state { STATE_FREE, STATE_NAMED, STATE_LEAVING, STATE_BURIED };
 
 struct adapter {
     char name[ADAPTER_NAME_MAX];
@@ -55,8 +55,7 @@ struct adapters {
     uint32_t *free_slots, free_count;
     uint32_t *order, count; // slots by name
     uint32_t *warm, warm_count;
-    struct reader **graves; // files of buried adapters that a copy in flight may still read
-    uint32_t graves_count;
+    uint32_t *graves, graves_count; // slots in state BURIED
     uint64_t fetches, given_back;
 };
 
@@ -78,7 +77,8 @@ static uint32_t slot_of(const struct adapters *adapters, adapter_id id)
 {
     uint32_t slot = (id.bits & SLOTS_MAX) - 1;
     CHECK(slot < adapters->options.adapters_max);
-    CHECK(adapters->slots[slot].state != STATE_FREE);
+    CHECK(adapters->slots[slot].state == STATE_NAMED ||
+          adapters->slots[slot].state == STATE_LEAVING);
     CHECK(adapters->slots[slot].generation == id.bits >> 16);
     return slot;
 }
@@ -112,29 +112,35 @@ static void warm_remove(struct adapters *adapters, struct adapter *adapter)
 
 // ---- pressure ----
 
+// The order of prices (adapter__price) at any one time, without computing them.
+static bool is_cheaper(const struct adapter *a, const struct adapter *b)
+{
+    return a->users < b->users || (a->users == b->users && a->heat.level < b->heat.level);
+}
+
 static bool cheapest(void *context, struct pool_offer *out)
 {
     struct adapters *adapters = context;
     struct pool *pool = adapters->options.pool;
-    uint64_t now = clock_now_us(&adapters->options.clock);
-    bool found = false;
+    const struct adapter *best = NULL;
     for (uint32_t i = adapters->warm_count; i-- > 0;) {
         struct adapter *adapter = &adapters->slots[adapters->warm[i]];
-        if (pool_is_fetching(pool, adapter->object))
+        if (best && !is_cheaper(adapter, best))
             continue;
-        if (!pool_is_resident(pool, adapter->object)) { // its fetch failed
-            warm_remove(adapters, adapter);
+        if (pool_is_fetching(pool, adapter->object) || pool_pins(pool, adapter->object))
             continue;
-        }
-        if (pool_pins(pool, adapter->object))
-            continue;
-        float price = adapter__price(&adapter->heat, adapter->users,
-                                     adapters->options.fetch_us_per_byte, now);
-        if (!found || price < out->price)
-            *out = (struct pool_offer){.object = adapter->object, .price = price};
-        found = true;
+        if (pool_is_resident(pool, adapter->object))
+            best = adapter;
+        else
+            warm_remove(adapters, adapter); // its fetch failed
     }
-    return found;
+    if (!best)
+        return false;
+    uint64_t now = clock_now_us(&adapters->options.clock);
+    *out = (struct pool_offer){.object = best->object,
+                               .price = adapter__price(&best->heat, best->users,
+                                                       adapters->options.fetch_us_per_byte, now)};
+    return true;
 }
 
 static void give_back(void *context, pool_object object)
@@ -170,8 +176,9 @@ enum status adapters_create(const struct adapter_options *options, struct adapte
     adapters->free_slots = calloc(slots, sizeof *adapters->free_slots);
     adapters->order = calloc(slots, sizeof *adapters->order);
     adapters->warm = calloc(slots, sizeof *adapters->warm);
+    adapters->graves = calloc(slots, sizeof *adapters->graves);
     if (!adapters->slots || !adapters->views || !adapters->free_slots || !adapters->order ||
-        !adapters->warm) {
+        !adapters->warm || !adapters->graves) {
         adapters->options.pool = NULL;
         adapters_destroy(adapters);
         return STATUS_NO_MEMORY;
@@ -200,37 +207,41 @@ static bool pool_is_quiet(const struct pool *pool)
     return stats.host_free + held == stats.host_total;
 }
 
+static void slot_free(struct adapters *adapters, uint32_t slot)
+{
+    struct adapter *adapter = &adapters->slots[slot];
+    reader_close(adapter->file);
+    adapter__store_clear(&adapter->store);
+    *adapter =
+        (struct adapter){.generation = (uint16_t)(adapter->generation + 1), .place = NO_PLACE};
+    adapters->free_slots[adapters->free_count++] = slot;
+}
+
 static void graves_close(struct adapters *adapters)
 {
     if (!adapters->graves_count || !pool_is_quiet(adapters->options.pool))
         return;
     for (uint32_t i = 0; i < adapters->graves_count; i++)
-        reader_close(adapters->graves[i]);
+        slot_free(adapters, adapters->graves[i]);
     adapters->graves_count = 0;
-}
-
-// A read of the object's file may be under way: destroying the object does not wait for it, so the
-// file is closed later. When there is no memory to remember it by, it stays open.
-static void grave_add(struct adapters *adapters, struct reader *file)
-{
-    struct reader **more = realloc(adapters->graves, (adapters->graves_count + 1) * sizeof *more);
-    if (!more)
-        return;
-    adapters->graves = more;
-    adapters->graves[adapters->graves_count++] = file;
 }
 
 static void bury(struct adapters *adapters, struct adapter *adapter)
 {
     uint32_t slot = (uint32_t)(adapter - adapters->slots);
+    struct pool *pool = adapters->options.pool;
+    // After a fetch that failed a read of another page may still be under way.
+    bool is_read = pool_is_fetching(pool, adapter->object) ||
+                   pool_fetch_status(pool, adapter->object) != STATUS_OK;
     warm_remove(adapters, adapter);
-    pool_object_destroy(adapters->options.pool, adapter->object);
-    grave_add(adapters, adapter->file);
-    adapter__store_clear(&adapter->store);
+    pool_object_destroy(pool, adapter->object);
     adapters->views[slot] = (struct lora_adapter_view){.experts = 0};
-    *adapter =
-        (struct adapter){.generation = (uint16_t)(adapter->generation + 1), .place = NO_PLACE};
-    adapters->free_slots[adapters->free_count++] = slot;
+    if (is_read) {
+        adapter->state = STATE_BURIED;
+        adapters->graves[adapters->graves_count++] = slot;
+    } else {
+        slot_free(adapters, slot);
+    }
     graves_close(adapters);
 }
 
@@ -248,7 +259,8 @@ void adapters_destroy(struct adapters *adapters)
     struct pool *pool = adapters->options.pool;
     if (pool) {
         for (uint32_t slot = 0; slot < adapters->options.adapters_max; slot++)
-            if (adapters->slots[slot].state != STATE_FREE)
+            if (adapters->slots[slot].state == STATE_NAMED ||
+                adapters->slots[slot].state == STATE_LEAVING)
                 bury(adapters, &adapters->slots[slot]);
         for (int i = 0; i < QUIET_TRIES && adapters->graves_count; i++) {
             pool_poll(pool);
@@ -257,7 +269,7 @@ void adapters_destroy(struct adapters *adapters)
         }
         pool_set_pressure(pool, PAGE_ADAPTER, &(struct pool_pressure){.cheapest = offers_nothing});
     }
-    free((void *)adapters->graves);
+    free(adapters->graves);
     free(adapters->slots);
     free(adapters->views);
     free(adapters->free_slots);
@@ -319,10 +331,10 @@ enum status adapter_register(struct adapters *adapters, const char *name, const 
     uint32_t place = order_place(adapters, name, &found);
     if (found)
         return fault_set(fault, STATUS_EXISTS, "there is an adapter \"%s\" already.", name);
+    graves_close(adapters);
     if (!adapters->free_count)
         return fault_set(fault, STATUS_LIMIT, "there is no room for more than %u adapters.",
                          adapters->options.adapters_max);
-    graves_close(adapters);
     uint32_t slot = adapters->free_slots[adapters->free_count - 1];
     struct adapter *adapter = &adapters->slots[slot];
     strcat(label, name);
@@ -501,11 +513,12 @@ bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_
 
 void adapters_stats(const struct adapters *adapters, struct adapters_stats *out)
 {
-    *out = (struct adapters_stats){.registered = adapters->count,
-                                   .leaving = adapters->options.adapters_max -
-                                              adapters->free_count - adapters->count,
-                                   .fetches = adapters->fetches,
-                                   .given_back = adapters->given_back};
+    *out =
+        (struct adapters_stats){.registered = adapters->count,
+                                .leaving = adapters->options.adapters_max - adapters->free_count -
+                                           adapters->count - adapters->graves_count,
+                                .fetches = adapters->fetches,
+                                .given_back = adapters->given_back};
     for (uint32_t i = 0; i < adapters->warm_count; i++) {
         const struct adapter *adapter = &adapters->slots[adapters->warm[i]];
         out->fetching += pool_is_fetching(adapters->options.pool, adapter->object);

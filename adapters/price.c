@@ -9,15 +9,22 @@ double adapter__heat_at(const struct adapter_heat *heat, uint64_t now_us)
     return heat->uses * exp2(-age / ADAPTER_HALF_LIFE_US);
 }
 
+static void level_set(struct adapter_heat *heat)
+{
+    heat->level = log2(heat->uses) + (double)heat->at_us / ADAPTER_HALF_LIFE_US;
+}
+
 void adapter__heat_add(struct adapter_heat *heat, uint64_t now_us)
 {
     heat->uses = adapter__heat_at(heat, now_us) + 1;
     heat->at_us = now_us;
+    level_set(heat);
 }
 
 void adapter__heat_keep(struct adapter_heat *heat, uint64_t now_us)
 {
     heat->at_us = now_us;
+    level_set(heat);
 }
 
 float adapter__price(const struct adapter_heat *heat, uint32_t users, float fetch_us_per_byte,

@@ -6,9 +6,11 @@
 
 #include <stdint.h>
 
-// A count of uses in which a use loses half its weight every ADAPTER_HALF_LIFE_US.
+// A count of uses in which a use loses half its weight every ADAPTER_HALF_LIFE_US. `level` is log2
+// of the count, moved to time 0: it orders adapters by their heat at any one time, without a clock.
+// All zero: never used.
 struct adapter_heat {
-    double uses;
+    double uses, level;
     uint64_t at_us;
 };
 

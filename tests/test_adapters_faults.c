@@ -213,7 +213,7 @@ static void test_adapters_faults_create(void **state)
         enum status status = adapters_create(&options, &more);
         armed = false;
         if (!status) {
-            assert_int_equal(n, 7);
+            assert_int_equal(n, 8);
             adapters_destroy(more);
             break;
         }
