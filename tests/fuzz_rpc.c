@@ -96,6 +96,16 @@ static void check_generate(const msgpack_object *value)
         CHECK(tokens[i] >= 0 && tokens[i] < VOCAB);
 }
 
+static void check_lossy(const uint8_t *data, size_t size)
+{
+    char *out = malloc(3 * size + 1);
+    CHECK(out);
+    size_t length = utf8_lossy(data, size, out);
+    CHECK(length <= 3 * size && utf8_is_valid((const uint8_t *)out, length));
+    CHECK(!utf8_is_valid(data, size) || (length == size && (!size || !memcmp(out, data, size))));
+    free(out);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     struct scanner scanner;
@@ -103,6 +113,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     enum scan_result result = scan_run(&scanner, data, size);
     CHECK(scanner.at <= size && scanner.at <= limits.frame_bytes);
     check_pieces(data, size, result, &scanner);
+    check_lossy(data, size);
     if (result != SCAN_COMPLETE)
         return 0;
     msgpack_unpacked message;

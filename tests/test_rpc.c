@@ -126,6 +126,30 @@ static void test_rpc_utf8(void **state)
                          rows[i].valid);
 }
 
+static void test_rpc_utf8_lossy_as_unicode_says(void **state)
+{
+    (void)state;
+#define X "\xef\xbf\xbd"
+    static const struct {
+        const char *text, *lossy;
+    } rows[] = {
+        // Unicode 15, tables 3-8 to 3-11
+        {"\xc0\xaf\xe0\x80\xbf\xf0\x81\x82\x41", X X X X X X X X "A"},
+        {"\xed\xa0\x80\xed\xbf\xbf\xed\xaf\x41", X X X X X X X X "A"},
+        {"\xf4\x91\x92\x93\xff\x41\x80\xbf\x42", X X X X X "A" X X "B"},
+        {"\xe1\x80\xe2\xf0\x91\x92\xf1\xbf\x41", X X X X "A"},
+        {"zw\xc3\xb6lf", "zw\xc3\xb6lf"},
+        {"", ""},
+    };
+#undef X
+    for (size_t i = 0; i < ARRAY_COUNT(rows); i++) {
+        char out[64];
+        size_t length = utf8_lossy((const uint8_t *)rows[i].text, strlen(rows[i].text), out);
+        assert_int_equal(length, strlen(rows[i].lossy));
+        assert_memory_equal(out, rows[i].lossy, length);
+    }
+}
+
 static size_t packed_list(msgpack_sbuffer *out, size_t items)
 {
     msgpack_packer packer;
@@ -367,6 +391,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_rpc_scan_table),
         cmocka_unit_test(test_rpc_utf8),
+        cmocka_unit_test(test_rpc_utf8_lossy_as_unicode_says),
         cmocka_unit_test(test_rpc_limits_to_the_byte),
         cmocka_unit_test(test_rpc_map_keys),
         cmocka_unit_test(test_rpc_agrees_with_msgpack_on_good_frames),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The methods, over TCP and a Unix socket, by a plain socket and by clients/python."""
 import os
+import random
 import signal
 import sys
 import threading
@@ -172,7 +173,12 @@ class Methods(unittest.TestCase):
             self.assertEqual(peer.result("detokenize", tokens=tokens["tokens"])["text"], text)
             self.assertEqual(peer.result("tokenize", text=""), {"count": 0, "tokens": []})
             self.assertEqual(peer.result("detokenize", tokens=[])["text"], "")
-            self.assertEqual(peer.result("detokenize", tokens=[0xC3])["text"], "?")
+            self.assertEqual(peer.result("detokenize", tokens=[0xC3])["text"], "\ufffd")
+            rng = random.Random(3)
+            for _ in range(200):
+                raw = bytes(rng.choice(b"a\x80\xbf\xc2\xe0\xa0\xed\xf0\x90\xf4\x8f\xff") for _ in range(12))
+                self.assertEqual(peer.result("detokenize", tokens=list(raw))["text"],
+                                 raw.decode("utf-8", "replace"))
             for params in ({}, {"text": 5}, {"text": None}, {"text": "a", "x": 1}):
                 self.assertEqual(peer.error("tokenize", **params)[0], 1)
             for params in ({}, {"tokens": 5}, {"tokens": [300]}, {"tokens": [-1]}, {"tokens": ["a"]}):

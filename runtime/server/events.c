@@ -36,19 +36,18 @@ static const char *finish_name(enum engine_finish finish)
 static void pack_tops(struct server *server, msgpack_packer *packer,
                       const struct engine_text *event)
 {
-    const struct server_tokenizer *tokenizer = &server->options.tokenizer;
+    uint32_t tops = event->tops < ENGINE_TOPS_MAX ? event->tops : ENGINE_TOPS_MAX;
     put_key(packer, "top");
-    (void)msgpack_pack_array(packer, event->tops);
-    for (uint32_t i = 0; i < event->tops; i++) {
+    (void)msgpack_pack_array(packer, tops);
+    for (uint32_t i = 0; i < tops; i++) {
+        const char *text = "";
         size_t bytes = 0;
-        if (tokenizer->decode(tokenizer->context, &event->top_token[i], 1, server->text,
-                              server->text_max, &bytes))
+        if (server_decode(server, &event->top_token[i], 1, &text, &bytes))
             bytes = 0;
-        text_repair(server->text, bytes);
         (void)msgpack_pack_array(packer, 3);
         (void)msgpack_pack_int32(packer, event->top_token[i]);
         (void)msgpack_pack_double(packer, (double)event->top_logprob[i]);
-        (void)msgpack_pack_str_with_body(packer, server->text, bytes);
+        (void)msgpack_pack_str_with_body(packer, text, bytes);
     }
 }
 

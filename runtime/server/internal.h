@@ -136,7 +136,7 @@ struct server {
     size_t tokens_max;
     uint8_t *command; // scratch for one ENGINE_REQUEST
     size_t command_max;
-    char *text; // scratch for decode
+    char *text; // scratch for decode: text_max raw bytes, then 3 * text_max made valid
     size_t text_max;
     struct worker *worker;
     bool engine_stopped, quit_sent, drain_sent;
@@ -166,6 +166,10 @@ void server_discharge(struct server *server, uint32_t tenant, size_t bytes);
 bool bytes_add(struct server *server, uint32_t tenant, enum budget_use use, struct bytes *bytes,
                const void *data, size_t count);
 void bytes_free(struct server *server, uint32_t tenant, struct bytes *bytes);
+
+// Decodes ids into scratch, as valid UTF-8; *text is good until the next call.
+MUST_USE enum status server_decode(struct server *server, const int32_t *tokens, size_t count,
+                                   const char **text, size_t *bytes);
 
 // ---- listen.c
 MUST_USE enum status listen_open(struct server *server, char *addresses, size_t bytes,
@@ -261,7 +265,7 @@ void put_text_bytes(msgpack_packer *packer, const char *key, const char *text, s
 void put_u64(msgpack_packer *packer, const char *key, uint64_t value);
 void put_real(msgpack_packer *packer, const char *key, double value);
 void put_bool(msgpack_packer *packer, const char *key, bool value);
-// Replaces what is not UTF-8 by '?', in place.
+// The last defence: a text with anything that is not UTF-8 in it becomes ASCII with '?', in place.
 void text_repair(char *text, size_t bytes);
 
 // ---- json.c

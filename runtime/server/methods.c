@@ -174,17 +174,15 @@ void method_detokenize(struct call *call)
         reply_fault(call, &call->params.fault);
         return;
     }
-    enum status status =
-        server->options.tokenizer.decode(server->options.tokenizer.context, server->tokens, count,
-                                         server->text, server->text_max, &bytes);
+    const char *text = NULL;
+    enum status status = server_decode(server, server->tokens, count, &text, &bytes);
     if (status) {
         reply_error(call, status, "the tokens cannot be decoded.");
         return;
     }
-    text_repair(server->text, bytes);
     msgpack_packer *packer = reply_open(call);
     put_map(packer, 1);
-    put_text_bytes(packer, "text", server->text, bytes);
+    put_text_bytes(packer, "text", text, bytes);
     reply_send(call->connection);
 }
 

@@ -51,18 +51,10 @@ void put_bool(msgpack_packer *packer, const char *key, bool value)
 
 void text_repair(char *text, size_t bytes)
 {
-    size_t i = 0;
-    while (i < bytes) {
-        size_t length = 1;
-        while (length < 4 && i + length < bytes && ((uint8_t)text[i + length] & 0xc0) == 0x80)
-            length++;
-        if (utf8_is_valid((const uint8_t *)text + i, length)) {
-            i += length;
-            continue;
-        }
+    if (utf8_is_valid((const uint8_t *)text, bytes))
+        return;
+    for (size_t i = 0; i < bytes; i++)
         text[i] = (uint8_t)text[i] < 0x80 ? text[i] : '?';
-        i++;
-    }
 }
 
 static int scratch_write(void *context, const char *data, size_t bytes)
@@ -134,9 +126,8 @@ void reply_send(struct connection *connection)
 static void pack_error(msgpack_packer *packer, bool structured, const struct fault *fault,
                        const struct tenant_refusal *refusal)
 {
-    char text[sizeof fault->text];
-    (void)snprintf(text, sizeof text, "%s", fault->text);
-    text_repair(text, strlen(text));
+    char text[3 * sizeof fault->text]; // what was quoted may be cut in the middle of a character
+    text[utf8_lossy((const uint8_t *)fault->text, strlen(fault->text), text)] = 0;
     int kind = fault->status == STATUS_INVALID;
     if (!structured) {
         char line[sizeof text + 40];

@@ -30,29 +30,46 @@ struct value {
     uint64_t count; // bytes of str and bin, items of an array, pairs of a map
 };
 
+// Length of the character at the start, or, with *valid false, of the longest beginning of a
+// character that is there (at least 1): what Unicode (table 3-8) replaces by one U+FFFD. count > 0.
+static size_t utf8_step(const uint8_t *bytes, size_t count, bool *valid)
+{
+    uint8_t lead = bytes[0];
+    *valid = lead < 0x80;
+    if (lead < 0xc2 || lead > 0xf4)
+        return 1;
+    size_t length = lead >= 0xf0 ? 4 : lead >= 0xe0 ? 3 : 2;
+    uint8_t low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
+    uint8_t high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
+    for (size_t i = 1; i < length; i++) {
+        if (i >= count || bytes[i] < low || bytes[i] > high)
+            return i;
+        low = 0x80;
+        high = 0xbf;
+    }
+    *valid = true;
+    return length;
+}
+
 bool utf8_is_valid(const uint8_t *bytes, size_t count)
 {
-    size_t i = 0;
-    while (i < count) {
-        uint8_t lead = bytes[i];
-        if (lead < 0x80) {
-            i++;
-            continue;
-        }
-        size_t more = lead >= 0xf0 ? 3 : lead >= 0xe0 ? 2 : 1;
-        if (lead < 0xc2 || lead > 0xf4 || count - i <= more)
-            return false;
-        uint8_t low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
-        uint8_t high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
-        if (bytes[i + 1] < low || bytes[i + 1] > high)
-            return false;
-        for (size_t k = 2; k <= more; k++) {
-            if ((bytes[i + k] & 0xc0) != 0x80)
-                return false;
-        }
-        i += more + 1;
+    bool valid = true;
+    for (size_t i = 0; i < count && valid;)
+        i += utf8_step(bytes + i, count - i, &valid);
+    return valid;
+}
+
+size_t utf8_lossy(const uint8_t *bytes, size_t count, char *out)
+{
+    size_t used = 0;
+    for (size_t i = 0; i < count;) {
+        bool valid;
+        size_t length = utf8_step(bytes + i, count - i, &valid);
+        memcpy(out + used, valid ? (const char *)bytes + i : "\xef\xbf\xbd", valid ? length : 3);
+        used += valid ? length : 3;
+        i += length;
     }
-    return true;
+    return used;
 }
 
 void scan_begin(struct scanner *scanner, const struct scan_limits *limits)

@@ -61,5 +61,8 @@ void scan_begin(struct scanner *scanner, const struct scan_limits *limits);
 enum scan_result scan_run(struct scanner *scanner, const uint8_t *bytes, size_t count);
 
 bool utf8_is_valid(const uint8_t *bytes, size_t count);
+// A copy in which every broken part is U+FFFD; `out` has room for 3 * count bytes. Returns its
+// length.
+size_t utf8_lossy(const uint8_t *bytes, size_t count, char *out);
 
 #endif

@@ -91,6 +91,20 @@ void bytes_free(struct server *server, uint32_t tenant, struct bytes *bytes)
     *bytes = (struct bytes){0};
 }
 
+enum status server_decode(struct server *server, const int32_t *tokens, size_t count,
+                          const char **text, size_t *bytes)
+{
+    const struct server_tokenizer *tokenizer = &server->options.tokenizer;
+    size_t raw = 0;
+    enum status status =
+        tokenizer->decode(tokenizer->context, tokens, count, server->text, server->text_max, &raw);
+    if (status)
+        return status;
+    *text = server->text + server->text_max;
+    *bytes = utf8_lossy((const uint8_t *)server->text, raw, server->text + server->text_max);
+    return STATUS_OK;
+}
+
 // ---- limits ------------------------------------------------------------------------------------
 
 static void fill_u32(uint32_t *value, uint32_t fallback)
@@ -271,7 +285,7 @@ static enum status allocate(struct server *server, struct fault *fault)
     server->requests = calloc(limits->requests_max, sizeof *server->requests);
     server->tokens = calloc(server->tokens_max, sizeof *server->tokens);
     server->command = calloc(1, server->command_max);
-    server->text = calloc(1, server->text_max);
+    server->text = calloc(4, server->text_max);
     if (!server->usage || !server->connections || !server->requests || !server->tokens ||
         !server->command || !server->text)
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory for the server's tables.");
