@@ -297,18 +297,28 @@ static bool has_seat(struct engine *e, uint32_t slot)
     return true;
 }
 
+// Those that have arrived run again; those whose KV was lost on the way start anew.
+static void settle_out(struct engine *e)
+{
+    for (uint32_t slot = e->lists[SEQUENCE_OUT].head; slot != NO_SLOT;) {
+        uint32_t next = e->sequences[slot].next;
+        enum kv_state state = kv_state(e->options.kv, e->sequences[slot].kv);
+        if (state == KV_RESIDENT)
+            sequence_move(e, slot, SEQUENCE_RUNNING);
+        else if (state == KV_LOST)
+            sequence_drop_kv(e, slot);
+        slot = next;
+    }
+}
+
 void sequence_bring_back(struct engine *engine)
 {
     struct kv *kv = engine->options.kv;
+    settle_out(engine);
     for (uint32_t slot = engine->lists[SEQUENCE_OUT].head; slot != NO_SLOT;) {
         struct sequence *s = &engine->sequences[slot];
         uint32_t next = s->next;
-        enum kv_state state = kv_state(kv, s->kv);
-        if (state == KV_RESIDENT) {
-            sequence_move(engine, slot, SEQUENCE_RUNNING);
-        } else if (state == KV_LOST) {
-            sequence_drop_kv(engine, slot);
-        } else if (state == KV_SWAPPED && !s->paused) {
+        if (!s->paused && kv_state(kv, s->kv) == KV_SWAPPED) {
             uint32_t pages = pages_to_start(engine, s);
             if (!has_seat(engine, slot))
                 return; // in order: nobody behind it may take what it waits for
