@@ -192,7 +192,7 @@ static void base_options(struct sim *sim, const struct arguments *a, struct sim_
                               .sequences_max = 2 + below(sim, 7),
                               .queue_max = 4 + below(sim, 24),
                               .halves_max = 2 + below(sim, 11),
-                              .host_pages = 6 + below(sim, 40),
+                              .host_pages = 16 + below(sim, 40),
                               .event_bytes = 65536,
                               .chunk_bytes = chunks[below(sim, 3)],
                               .timing = (enum fake_timing)below(sim, 3),
@@ -289,15 +289,18 @@ static void run_entry(struct sim_model *model, const struct arguments *a, struct
     begin(sim, a);
     base_options(sim, a, &options);
     options.device_pages = 10 * sim_pages_min(model);
-    options.sequences_max = 8;
+    options.sequences_max = 12;
     options.rows_max = 48;
+    options.queue_max = BOOK_ROOM;
+    options.row_ns = 20000 + below(sim, 40000); // a half-layer of 48 rows takes 1 to 3 ms
     options.trace = on_plan;
     CHECK(sim_world_make(&sim->world, model, &options) == STATUS_OK);
     book_begin(&sim->book, &sim->world, a->seed);
     sim->book.mild = true;
     for (uint64_t last = 0;;) {
         struct book_request *q = NULL;
-        bool urgent = !sim->entry_waits && sim->turns > last + 50 && below(sim, 20) == 0;
+        bool urgent = sim->turns > last + 100 && !book_has_class(&sim->book, ENGINE_INTERACTIVE) &&
+                      below(sim, 20) == 0;
         sim->book.only_class = urgent ? ENGINE_INTERACTIVE : ENGINE_BATCH;
         if (urgent || sim->book.live < 6)
             q = book_new(&sim->book);
@@ -313,14 +316,25 @@ static void run_entry(struct sim_model *model, const struct arguments *a, struct
             break;
     }
     close_sim(sim, false, totals);
-    printf("  entries %llu, half-layers before entering: mean %.2f, most %llu (segments of at most %u)\n",
-           (unsigned long long)sim->entries, (double)sim->entry_halves / (double)sim->entries,
-           (unsigned long long)sim->entry_halves_max, options.halves_max);
-    CHECK(sim->entries > 10 && sim->entry_halves_max <= options.halves_max);
+    if (sim->entries)
+        printf("  entries %llu, half-layers before entering: mean %.2f, most %llu (segments of at most %u)\n",
+               (unsigned long long)sim->entries, (double)sim->entry_halves / (double)sim->entries,
+               (unsigned long long)sim->entry_halves_max, options.halves_max);
+    CHECK(sim->entries > 10 && totals->engine.pauses > 0);
+    CHECK(sim->entry_halves_max <= options.halves_max);
     free(sim);
 }
 
 // ---- faults ----
+
+// Did what was to fail take place?
+static bool has_failed(const struct sim *sim, const struct arguments *a)
+{
+    struct fake_device_counts device;
+    fake_device_counts(sim->world.device, &device);
+    return sim->world.link.chunks >= a->fail_chunk && device.submits >= a->fail_submit &&
+           device.submits >= a->fail_segment && device.allocs >= a->fail_alloc;
+}
 
 // A short scenario; false when the world could not be made. *reached: the fault took place.
 static bool run_fault(struct sim_model *model, const struct arguments *a, struct totals *totals,
@@ -328,7 +342,6 @@ static bool run_fault(struct sim_model *model, const struct arguments *a, struct
 {
     struct sim *sim = malloc(sizeof *sim);
     struct sim_options options;
-    struct fake_device_counts device;
     CHECK(sim);
     begin(sim, a);
     base_options(sim, a, &options);
@@ -347,21 +360,22 @@ static bool run_fault(struct sim_model *model, const struct arguments *a, struct
     book_begin(&sim->book, &sim->world, a->seed);
     sim->book.mild = sim->book.faults = true;
     name_adapters(sim);
-    for (uint32_t sent = 0; sent < 24 || sim->book.live;) {
+    bool halted = false;
+    for (uint32_t sent = 0; (sent < 24 || sim->book.live) && !halted;) {
         if (sent < 24 && below(sim, 10) == 0)
             sent += book_send_request(&sim->book);
-        (void)one_turn(sim);
+        halted = one_turn(sim) == ENGINE_HALTED;
     }
-    // After the fault everything works again, also what it hit.
-    sim->book.faults = false;
-    for (uint32_t sent = 0; sent < 12 || sim->book.live;) {
+    // After a failed copy everything works again, also what it hit; a failed device stops the engine.
+    sim->book.faults = halted || !has_failed(sim, a);
+    for (uint32_t sent = 0; (sent < 12 || sim->book.live) && !halted;) {
         if (sent < 12)
             sent += book_send_request(&sim->book);
-        (void)one_turn(sim);
+        halted = one_turn(sim) == ENGINE_HALTED;
     }
-    fake_device_counts(sim->world.device, &device);
-    *reached = sim->world.link.chunks >= a->fail_chunk && device.submits >= a->fail_submit &&
-               device.submits >= a->fail_segment && device.allocs >= a->fail_alloc;
+    *reached = has_failed(sim, a);
+    sim->book.draining = sim->book.quitting = halted;
+    CHECK(halted == (*reached && (a->fail_submit || a->fail_segment)));
     close_sim(sim, false, totals);
     free(sim);
     return true;
@@ -474,6 +488,7 @@ int main(int argc, char **argv)
 {
     struct arguments a = {.mode = "random", .seed = 1, .seeds = 4, .steps = 4000};
     parse(argc, argv, &a);
+    (void)setvbuf(stdout, NULL, _IOLBF, 0);
     log_set_level(a.verbose ? LOG_DEBUG : LOG_ERROR + 1);
     (void)signal(SIGABRT, on_abort);
     (void)signal(SIGSEGV, on_abort);

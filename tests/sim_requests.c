@@ -257,6 +257,15 @@ void book_resume_all(struct book *book)
     }
 }
 
+bool book_has_class(const struct book *book, uint32_t class)
+{
+    for (uint32_t i = 0; i < BOOK_ROOM; i++) {
+        if (book->requests[i].live && book->requests[i].r.class == class)
+            return true;
+    }
+    return false;
+}
+
 // ---- what must come ----
 
 static void expect_next(struct book_request *q)

@@ -65,6 +65,7 @@ bool book_send(struct book *book, struct book_request *r);
 void book_send_other(struct book *book);
 bool book_control(struct book *book, enum engine_command_kind kind, uint64_t id);
 void book_resume_all(struct book *book);
+bool book_has_class(const struct book *book, uint32_t class); // does a request of this class live?
 // Registers content under name number n (at start, through the port).
 void book_name(struct book *book, uint32_t name, uint32_t content);
 void book_take_events(struct book *book, uint32_t events_max);

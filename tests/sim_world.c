@@ -134,7 +134,7 @@ static enum status make_owners(struct sim_world *w)
                             .clock = clock_fake(&w->now_us),
                             .shape = w->model->kv_shape,
                             .page_bytes = SIM_PAGE_BYTES,
-                            .sequences_max = o->sequences_max + 8,
+                            .sequences_max = o->sequences_max + o->queue_max,
                             .blocks_max = (uint32_t)div_up(SIM_CONTEXT, w->model->kv_shape.block_tokens),
                             .recompute_us_per_token = 20.0f,
                             .prefix_sharing = true};
