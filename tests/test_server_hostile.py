@@ -251,17 +251,13 @@ class Slow(unittest.TestCase):
             self.assertEqual(set(texts.values()), {"abc" * 500})
             self.assertGreater(engine_stats(watcher)["resumes"], 0)
 
-    def test_reader_of_nothing_is_dropped_at_once(self):
-        with Server("output_max_bytes=300000", "output_high_bytes=290000", delay_us=0) as server:
-            watcher, slow = Peer(server), Peer(server, unix=True)
-            ping = request(1, "tokenize", [{"text": "a" * 30000}])
-            try:
-                for _ in range(200):
-                    slow.raw(ping)
-            except (BrokenPipeError, ConnectionResetError, socket.timeout):
-                pass
-            slow_or_gone = until(lambda: watcher.result("stats")["server"]["buffered_bytes"] < 1 << 20)
-            self.assertTrue(slow_or_gone)
+    def test_too_much_waiting_output_closes_at_once(self):
+        with Server("output_max_bytes=50000", delay_us=0) as server:
+            watcher, greedy = Peer(server), Peer(server)
+            greedy.request("tokenize", text="\u00e9" * 18000)  # an answer of 72 KB
+            self.assertEqual(greedy.last_words(), [])
+            self.assertEqual(watcher.result("stats")["server"]["dropped_slow"], 1)
+            self.assertLess(watcher.result("stats")["server"]["buffered_bytes"], 100000)
             self.assertEqual(watcher.result("ping"), "pong")
 
 
@@ -349,14 +345,18 @@ class Many(unittest.TestCase):
             for _ in range(5):  # touches every table, and shows the allocator its peak
                 round_of(1000)
             self.assertTrue(until(lambda: engine_stats(steady)["running"] == 0))
-            before, descriptors = server.rss_kib(), server.descriptors()
-            for _ in range(10):
-                round_of(1000)
-            self.assertTrue(until(lambda: steady.result("stats")["server"]["connections"] == 1))
-            grown = server.rss_kib() - before
-            print("RSS before %d KiB, grown by %d KiB over 10,000 requests" % (before, grown))
+            descriptors = server.descriptors()
+            for _ in range(3):  # a leak shows every time, a new peak of the allocator does not
+                before = server.rss_kib()
+                for _ in range(10):
+                    round_of(1000)
+                self.assertTrue(until(lambda: steady.result("stats")["server"]["connections"] == 1))
+                grown = server.rss_kib() - before
+                print("RSS before %d KiB, grown by %d KiB over 10,000 requests" % (before, grown))
+                if grown < 512:
+                    break
             if not sanitized():  # a sanitizer keeps freed memory on purpose
-                self.assertLess(grown, 1024)
+                self.assertLess(grown, 512)
             self.assertEqual(server.descriptors(), descriptors)
             stats = steady.result("stats")
             self.assertEqual(stats["tenant"]["parallel"], 0)
