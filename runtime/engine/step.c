@@ -107,9 +107,11 @@ void step_run_copies(struct engine *engine)
     enum status status = engine->table->submit(engine->stream);
     if (!status)
         status = engine->table->wait(engine->stream, &result);
-    if (status) // the blocks they fill belong to sequences that no step holds
-        log_line(LOG_ERROR, "copying KV blocks failed: %s", status_sentence(status));
     copies_retired(engine);
+    if (status) {
+        log_line(LOG_ERROR, "copying KV blocks failed: %s", status_sentence(status));
+        engine->broken = engine->quit = engine->draining = true; // see device_failed
+    }
 }
 
 // Device pages that positions [0, tokens) need beyond what the sequence has.
@@ -142,6 +144,7 @@ static bool secure(struct engine *e, const struct plan_run *run, struct secured 
     // Copy-on-write may have taken a block more than was counted.
     if (status || !sequence_pages_allow(e, adapter_pages)) {
         unpin_adapter(e, s);
+        step_run_copies(e); // it may have to leave before the next segment, with what the copies bring
         (void)sequence_make_room(e, run->slot, adapter_pages + more_pages(e, s, tokens));
         return false;
     }
@@ -253,10 +256,8 @@ bool step_plan_next(struct engine *engine)
         if (secure(engine, &run, &held))
             runs[held.kept - 1] = run;
     }
-    if (!held.kept) {
-        step_run_copies(engine);
+    if (!held.kept)
         return false;
-    }
     struct step_plan plan = {.step = engine->steps_made++};
     plan_layout(runs, held.kept, &plan);
     struct step *step = &engine->steps[plan.class];
