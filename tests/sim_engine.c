@@ -109,7 +109,10 @@ static void new_phase(struct sim *sim)
     static const uint32_t arrivals[] = {1, 5, 20, 100}, lives[] = {1, 3, 10, 24, BOOK_ROOM};
     sim->phase_left = 100 + below(sim, 4000);
     sim->arrivals_per_mille = arrivals[below(sim, 4)];
+    uint32_t places = sim->world.options.sequences_max + sim->world.options.queue_max;
     sim->book.live_max = lives[below(sim, 5)];
+    if (sim->book.live_max > places && below(sim, 8))
+        sim->book.live_max = places / 2 + below(sim, places);
     if (below(sim, 12) == 0)
         sim->stall_left = below(sim, 3000); // a front end that does not drain
 }

@@ -57,6 +57,11 @@ static void make_prompt(struct book *book, struct book_request *q)
 {
     uint32_t length = chance(book, 600) ? 1 + below(book, 24) : 1 + below(book, SIM_CONTEXT - 20);
     uint32_t shared = chance(book, 700) ? below(book, length + 1) : 0, text = below(book, 4);
+    bool whole = chance(book, 150); // the same whole blocks as others: written blocks are then shared
+    if (whole) {
+        shared = length = 8 * (1 + below(book, 8));
+        q->r.tenant = text = 0;
+    }
     for (uint32_t i = 0; i < length; i++)
         q->prompt[i] = i < shared ? (int32_t)(rng_at(5, text, i) % SIM_VOCAB)
                                   : (int32_t)below(book, SIM_VOCAB);
@@ -107,7 +112,7 @@ struct book_request *book_new(struct book *book)
     }
     make_prompt(book, q);
     make_stops(book, q);
-    if (chance(book, 600)) {
+    if (chance(book, q->r.tenant ? 650 : 450)) {
         uint32_t name = below(book, BOOK_NAMES);
         (void)snprintf(q->r.adapter, sizeof q->r.adapter, "n%u", name);
         q->adapter = book->names[name];
@@ -419,7 +424,7 @@ static bool may_end_so(struct book *book, struct book_request *q, const struct e
         return !book->mild && !q->got && book->live >= book->world->options.queue_max;
     case STATUS_SHUTTING_DOWN:
         book->counts.refused++;
-        return book->quitting || (q->after_drain && !q->got);
+        return book->quitting || (!q->got && (q->after_drain || book->faults));
     case STATUS_NUMERIC:
         start(book, q);
         book->counts.numeric++;
