@@ -59,7 +59,9 @@ static void fill(struct pool *pool)
     pool->runs.count = options->slots_max;
     pool__runs_init(&pool->runs);
     pool->epoch_oldest = 1;
-    pool->host_kept = (uint32_t)min_size(options->host_pages >> HOST_KEPT_SHIFT, HOST_KEPT_MAX);
+    // At least one: without it swapped KV could take the last page that a file read passes through.
+    uint32_t kept = (uint32_t)min_size(options->host_pages >> HOST_KEPT_SHIFT, HOST_KEPT_MAX);
+    pool->host_kept = kept || options->host_pages < 2 ? kept : 1;
 }
 
 enum status pool_create(const struct pool_options *options, struct pool **out, struct fault *fault)

@@ -158,11 +158,10 @@ static uint32_t pages_of_tokens(const struct engine *e, uint32_t tokens)
 bool sequence_pages_allow(const struct engine *engine, uint32_t more_pages)
 {
     struct pool_stats pool;
-    struct kv_stats kv;
     pool_stats(engine->options.pool, &pool);
-    kv_stats(engine->options.kv, &kv);
     uint64_t held = pool.device_by_kind[PAGE_KV] -
-                    kv.cached_blocks * engine->options.kv_shape.pages_per_block;
+                    (uint64_t)kv_cached_blocks(engine->options.kv) *
+                        engine->options.kv_shape.pages_per_block;
     for (int class = 0; class < ENGINE_CLASSES; class++) {
         const struct step *step = &engine->steps[class];
         held += step->state == STEP_PAUSED ? step->adapter_pages : 0;

@@ -107,7 +107,8 @@ struct kv_stats {
     uint64_t prefix_queries, prefix_hits; // in tokens
     uint64_t copies_on_write, swapped_out, swapped_in;
 };
-void kv_stats(const struct kv *kv, struct kv_stats *out);
+void kv_stats(const struct kv *kv, struct kv_stats *out); // walks all blocks: for reports
+uint32_t kv_cached_blocks(const struct kv *kv);           // kv_stats.cached_blocks, at once
 void kv_check(const struct kv *kv);
 
 #endif

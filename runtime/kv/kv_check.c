@@ -2,6 +2,14 @@
 // The numbers and the invariants of the KV cache, by walking everything.
 #include "runtime/kv/internal.h"
 
+uint32_t kv_cached_blocks(const struct kv *kv)
+{
+    uint32_t count = 0;
+    for (int list = 0; list < KV_HIT_LISTS; list++)
+        count += kv->lists[list].count;
+    return count;
+}
+
 void kv_stats(const struct kv *kv, struct kv_stats *out)
 {
     const struct kv_shape *shape = &kv->options.shape;
@@ -13,8 +21,7 @@ void kv_stats(const struct kv *kv, struct kv_stats *out)
                              .copies_on_write = kv->copies_on_write,
                              .swapped_out = kv->swapped_out,
                              .swapped_in = kv->swapped_in};
-    for (int list = 0; list < KV_HIT_LISTS; list++)
-        out->cached_blocks += kv->lists[list].count;
+    out->cached_blocks = kv_cached_blocks(kv);
     for (uint32_t i = 0; i < kv->blocks_total; i++) {
         const struct block *block = &kv->blocks[i];
         if (!block->is_live || !block->refs)
