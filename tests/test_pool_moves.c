@@ -354,8 +354,11 @@ static void test_pool_over_the_threaded_link(void **state)
         else
             (void)!pool_fetch(bench->pool, object, COPY_STANDARD,
                               (enum copy_need)rng_below(&rng, COPY_NEEDS));
-        if (round % 20 == 5 && pool_is_resident(bench->pool, kv))
-            assert_int_equal(pool_write_back(bench->pool, kv, COPY_BATCH), STATUS_OK);
+        if (round % 20 == 5 && pool_is_resident(bench->pool, kv)) {
+            // FULL when fetches hold all host pages but the one that is kept for them.
+            enum status status = pool_write_back(bench->pool, kv, COPY_BATCH);
+            assert_true(status == STATUS_OK || status == STATUS_FULL);
+        }
         if (pool_is_written_back(bench->pool, kv) && pool_is_resident(bench->pool, kv))
             pool_drop_device(bench->pool, kv);
         else if (!pool_is_resident(bench->pool, kv))

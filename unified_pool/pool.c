@@ -9,7 +9,7 @@
 
 // Host pages that write-backs never take, so that file reads always have a page to pass through:
 // 1/16 of the host arena, at most 8.
-enum { HOST_KEPT_SHIFT = 4, HOST_KEPT_MAX = 8 };
+enum { HOST_KEPT_SHIFT = 4, HOST_KEPT_MAX = 8, HOST_KEPT_FROM = 5 };
 
 static void lay_out(struct placer *placer, const struct pool_options *options, struct pool **self,
                     struct pool *body)
@@ -61,7 +61,7 @@ static void fill(struct pool *pool)
     pool->epoch_oldest = 1;
     // At least one: without it swapped KV could take the last page that a file read passes through.
     uint32_t kept = (uint32_t)min_size(options->host_pages >> HOST_KEPT_SHIFT, HOST_KEPT_MAX);
-    pool->host_kept = kept || options->host_pages < 2 ? kept : 1;
+    pool->host_kept = kept || options->host_pages < HOST_KEPT_FROM ? kept : 1;
 }
 
 enum status pool_create(const struct pool_options *options, struct pool **out, struct fault *fault)
