@@ -39,7 +39,9 @@ struct adapter_writer {
 static enum status write_fault(const struct adapter_writer *writer, const char *what,
                                struct fault *fault)
 {
-    return fault_set(fault, STATUS_IO, "%s %s failed: %s.", what, writer->path, strerror(errno));
+    const char *slash = strrchr(writer->path, '/'); // where the operator keeps it is his business
+    return fault_set(fault, STATUS_IO, "%s the store file %s failed: %s.", what,
+                     slash ? slash + 1 : writer->path, strerror(errno));
 }
 
 static bool write_all(int descriptor, const uint8_t *at, size_t bytes, uint64_t offset)
