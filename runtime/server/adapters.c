@@ -129,7 +129,7 @@ static int open_adapter(const struct server *server, const char *path)
         while (length > 1 && root[length - 1] == '/')
             length--;
         if (*path == '/') {
-            if (strncmp(path, root, length) || path[length] != '/')
+            if (strncmp(path, root, length) != 0 || path[length] != '/')
                 continue;
             rest = path + length + 1;
         }

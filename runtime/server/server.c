@@ -221,9 +221,8 @@ static void drain_progress(struct server *server)
     if (!server->drain_sent)
         server->drain_sent = engine_send(server->options.port, &drain, sizeof drain) == STATUS_OK;
     uint64_t spent_us = server_now_us(server) - server->drain_us;
-    if (!server->request_count && all_flushed(server))
-        leave(server, STATUS_OK);
-    else if (spent_us > (uint64_t)server->limits.shutdown_timeout_ms * 1000)
+    bool over = spent_us > (uint64_t)server->limits.shutdown_timeout_ms * 1000;
+    if (over || (!server->request_count && all_flushed(server)))
         leave(server, STATUS_OK);
 }
 
