@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/sysinfo.h>
 
 #include "base/log.h"
@@ -166,12 +167,24 @@ static int serve_stack(const struct settings *s, struct face *face, struct fault
     return status == STATUS_DEVICE ? EXIT_DEVICE : EXIT_FAILED;
 }
 
+// Every registered adapter keeps its store file open, every client a socket.
+static void raise_file_limit(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0)
+        return;
+    limit.rlim_cur = limit.rlim_max;
+    if (setrlimit(RLIMIT_NOFILE, &limit) != 0)
+        log_line(LOG_WARN, "the limit on open files stays at its default");
+}
+
 int command_serve(const struct settings *settings)
 {
     struct fault fault = {.text = ""};
     struct face face = {0};
     if (settings->dry_run)
         return dry_run(settings);
+    raise_file_limit();
     // A reload may add tenants, so the engine has room for as many as a table may hold.
     uint32_t tenants = settings->tenants ? TENANTS_MAX : 1, listed;
     if (settings->tenants && count_tenants(settings->tenants, &listed, &fault))
