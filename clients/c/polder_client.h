@@ -3,7 +3,7 @@
 // libc only.
 //
 //   struct polder_error error;
-//   struct polder_client *client = polder_open("127.0.0.1:7070", key, 30000, &error);
+//   struct polder_client *client = polder_open("127.0.0.1:7077", key, 30000, &error);
 //   struct polder_generate ask = {.prompt = "Once upon a time", .max_tokens = 64};
 //   struct polder_result result;
 //   if (!polder_generate(client, &ask, on_token, context, &result, &error)) ...

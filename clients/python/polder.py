@@ -3,7 +3,7 @@
 
     from polder import Client
 
-    with Client("127.0.0.1:7070", key="...") as client:
+    with Client("127.0.0.1:7077", key="...") as client:
         for token in client.generate("Once upon a time", max_tokens=64):
             print(token.text, end="", flush=True)
 

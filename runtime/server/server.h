@@ -67,7 +67,7 @@ struct server_converter {
 };
 
 struct server_options {
-    // "127.0.0.1:7070", "[::1]:7070", ":7070" (all interfaces), "host:0" (any port), "unix:/path".
+    // "127.0.0.1:7077", "[::1]:7077", ":7077" (all interfaces), "host:0" (any port), "unix:/path".
     const char *listen[SERVER_LISTEN_MAX];
     struct engine_port *port; // the front side is the server's until server_run returns
     struct engine_limits engine;
