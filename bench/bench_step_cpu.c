@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Whole steps on the CPU device, on a random Qwen3-MoE-shaped model: decode at several batch sizes, prefill.
 //
-//   bench_step_cpu MODEL STATE [SECONDS]
+//   bench_step_cpu MODEL STATE [SECONDS [BATCH]]
 //
 // Ceilings of the same run: read bandwidth of all threads over the expert store's bytes in the pool, and the
 // bf16 dot-product peak of all threads (registers only). Roofline time of a decode step: bytes of the distinct
@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 #if defined(__x86_64__)
@@ -23,7 +24,7 @@
 #include "base/sort.h"
 #include "runtime/engine/stack.h"
 
-enum { CONTEXT = 1024, BATCH_MAX = 64, STEPS_MAX = 4096, THREADS_MAX = 64 };
+enum { CONTEXT = 1024, CONTEXT_DECODE = 256, BATCH_MAX = 64, STEPS_MAX = 4096, THREADS_MAX = 64 };
 
 struct bench {
     struct stack *stack;
@@ -64,7 +65,7 @@ struct reading {
     double flops;
 };
 
-static void *read_all(void *argument)
+static void *read_plain(void *argument)
 {
     struct reading *r = argument;
     uint64_t sum[8] = {0};
@@ -79,6 +80,30 @@ static void *read_all(void *argument)
 }
 
 #if defined(__x86_64__)
+// Four streams of full cache lines with a software prefetch: the fastest reader found on this kind of core.
+__attribute__((target("avx512f"))) static void *read_wide(void *argument)
+{
+    struct reading *r = argument;
+    enum { STREAMS = 4, AHEAD = 2048 };
+    __m512i sum[STREAMS];
+    size_t part = r->bytes / STREAMS / 512 * 512;
+    for (int k = 0; k < STREAMS; k++)
+        sum[k] = _mm512_setzero_si512();
+    for (size_t i = 0; i < part; i += 256) {
+        for (size_t k = 0; k < STREAMS; k++) {
+            const uint8_t *p = r->from + k * part + i;
+            for (size_t line = 0; line < 256; line += 64) {
+                _mm_prefetch((const char *)(p + line + AHEAD), _MM_HINT_T0);
+                sum[k] = _mm512_xor_si512(sum[k], _mm512_loadu_si512(p + line));
+            }
+        }
+    }
+    for (int k = 1; k < STREAMS; k++)
+        sum[0] = _mm512_xor_si512(sum[0], sum[k]);
+    r->sum = (uint64_t)_mm512_reduce_add_epi64(sum[0]);
+    return NULL;
+}
+
 __attribute__((target("avx512f,avx512bf16"))) static void *dot_all(void *argument)
 {
     struct reading *r = argument;
@@ -102,6 +127,15 @@ __attribute__((target("avx512f,avx512bf16"))) static void *dot_all(void *argumen
 }
 #endif
 
+static void *read_all(void *argument)
+{
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f"))
+        return read_wide(argument);
+#endif
+    return read_plain(argument);
+}
+
 static double on_all_threads(struct bench *b, void *(*work)(void *), struct reading *parts)
 {
     pthread_t thread[THREADS_MAX];
@@ -121,6 +155,7 @@ static void measure_ceilings(struct bench *b)
     uint8_t *buffer = aligned_alloc(2 << 20, bytes);
     double read[TIMES], peak[TIMES] = {0};
     CHECK(buffer);
+    (void)madvise(buffer, bytes, MADV_HUGEPAGE);
     memset(buffer, 1, bytes);
     for (int t = 0; t < TIMES; t++) {
         for (uint32_t i = 0; i < b->threads; i++)
@@ -135,8 +170,11 @@ static void measure_ceilings(struct bench *b)
         }
 #endif
     }
-    b->read_gbytes_per_s = median(read, TIMES);
-    b->peak_gflops = median(peak, TIMES);
+    // A ceiling is what was reached at best.
+    (void)median(read, TIMES);
+    (void)median(peak, TIMES);
+    b->read_gbytes_per_s = read[TIMES - 1];
+    b->peak_gflops = peak[TIMES - 1];
     free(buffer);
 }
 
@@ -302,7 +340,7 @@ static void bench_prefill(struct bench *b, uint32_t tokens)
 int main(int count, char **arguments)
 {
     if (count < 3) {
-        (void)fprintf(stderr, "usage: %s MODEL STATE [SECONDS]\n", arguments[0]);
+        (void)fprintf(stderr, "usage: %s MODEL STATE [SECONDS [BATCH]]\n", arguments[0]);
         return 2;
     }
     static struct bench b;
@@ -330,10 +368,15 @@ int main(int count, char **arguments)
     while (engine_turn(stack_engine(b.stack)) != ENGINE_IDLE)
         (void)usleep(50); // until every expert is resident
     static const uint32_t batches[] = {1, 2, 4, 8, 16, 32, 64};
-    for (size_t i = 0; i < ARRAY_COUNT(batches); i++)
-        bench_decode(&b, batches[i], batches[i] <= 8 ? CONTEXT : 128);
-    bench_prefill(&b, 512);
-    bench_prefill(&b, 2048 - 1);
+    uint32_t only = count > 4 ? (uint32_t)atoi(arguments[4]) : 0;
+    for (size_t i = 0; i < ARRAY_COUNT(batches); i++) {
+        if (!only || only == batches[i])
+            bench_decode(&b, batches[i], batches[i] <= 8 ? CONTEXT_DECODE : 64);
+    }
+    if (!only || only > BATCH_MAX) {
+        bench_prefill(&b, 512);
+        bench_prefill(&b, CONTEXT);
+    }
     stack_destroy(b.stack);
     return 0;
 }
