@@ -16,7 +16,7 @@
 
 enum {
     WINDOW = 16,       // commands looked at for overlap
-    TOKENS_CHUNK = 96, // tokens of one GEMM task: 2 x 8 groups of 6
+    TOKENS_CHUNK = 126, // tokens of one GEMM task at most: 21 groups of 6
     TILES_MAX = 2048,  // 131072 columns of bf16, 65536 of fp32
     HEAD_DIM_MAX = 512,
     QUERIES = 32, // (row, head) pairs that share one pass over K and V
@@ -35,7 +35,7 @@ enum {
 
 // One compute slot: scratch of whoever computes, a worker or the thread that waits.
 struct slot {
-    const uint8_t *tiles[TILES_MAX + TILES_AHEAD];
+    const uint8_t *tiles[2 * TILES_MAX];
     const uint8_t *x[TOKENS_CHUNK];
     const uint8_t *rows[RANK_MAX], *values[RANK_MAX];
     _Alignas(64) float out[TOKENS_CHUNK * TILE_ROWS];
@@ -160,6 +160,12 @@ static inline const struct micro_dtype *cpu__kernel(const struct cpu_stream *s)
 static inline size_t cpu__element(const struct cpu_stream *s)
 {
     return dtype_bytes(cpu__device(s)->dtype);
+}
+
+// Rows in `chunks` chunks, as even as whole groups of 6 allow.
+static inline size_t cpu__chunk_size(size_t rows, size_t chunks)
+{
+    return round_up(div_up(rows, chunks), 6);
 }
 
 // An act row: cols padded with zeros to whole tiles.

@@ -11,11 +11,13 @@ static void gemm_task(struct cpu_stream *s, struct slot *slot, struct command *c
     const struct gemm_args *a = &c->a.gemm;
     enum dtype dtype = cpu__device(s)->dtype;
     size_t block = task / c->split, k_tiles = div_up(a->k, tile_cols(dtype));
-    size_t first = task % c->split * TOKENS_CHUNK, stride = cpu__act_row_bytes(dtype, a->k);
-    size_t tokens = min_size(TOKENS_CHUNK, a->rows - first);
+    size_t chunk = cpu__chunk_size(a->rows, c->split), first = task % c->split * chunk;
+    if (first >= a->rows)
+        return;
+    size_t tokens = min_size(chunk, a->rows - first), stride = cpu__act_row_bytes(dtype, a->k);
     size_t cols = min_size(TILE_ROWS, a->n - block * TILE_ROWS);
     const uint8_t *tile = (const uint8_t *)a->weight + block * k_tiles * TILE_BYTES;
-    for (size_t i = 0; i < k_tiles + TILES_AHEAD; i++)
+    for (size_t i = 0; i < 2 * k_tiles; i++)
         slot->tiles[i] = tile + i * TILE_BYTES;
     for (size_t t = 0; t < tokens; t++)
         slot->x[t] = (const uint8_t *)a->x + (first + t) * stride;

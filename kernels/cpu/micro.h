@@ -15,14 +15,11 @@
 
 #include "kernels/tile.h"
 
-enum {
-    TILES_AHEAD = 4, // tiles fetched ahead of the one being multiplied
-    MIX_PAD = 16,    // accumulators of mix are padded to a multiple of this many floats
-};
+enum { MIX_PAD = 16 }; // accumulators of mix are padded to a multiple of this many floats
 
 // One row block of 64 weight rows: its tiles in column order, not necessarily contiguous.
 struct strip {
-    const uint8_t *const *tiles; // [k_tiles + TILES_AHEAD]; the last ones are only prefetched
+    const uint8_t *const *tiles; // [2 * k_tiles]: of this row block, then of the next, to fetch ahead
     size_t k_tiles;
     const uint8_t *const *x; // [tokens] act rows, padded with zeros to whole tiles
     uint32_t tokens;

@@ -6,7 +6,7 @@
 
 #include "kernels/cpu/micro.h"
 
-enum { WIDTH = 8, STRIP_T = 2, DOT_GROUP = 4 };
+enum { WIDTH = 8, STREAM_T = 2, BLOCK_T = 2, DOT_GROUP = 4 };
 #define STRIP_WIDE 0
 #define MICRO_NAME "avx2"
 #define MICRO_ENTRY cpu__micro_avx2
@@ -25,12 +25,14 @@ static inline vu v_spread(const uint8_t *p)
     return (vu)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)p));
 }
 
-static inline void v_fold_rows(vf a, float *out)
+static inline void v_fold_rows(const vf *a, float *out)
 {
-    __m256 t = _mm256_hadd_ps((__m256)a, (__m256)a); // 0+1, 2+3 in each half
-    t = _mm256_hadd_ps(t, t);
-    out[0] = _mm_cvtss_f32(_mm256_castps256_ps128(t));
-    out[1] = _mm_cvtss_f32(_mm256_extractf128_ps(t, 1));
+    __m256 t = _mm256_hadd_ps((__m256)a[0], (__m256)a[1]); // 0+1, 2+3 of each row
+    __m256 u = _mm256_hadd_ps((__m256)a[2], (__m256)a[3]);
+    t = _mm256_hadd_ps(t, u); // even rows | odd rows
+    __m128 even = _mm256_castps256_ps128(t), odd = _mm256_extractf128_ps(t, 1);
+    _mm_storeu_ps(out, _mm_unpacklo_ps(even, odd));
+    _mm_storeu_ps(out + 4, _mm_unpackhi_ps(even, odd));
 }
 
 static inline float v_fold(vf a)

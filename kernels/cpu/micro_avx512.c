@@ -7,7 +7,7 @@
 
 #include "kernels/cpu/micro.h"
 
-enum { WIDTH = 16, STRIP_T = 6, DOT_GROUP = 16 };
+enum { WIDTH = 16, STREAM_T = 6, BLOCK_T = 6, DOT_GROUP = 16 };
 #define STRIP_WIDE 1 // 32 registers: more weight registers and more tokens at once
 #define MICRO_NAME "avx512bf16"
 #define MICRO_ENTRY cpu__micro_avx512
@@ -26,12 +26,16 @@ static inline vu v_spread(const uint8_t *p)
     return (vu)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)p));
 }
 
-static inline void v_fold_rows(vf v, float *out)
+static inline void v_fold_rows(const vf *v, float *out)
 {
-    __m512 a = (__m512)v;
-    a = _mm512_add_ps(a, _mm512_permute_ps(a, 0xb1)); // 0+1, 2+3
-    a = _mm512_add_ps(a, _mm512_permute_ps(a, 0x4e));
-    _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, a)));
+    __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    // 0+1, 2+3 of each row
+    __m512 t = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+    __m512 u = _mm512_add_ps(_mm512_shuffle_ps(c, d, 0x88), _mm512_shuffle_ps(c, d, 0xdd));
+    t = _mm512_add_ps(_mm512_shuffle_ps(t, u, 0x88), _mm512_shuffle_ps(t, u, 0xdd));
+    // row r of register i stands at [r][i]
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_ps(out, _mm512_permutexvar_ps(order, t));
 }
 
 // Sums of 16 registers at once; each lane of the result goes through the same tree:

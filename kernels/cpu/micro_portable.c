@@ -5,7 +5,7 @@
 
 #include "kernels/cpu/micro.h"
 
-enum { WIDTH = 4, STRIP_T = 2, DOT_GROUP = 4 };
+enum { WIDTH = 4, STREAM_T = 2, BLOCK_T = 2, DOT_GROUP = 4 };
 #define STRIP_WIDE 0
 #define MICRO_NAME "portable"
 #define MICRO_ENTRY cpu__micro_portable
@@ -26,9 +26,10 @@ static inline vu v_spread(const uint8_t *p)
     return v;
 }
 
-static inline void v_fold_rows(vf a, float *out)
+static inline void v_fold_rows(const vf *a, float *out)
 {
-    out[0] = (a[0] + a[1]) + (a[2] + a[3]);
+    for (int i = 0; i < 4; i++)
+        out[i] = (a[i][0] + a[i][1]) + (a[i][2] + a[i][3]);
 }
 
 static inline float v_fold(vf a)

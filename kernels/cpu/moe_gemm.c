@@ -69,23 +69,30 @@ static struct expert_task expert_task_at(const struct cpu_stream *s, const struc
     }
     const struct active_expert *x = &s->experts[low];
     uint32_t within = task - x->first_task, begin = a->work.begin[x->expert];
-    uint32_t first = begin + within % x->chunks * TOKENS_CHUNK;
-    return (struct expert_task){
-        x->expert, within / x->chunks, first,
-        (uint32_t)min_size(TOKENS_CHUNK, a->work.begin[x->expert + 1] - first)};
+    uint32_t pairs = a->work.begin[x->expert + 1] - begin, chunk = within % x->chunks;
+    uint32_t size = (uint32_t)cpu__chunk_size(pairs, x->chunks), first = chunk * size;
+    return (struct expert_task){x->expert, within / x->chunks, begin + first,
+                                first < pairs ? (uint32_t)min_size(size, pairs - first) : 0};
 }
 
-// The addresses of tiles [first, first + k_tiles) of an expert, and a few more to fetch ahead.
+// The addresses of tiles [first, first + 2 * k_tiles) of an expert: those of a row block, and those of the
+// next, to fetch ahead.
 static void tiles_find(struct slot *slot, const struct expert_view *view, uint32_t expert,
                        size_t first, size_t k_tiles)
 {
+    size_t per_page = view->page_bytes / TILE_BYTES, left = first % per_page;
     const uint32_t *pages = view->pages + (size_t)expert * view->pages_per_expert;
-    size_t per_page = view->page_bytes / TILE_BYTES;
-    size_t all = view->pages_per_expert * per_page;
-    for (size_t i = 0; i < k_tiles + TILES_AHEAD; i++) {
-        size_t tile = min_size(first + i, all - 1);
-        slot->tiles[i] = view->arena + (size_t)pages[tile / per_page] * view->page_bytes +
-                         tile % per_page * TILE_BYTES;
+    const uint32_t *page = pages + first / per_page, *end = pages + view->pages_per_expert;
+    const uint8_t *tile = view->arena + (size_t)*page * view->page_bytes + left * TILE_BYTES;
+    left = per_page - left;
+    for (size_t i = 0; i < 2 * k_tiles; i++) {
+        slot->tiles[i] = tile;
+        tile += TILE_BYTES;
+        if (--left == 0) {
+            page += page + 1 < end; // behind the last tile the last page again: only fetched ahead
+            tile = view->arena + (size_t)*page * view->page_bytes;
+            left = per_page;
+        }
     }
 }
 
