@@ -29,7 +29,8 @@ static bool reply(struct engine *e, uint64_t id, enum status status, const char 
     (void)snprintf(r.message, sizeof r.message, "%s", message);
     r.bytes = (uint32_t)bytes;
     memcpy(e->record, &r, sizeof r);
-    memcpy(e->record + sizeof r, text, bytes);
+    if (bytes)
+        memcpy(e->record + sizeof r, text, bytes);
     return output_event(e, e->record, sizeof r + bytes);
 }
 

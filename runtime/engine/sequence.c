@@ -272,28 +272,17 @@ static uint32_t pages_to_start(const struct engine *e, const struct sequence *s)
     return sequence_pages_needed(e, tokens, s->has_adapter, s->adapter);
 }
 
-// Sequences that take part in planning: those of paused steps do not.
-static uint32_t seats_taken(const struct engine *e)
+// A seat: sequences_max sequences of its class and of more urgent ones may take part in planning. Those of
+// less urgent classes keep their KV and wait; those of paused steps and of paused clients do not count.
+static bool has_seat(const struct engine *e, uint32_t slot)
 {
-    uint32_t seats = e->lists[SEQUENCE_RUNNING].count;
-    for (int class = 0; class < ENGINE_CLASSES; class++)
-        seats -= e->steps[class].state == STEP_PAUSED ? e->steps[class].plan.runs : 0;
-    for (uint32_t slot = e->lists[SEQUENCE_OUT].head; slot != NO_SLOT; slot = e->sequences[slot].next)
-        seats += kv_state(e->options.kv, e->sequences[slot].kv) == KV_COMING;
-    return seats;
-}
-
-// A seat for this sequence, if need be that of one whose client has paused it or of a less urgent class.
-static bool has_seat(struct engine *e, uint32_t slot)
-{
-    if (seats_taken(e) < e->options.sequences_max)
-        return true;
-    uint32_t victim = find_victim(e, slot);
-    if (victim == NO_SLOT || (!e->sequences[victim].paused &&
-                              e->sequences[victim].class <= e->sequences[slot].class))
-        return false;
-    send_out(e, victim, (enum copy_class)e->sequences[slot].class);
-    return true;
+    uint32_t class = e->sequences[slot].class, seats = 0;
+    for (uint32_t i = e->lists[SEQUENCE_RUNNING].head; i != NO_SLOT; i = e->sequences[i].next)
+        seats += e->sequences[i].class <= class && !e->sequences[i].paused && !e->sequences[i].in_step;
+    for (uint32_t i = e->lists[SEQUENCE_OUT].head; i != NO_SLOT; i = e->sequences[i].next)
+        seats += e->sequences[i].class <= class && !e->sequences[i].paused &&
+                 kv_state(e->options.kv, e->sequences[i].kv) == KV_COMING;
+    return seats < e->options.sequences_max;
 }
 
 // Those that have arrived run again; those whose KV was lost on the way start anew.
