@@ -22,8 +22,8 @@
 #include "base/log.h"
 #include "sim_requests.h"
 
-// Ten times the longest wait seen over 2 M steps (fake time; a chunk on the link takes up to 200 us).
-enum { HEAD_WAIT_MAX_US = 2000000, CLOSING_TURNS_MAX = 3000000 };
+// Ten times the longest wait seen over 1 M steps (fake time; a chunk on the link takes up to 200 us).
+enum { HEAD_WAIT_MAX_US = 2000000, CLOSING_TURNS_MAX = 3000000, POSITIONS = 40 };
 
 struct arguments {
     const char *mode;
@@ -45,7 +45,7 @@ struct sim {
 struct totals {
     struct engine_counters engine;
     struct book_counts book;
-    uint64_t turns, entry_halves_max;
+    uint64_t turns, entry_halves_max, submits, chunks, allocs;
     struct pool_stats pool;
     struct kv_stats kv;
 };
@@ -158,6 +158,7 @@ static void work(struct sim *sim)
 static void close_sim(struct sim *sim, bool quit, struct totals *totals)
 {
     struct book *book = &sim->book;
+    struct fake_device_counts device;
     uint64_t limit = sim->turns + CLOSING_TURNS_MAX;
     bool told = false;
     while (one_turn(sim) != ENGINE_HALTED) {
@@ -179,6 +180,10 @@ static void close_sim(struct sim *sim, bool quit, struct totals *totals)
     totals->entry_halves_max = sim->entry_halves_max;
     pool_stats(sim->world.pool, &totals->pool);
     kv_stats(sim->world.kv, &totals->kv);
+    fake_device_counts(sim->world.device, &device);
+    totals->submits = device.submits;
+    totals->allocs = device.allocs;
+    totals->chunks = sim->world.link.chunks;
     CHECK(totals->kv.sequences == 0);
     CHECK(totals->engine.half_rows_run == totals->engine.half_rows_due);
     CHECK(totals->engine.rows_recomputed == 0 || totals->engine.drops);
@@ -292,7 +297,6 @@ static void run_entry(struct sim_model *model, const struct arguments *a, struct
     begin(sim, a);
     base_options(sim, a, &options);
     options.device_pages = 10 * sim_pages_min(model);
-    options.sequences_max = 12;
     options.rows_max = 48;
     options.queue_max = BOOK_ROOM;
     options.row_ns = 20000 + below(sim, 40000); // a half-layer of 48 rows takes 1 to 3 ms
@@ -384,23 +388,26 @@ static bool run_fault(struct sim_model *model, const struct arguments *a, struct
     return true;
 }
 
+// Fails position 1, 1 + step, ... until the scenario ends before the position is reached.
 static void sweep(struct sim_model *model, struct arguments *a, uint64_t *position, const char *what,
-                  uint64_t step)
+                  uint64_t total)
 {
-    uint64_t n = 1, failed = 0, hit = 0;
-    for (bool reached = true; reached; n += step) {
+    uint64_t step = a->thorough ? 1 : 1 + total / POSITIONS, tried = 0, failed = 0, hit = 0;
+    bool reached = true;
+    for (uint64_t n = 1; reached; n += step) {
         struct totals totals = {.turns = 0};
         *position = n;
         remember(a, 1);
-        if (run_fault(model, a, &totals, &reached)) {
-            failed += totals.book.failed;
-            hit += totals.book.failed > 0;
-            CHECK(!reached || position != &a->fail_alloc);
-        }
+        bool made = run_fault(model, a, &totals, &reached);
+        CHECK(!made || !reached || position != &a->fail_alloc);
+        tried += reached;
+        failed += totals.book.failed;
+        hit += totals.book.failed > 0;
     }
     *position = 0;
-    printf("  %s: %llu positions, %llu of them ended requests with an error (%llu requests)\n", what,
-           (unsigned long long)(n / step - 1), (unsigned long long)hit, (unsigned long long)failed);
+    printf("  %s: %llu positions of %llu, %llu of them ended %llu requests with an error\n", what,
+           (unsigned long long)tried, (unsigned long long)total, (unsigned long long)hit,
+           (unsigned long long)failed);
 }
 
 static void run_faults(struct sim_model *model, struct arguments *a, bool once)
@@ -411,11 +418,11 @@ static void run_faults(struct sim_model *model, struct arguments *a, bool once)
         (void)run_fault(model, a, &totals, &reached);
         return;
     }
-    uint64_t step = a->thorough ? 1 : 7;
-    sweep(model, a, &a->fail_alloc, "allocations", 1);
-    sweep(model, a, &a->fail_submit, "submits", step);
-    sweep(model, a, &a->fail_segment, "segments", step);
-    sweep(model, a, &a->fail_chunk, "reads and copies", step);
+    (void)run_fault(model, a, &totals, &reached); // without a fault, to count
+    sweep(model, a, &a->fail_alloc, "allocations", totals.allocs);
+    sweep(model, a, &a->fail_submit, "submits", totals.submits);
+    sweep(model, a, &a->fail_segment, "segments", totals.submits);
+    sweep(model, a, &a->fail_chunk, "reads and copies", totals.chunks);
 }
 
 // ---- main ----
