@@ -167,6 +167,7 @@ STREAM_PART(3)
 STREAM_PART(4)
 STREAM_PART(5)
 STREAM_PART(6)
+STREAM_PART(7)
 BLOCK_PART(4)
 BLOCK_PART(5)
 BLOCK_PART(6)
@@ -215,6 +216,7 @@ INLINE void strip_any(enum dtype d, const struct strip *s)
             CASE_STREAM(4)
             CASE_STREAM(5)
             CASE_STREAM(6)
+            CASE_STREAM(7)
 #endif
         }
 }
