@@ -54,7 +54,7 @@ class Board:
             self.show(number, name, self.parts.pop(number, ""))
 
     def show(self, number, name, line):
-        mark = "%-10s| " % name
+        mark = "%-14s| " % name
         if self.colours:
             mark = COLOURS[number % 4] + mark + "\033[0m"
         print(mark + line, flush=True)
@@ -85,12 +85,12 @@ def ask(number, tenant, key, address, board, start, rows):
 
 
 def print_table(tenants, rows):
-    print("\n%-12s %-18s %9s %7s %14s %9s" % ("tenant", "adapter", "requests", "tokens", "first token ms", "tokens/s"))
+    print("\n%-14s %-18s %9s %7s %14s %9s" % ("tenant", "adapter", "requests", "tokens", "first token ms", "tokens/s"))
     for number, tenant in enumerate(tenants):
         row = rows[number]
         ttft = 1e3 * sorted(row["ttft"])[len(row["ttft"]) // 2] if row["ttft"] else float("nan")
         speed = row["tokens"] / row["seconds"] if row["seconds"] else 0.0
-        print("%-12s %-18s %9d %7d %14.1f %9.1f%s" % (tenant["name"], tenant["adapter"], row["requests"], row["tokens"],
+        print("%-14s %-18s %9d %7d %14.1f %9.1f%s" % (tenant["name"], tenant["adapter"], row["requests"], row["tokens"],
                                                       ttft, speed, "  " + row["error"] if row["error"] else ""))
 
 
