@@ -98,6 +98,30 @@ static void test_engine_plan_bounds_less_urgent_prefill(void **state)
     assert_run(&out[2], 3, 0, 30, false);
 }
 
+static void test_engine_plan_keeps_room_for_urgent_prefill(void **state)
+{
+    (void)state;
+    struct plan_candidate c[6];
+    struct plan_run out[8];
+    for (uint32_t i = 0; i < 5; i++)
+        c[i] = candidate(i, 2, i, 20, 1);
+    c[5] = candidate(5, 0, 9, 0, 30);
+    struct plan_limits limits = WIDE;
+    limits.runs_max = 3; // one of them is kept
+    assert_int_equal(plan_choose(c, 6, &limits, out), 3);
+    assert_run(&out[0], 0, 20, 1, true);
+    assert_run(&out[1], 1, 20, 1, true);
+    assert_run(&out[2], 5, 0, 30, true);
+    limits.runs_max = 8;
+    limits.rows_max = 6; // three rows are kept
+    assert_int_equal(plan_choose(c, 6, &limits, out), 4);
+    assert_int_equal(out[2].slot, 2);
+    assert_run(&out[3], 5, 0, 3, false);
+    limits.runs_max = limits.rows_max = 1;
+    assert_int_equal(plan_choose(c, 6, &limits, out), 1);
+    assert_run(&out[0], 5, 0, 1, false);
+}
+
 static void test_engine_plan_layout_sorts_by_adapter(void **state)
 {
     (void)state;
@@ -162,6 +186,7 @@ int main(void)
         cmocka_unit_test(test_engine_plan_decodes_first),
         cmocka_unit_test(test_engine_plan_orders_by_class_then_arrival),
         cmocka_unit_test(test_engine_plan_bounds_less_urgent_prefill),
+        cmocka_unit_test(test_engine_plan_keeps_room_for_urgent_prefill),
         cmocka_unit_test(test_engine_plan_layout_sorts_by_adapter),
         cmocka_unit_test(test_engine_plan_leaves_for_the_more_urgent),
         cmocka_unit_test(test_engine_plan_prints),

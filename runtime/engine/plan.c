@@ -3,7 +3,8 @@
 // weights within a class come with quotas.
 //
 // Why decode rows go first: a decode row costs one row of budget and ends a wait that a customer sees; a
-// prefill chunk can be cut to what is left. Sarathi-Serve (OSDI'24) calls this stall-free batching.
+// prefill chunk can be cut to what is left. Sarathi-Serve (OSDI'24) calls this stall-free batching. But decode
+// rows of less urgent classes never crowd out the prefill of the most urgent one.
 #include "runtime/engine/plan.h"
 
 #include <stdio.h>
@@ -31,23 +32,52 @@ static struct plan_run run_of(const struct plan_candidate *c, uint32_t count)
                              .samples = count == c->pending};
 }
 
+// What the prefills of the most urgent class must find left over by decode rows of less urgent ones: a run
+// each, and rows up to half of the budget.
+struct kept {
+    uint32_t runs, rows;
+};
+
+static struct kept keep_for_prefill(const struct plan_candidate *candidates, uint32_t count,
+                                    uint32_t class, uint32_t rows_max)
+{
+    struct kept kept = {0};
+    uint32_t half = (rows_max + 1) / 2;
+    for (uint32_t i = 0; i < count && candidates[i].class <= class; i++) {
+        uint32_t pending = candidates[i].pending;
+        if (pending < 2)
+            continue;
+        kept.runs++;
+        kept.rows = pending < half - kept.rows ? kept.rows + pending : half;
+    }
+    return kept;
+}
+
+static uint32_t most_urgent(const struct plan_candidate *candidates, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        if (candidates[i].pending)
+            return candidates[i].class;
+    }
+    return UINT32_MAX;
+}
+
 uint32_t plan_choose(struct plan_candidate *candidates, uint32_t count,
                      const struct plan_limits *limits, struct plan_run *out)
 {
     if (!count)
         return 0;
     sort_in_place(candidates, count, sizeof *candidates, compare_candidates);
-    uint32_t runs = 0, left = limits->rows_max, class = UINT32_MAX;
+    uint32_t runs = 0, left = limits->rows_max, class = most_urgent(candidates, count);
+    struct kept kept = keep_for_prefill(candidates, count, class, limits->rows_max);
     for (uint32_t i = 0; i < count && runs < limits->runs_max && left; i++) {
         const struct plan_candidate *c = &candidates[i];
-        if (c->class >= limits->class_below || !c->pending)
+        if (c->class >= limits->class_below || c->pending != 1)
             continue;
-        if (class == UINT32_MAX)
-            class = c->class;
-        if (c->pending == 1) {
-            out[runs++] = run_of(c, 1);
-            left--;
-        }
+        if (c->class > class && (runs + kept.runs >= limits->runs_max || left <= kept.rows))
+            break;
+        out[runs++] = run_of(c, 1);
+        left--;
     }
     uint32_t less_urgent = limits->less_urgent_prefill_max;
     for (uint32_t i = 0; i < count && runs < limits->runs_max && left; i++) {
