@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// See fake_device.h. A stream is an array of commands (kind and a copy of the arguments) and a place up to
-// which the segment in flight has run. After a miss every command is skipped but the expert products of
-// the layer that missed (kernels/device.h).
+// See fake_device.h. A stream is an array of commands (kind and a copy of the arguments) and a
+// place up to which the segment in flight has run. After a miss every command is skipped but the
+// expert products of the layer that missed (kernels/device.h).
 //
-// Invariants: 1. commands run in order, each at most once. 2. nothing runs before submit or after poll has
-// said that the segment retired.
+// Invariants: 1. commands run in order, each at most once. 2. nothing runs before submit or after
+// poll has said that the segment retired.
 #include "fake_device.h"
 
 #include <stdio.h>
@@ -284,8 +284,9 @@ static void run_attention(const struct fake_device *d, const struct attention_ar
             uint64_t word = print_word(slot);
             uint64_t magic = print_word(slot + a->kv.shape.part_bytes / 2);
             if (magic != print_slot_magic(word, p, a->layer)) {
-                fprintf(stderr, "row %u (sequence %u, position %u) reads KV of position %u, layer %u, "
-                                "which nobody wrote there\n",
+                fprintf(stderr,
+                        "row %u (sequence %u, position %u) reads KV of position %u, layer %u, "
+                        "which nobody wrote there\n",
                         r, a->sequence[r], a->position[r], p, a->layer);
                 CHECK(!"KV slot was not written");
             }
@@ -674,8 +675,8 @@ static void fake_destroy(struct device *device)
 static void fake_info(const struct device *device, struct device_info *out)
 {
     (void)device;
-    *out = (struct device_info){.name = "fake", .instruction_set = "none", .threads = 1,
-                                .dtype = DTYPE_BF16};
+    *out = (struct device_info){
+        .name = "fake", .instruction_set = "none", .threads = 1, .dtype = DTYPE_BF16};
 }
 
 static const struct device_table table = {

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The engine under simulation: everything real but the device's arithmetic, the link, the storage and the
-// clock (sim_world.h), random work by seed (sim_requests.h), every invariant checked while it runs.
+// The engine under simulation: everything real but the device's arithmetic, the link, the storage
+// and the clock (sim_world.h), random work by seed (sim_requests.h), every invariant checked while
+// it runs.
 //
 //   sim_engine [--mode random|forced|entry|faults] [--seed N] [--seeds N] [--steps N] [--thorough]
 //
-// random   small pools, bursts, cancels, pauses, deadlines, adapters that come and go; by seed some steps
-//          are forced to be left. --steps engine steps over --seeds seeds.
+// random   small pools, bursts, cancels, pauses, deadlines, adapters that come and go; by seed
+//          some steps are forced to be left. --steps engine steps over --seeds seeds.
 // forced   every step is left at every preemption point; nothing may run twice.
-// entry    long batch work, now and then an interactive request: how many half-layers pass before it enters.
-// faults   the n-th allocation, chunk, submit or segment fails, for each n of a short scenario.
+// entry    long batch work, now and then an interactive request: how many half-layers pass before
+//          it enters.
+// faults   the n-th allocation, submit, segment or chunk of a read or copy fails, for n over a
+//          short scenario (--thorough: each n).
 //
 // A failure prints the command line that shows it again.
 #include <signal.h>
@@ -22,7 +25,7 @@
 #include "base/log.h"
 #include "sim_requests.h"
 
-// Ten times the longest wait seen over 1 M steps (fake time; a chunk on the link takes up to 200 us).
+// Ten times the longest wait seen in 1 M steps (fake time; a chunk on the link takes up to 210 us).
 enum { HEAD_WAIT_MAX_US = 2000000, CLOSING_TURNS_MAX = 3000000, POSITIONS = 40 };
 
 struct arguments {
@@ -37,7 +40,8 @@ struct sim {
     struct book book;
     struct rng rng;
     uint64_t turns;
-    uint32_t check_every, leave_per_mille, arrivals_per_mille, others_per_mille, phase_left, stall_left;
+    uint32_t check_every, leave_per_mille, arrivals_per_mille, others_per_mille, phase_left,
+        stall_left;
     uint64_t halves_at_arrival, entries, entry_halves, entry_halves_max; // mode entry
     bool entry_waits;
 };
@@ -63,13 +67,14 @@ static void on_abort(int signal_number)
 
 static void remember(const struct arguments *a, uint32_t seed_count)
 {
-    (void)snprintf(again, sizeof again,
-                   "again: sim_engine --mode %s --seed %llu --seeds %u --steps %llu%s --fail-alloc %llu "
-                   "--fail-chunk %llu --fail-submit %llu --fail-segment %llu\n",
-                   a->mode, (unsigned long long)a->seed, seed_count,
-                   (unsigned long long)(a->steps / a->seeds), a->thorough ? " --thorough" : "",
-                   (unsigned long long)a->fail_alloc, (unsigned long long)a->fail_chunk,
-                   (unsigned long long)a->fail_submit, (unsigned long long)a->fail_segment);
+    (void)snprintf(
+        again, sizeof again,
+        "again: sim_engine --mode %s --seed %llu --seeds %u --steps %llu%s --fail-alloc %llu "
+        "--fail-chunk %llu --fail-submit %llu --fail-segment %llu\n",
+        a->mode, (unsigned long long)a->seed, seed_count, (unsigned long long)(a->steps / a->seeds),
+        a->thorough ? " --thorough" : "", (unsigned long long)a->fail_alloc,
+        (unsigned long long)a->fail_chunk, (unsigned long long)a->fail_submit,
+        (unsigned long long)a->fail_segment);
 }
 
 static uint32_t below(struct sim *sim, uint32_t n)
@@ -285,8 +290,8 @@ static void run_forced(struct sim_model *model, const struct arguments *a, struc
     free(sim);
 }
 
-// Batch work all the time; an interactive request comes when none lives. It enters at the next preemption
-// point: at most the rest of the segment in flight runs before.
+// Batch work all the time; an interactive request comes when none lives. It enters at the next
+// preemption point: at most the rest of the segment in flight runs before.
 static void run_entry(struct sim_model *model, const struct arguments *a, struct totals *totals)
 {
     struct sim *sim = malloc(sizeof *sim);
@@ -324,7 +329,8 @@ static void run_entry(struct sim_model *model, const struct arguments *a, struct
     }
     close_sim(sim, false, totals);
     if (sim->entries)
-        printf("  entries %llu, half-layers before entering: mean %.2f, most %llu (segments of at most %u)\n",
+        printf("  entries %llu, half-layers before entering: mean %.2f, most %llu (segments of at "
+               "most %u)\n",
                (unsigned long long)sim->entries, (double)sim->entry_halves / (double)sim->entries,
                (unsigned long long)sim->entry_halves_max, options.halves_max);
     CHECK(sim->entries > 10 && totals->engine.pauses > 0);
@@ -373,7 +379,8 @@ static bool run_fault(struct sim_model *model, const struct arguments *a, struct
             sent += book_send_request(&sim->book);
         halted = one_turn(sim) == ENGINE_HALTED;
     }
-    // After a failed copy everything works again, also what it hit; a failed device stops the engine.
+    // After a failed copy everything works again, also what it hit; a failed device stops the
+    // engine.
     sim->book.faults = halted || !has_failed(sim, a);
     for (uint32_t sent = 0; (sent < 12 || sim->book.live) && !halted;) {
         if (sent < 12)
@@ -389,8 +396,8 @@ static bool run_fault(struct sim_model *model, const struct arguments *a, struct
 }
 
 // Fails position 1, 1 + step, ... until the scenario ends before the position is reached.
-static void sweep(struct sim_model *model, struct arguments *a, uint64_t *position, const char *what,
-                  uint64_t total)
+static void sweep(struct sim_model *model, struct arguments *a, uint64_t *position,
+                  const char *what, uint64_t total)
 {
     uint64_t step = a->thorough ? 1 : 1 + total / POSITIONS, tried = 0, failed = 0, hit = 0;
     bool reached = true;
@@ -432,9 +439,12 @@ static void parse(int argc, char **argv, struct arguments *a)
     struct {
         const char *name;
         uint64_t *value;
-    } numbers[] = {{"--seed", &a->seed},           {"--seeds", &a->seeds},
-                   {"--steps", &a->steps},         {"--fail-alloc", &a->fail_alloc},
-                   {"--fail-chunk", &a->fail_chunk}, {"--fail-submit", &a->fail_submit},
+    } numbers[] = {{"--seed", &a->seed},
+                   {"--seeds", &a->seeds},
+                   {"--steps", &a->steps},
+                   {"--fail-alloc", &a->fail_alloc},
+                   {"--fail-chunk", &a->fail_chunk},
+                   {"--fail-submit", &a->fail_submit},
                    {"--fail-segment", &a->fail_segment}};
     for (int i = 1; i < argc; i++) {
         bool known = false;
@@ -472,8 +482,10 @@ static void print_totals(uint64_t seed, uint32_t variant, const struct totals *t
 {
     const struct engine_counters *e = &t->engine;
     const struct book_counts *b = &t->book;
-    printf("seed %llu model %u: %llu steps %llu turns %llu rows | requests %llu tokens %llu stop %llu cut "
-           "%llu length %llu cancelled %llu late %llu refused %llu nan %llu | misses %llu pauses %llu out "
+    printf("seed %llu model %u: %llu steps %llu turns %llu rows | requests %llu tokens %llu stop "
+           "%llu cut "
+           "%llu length %llu cancelled %llu late %llu refused %llu nan %llu | misses %llu pauses "
+           "%llu out "
            "%llu in %llu drops %llu again %llu | taken",
            (unsigned long long)seed, variant, (unsigned long long)e->steps,
            (unsigned long long)t->turns, (unsigned long long)e->rows, (unsigned long long)b->sent,

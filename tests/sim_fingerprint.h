@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of the fake device, shared with the reference that predicts its tokens: every operation is
-// a hash of what the real one would read. A row is one 64-bit word; a weight matrix, a tile, a row of an
-// adapter is the first 8 bytes of it. So a wrong page, row, order, adapter or expert gives a wrong token.
+// The arithmetic of the fake device, shared with the reference that predicts its tokens: every
+// operation is a hash of what the real one would read. A row is one 64-bit word; a weight matrix, a
+// tile, a row of an adapter is the first 8 bytes of it. So a wrong page, row, order, adapter or
+// expert gives a wrong token.
 #ifndef POLDER_TESTS_SIM_FINGERPRINT_H
 #define POLDER_TESTS_SIM_FINGERPRINT_H
 
@@ -11,7 +12,9 @@
 #include "base/rng.h"
 #include "kernels/sample.h"
 
-enum { PRINT_COLUMNS = 32 }; // outputs of a matrix differ from one block of so many columns to the next
+enum {
+    PRINT_COLUMNS = 32
+}; // outputs of a matrix differ from one block of so many columns to the next
 
 // Requests with this in the upper half of their seed meet a value that is not a number at token
 // (seed & 0xffff).
@@ -64,14 +67,15 @@ static inline uint64_t print_kv(uint64_t k, uint64_t v, uint64_t weight, uint64_
     return print_mix(print_mix(k, weight + rope * (position + 1)), v);
 }
 
-// Stands beside a KV slot's fingerprint: a slot that was never written, or for another place, shows.
+// Stands beside a KV slot's fingerprint: a slot that was never written, or for another place,
+// shows.
 static inline uint64_t print_slot_magic(uint64_t print, uint32_t position, uint32_t layer)
 {
     return ~print ^ ((uint64_t)(position + 1) << 32 | (layer + 1));
 }
 
-// The i-th distinct expert of a row; `chosen` are the i before. Low numbers are likelier, so that there is
-// something to keep.
+// The i-th distinct expert of a row; `chosen` are the i before. Low numbers are likelier, so that
+// there is something to keep.
 static inline uint32_t print_expert(uint64_t word, uint32_t i, uint32_t experts,
                                     const uint32_t *chosen)
 {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// See sim_model.h. Adapters take the whole way: PEFT directory, adapter_convert, store file; so the offsets
-// that the kernels see are those of the real converter.
+// See sim_model.h. Adapters take the whole way: PEFT directory, adapter_convert, store file; so the
+// offsets that the kernels see are those of the real converter.
 #include "sim_model.h"
 
 #include <stdio.h>
@@ -119,7 +119,8 @@ static void fill_experts(struct sim_model *sim, const struct variant *v)
     uint32_t down = (uint32_t)tile_count(DTYPE_BF16, 64, v->moe_intermediate);
     for (uint32_t l = 0; l < moe_layers; l++) {
         for (uint32_t e = 0; e < v->experts; e++) {
-            uint64_t first = (1 + (uint64_t)(l * v->experts + e) * x->pages_per_expert) * SIM_PAGE_BYTES;
+            uint64_t first =
+                (1 + (uint64_t)(l * v->experts + e) * x->pages_per_expert) * SIM_PAGE_BYTES;
             for (uint32_t t = 0; t < x->down_tile + down; t++) {
                 uint64_t *sum = t < x->down_tile ? &sim->gate_up[l][e] : &sim->down[l][e];
                 *sum = print_mix(*sum, rng_mix(STORE_SEED + first + (uint64_t)t * TILE_BYTES));
@@ -135,9 +136,9 @@ static const char *const words[LORA_MODULES] = {"q_proj",    "k_proj",  "v_proj"
 
 // Forms: attention only, all-linear, experts (or dense MLP) only; ranks mixed inside one adapter.
 static const uint32_t ranks[SIM_CONTENTS][LORA_MODULES] = {
-    {4, 0, 4, 0, 0, 0, 0},    {16, 16, 16, 16, 0, 0, 0}, {8, 2, 5, 8, 4, 4, 3},
-    {0, 0, 0, 1, 0, 0, 0},    {32, 32, 32, 32, 3, 3, 3}, {0, 0, 0, 0, 8, 8, 8},
-    {4, 0, 4, 0, 0, 0, 0},    {1, 0, 0, 1, 2, 0, 0},
+    {4, 0, 4, 0, 0, 0, 0}, {16, 16, 16, 16, 0, 0, 0}, {8, 2, 5, 8, 4, 4, 3},
+    {0, 0, 0, 1, 0, 0, 0}, {32, 32, 32, 32, 3, 3, 3}, {0, 0, 0, 0, 8, 8, 8},
+    {4, 0, 4, 0, 0, 0, 0}, {1, 0, 0, 1, 2, 0, 0},
 };
 
 struct side {
@@ -146,8 +147,10 @@ struct side {
 
 static uint16_t element(const struct side *s, uint32_t row, uint32_t i)
 {
-    uint64_t place = ((uint64_t)s->layer << 40 | (uint64_t)s->module << 32 | s->expert << 8 | s->is_b);
-    return (uint16_t)(0x3800 | (rng_at(ADAPTER_SEED + s->number, place, (uint64_t)row << 32 | i) & 0x87ff));
+    uint64_t place =
+        ((uint64_t)s->layer << 40 | (uint64_t)s->module << 32 | s->expert << 8 | s->is_b);
+    return (uint16_t)(0x3800 |
+                      (rng_at(ADAPTER_SEED + s->number, place, (uint64_t)row << 32 | i) & 0x87ff));
 }
 
 static uint32_t matrices(const struct sim_model *sim, uint32_t layer, uint32_t module)
@@ -160,9 +163,9 @@ static uint32_t dimension(const struct sim_model *sim, const struct side *s)
     const struct model_config *c = &sim->model.config;
     uint32_t q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim;
     uint32_t inner = sim->is_moe[s->layer] ? c->moe_intermediate : c->intermediate;
-    const uint32_t dims[LORA_MODULES][2] = {{c->hidden, q},     {c->hidden, kv},    {c->hidden, kv},
-                                            {q, c->hidden},     {c->hidden, inner}, {c->hidden, inner},
-                                            {inner, c->hidden}};
+    const uint32_t dims[LORA_MODULES][2] = {
+        {c->hidden, q},     {c->hidden, kv},    {c->hidden, kv},   {q, c->hidden},
+        {c->hidden, inner}, {c->hidden, inner}, {inner, c->hidden}};
     return dims[s->module][s->is_b];
 }
 
@@ -196,8 +199,9 @@ static void put_header(struct sim_model *sim, const struct sim_adapter *a, const
     uint32_t rank = a->rank[s->module], dim = dimension(sim, s);
     if (s->module >= LORA_GATE && sim->is_moe[s->layer])
         (void)snprintf(expert, sizeof expert, "experts.%u.", s->expert);
-    fprintf(f->file, "%s\"base_model.model.model.layers.%u.%s.%s%s.lora_%c.weight\":{\"dtype\":\"BF16\","
-                     "\"shape\":[%u,%u],\"data_offsets\":[%llu,%llu]}",
+    fprintf(f->file,
+            "%s\"base_model.model.model.layers.%u.%s.%s%s.lora_%c.weight\":{\"dtype\":\"BF16\","
+            "\"shape\":[%u,%u],\"data_offsets\":[%llu,%llu]}",
             f->first ? "" : ",", s->layer, s->module < LORA_GATE ? "self_attn" : "mlp", expert,
             words[s->module], s->is_b ? 'B' : 'A', s->is_b ? dim : rank, s->is_b ? rank : dim,
             (unsigned long long)f->at, (unsigned long long)(f->at + 2ull * rank * dim));
@@ -245,8 +249,10 @@ static void write_config(const struct sim_adapter *a, const char *directory)
 {
     FILE *file = open_in(directory, "adapter_config.json", "w");
     const char *comma = "";
-    fprintf(file, "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":%d,\"bias\":\"none\",\"target_modules\":[",
-            ALPHA);
+    fprintf(
+        file,
+        "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":%d,\"bias\":\"none\",\"target_modules\":[",
+        ALPHA);
     for (int m = 0; m < LORA_MODULES; m++) {
         if (a->rank[m])
             fprintf(file, "%s\"%s\"", comma, words[m]), comma = ",";
@@ -263,7 +269,8 @@ static void write_config(const struct sim_adapter *a, const char *directory)
 
 static void write_weights(struct sim_model *sim, const struct sim_adapter *a, const char *directory)
 {
-    struct tensor_file f = {.file = open_in(directory, "adapter_model.safetensors", "wb"), .first = true};
+    struct tensor_file f = {.file = open_in(directory, "adapter_model.safetensors", "wb"),
+                            .first = true};
     uint64_t bytes = 0;
     CHECK(fwrite(&bytes, sizeof bytes, 1, f.file) == 1);
     fputc('{', f.file);
@@ -354,8 +361,8 @@ void sim_reference_begin(struct sim_reference *r, const struct sim_model *sim,
     *r = (struct sim_reference){.sim = sim, .adapter = adapter};
 }
 
-static uint64_t lora(const struct sim_reference *r, uint32_t layer, uint32_t module, uint32_t expert,
-                     uint64_t x)
+static uint64_t lora(const struct sim_reference *r, uint32_t layer, uint32_t module,
+                     uint32_t expert, uint64_t x)
 {
     if (!r->adapter || !r->adapter->rank[module])
         return 0;
@@ -410,7 +417,8 @@ static uint64_t moe(const struct sim_reference *r, uint32_t layer, uint32_t moe_
         gate += lora(r, layer, LORA_GATE, e, act);
         up += lora(r, layer, LORA_UP, e, act);
         uint64_t hidden = print_mix(gate, up);
-        uint64_t out = print_mix(hidden, r->sim->down[moe_layer][e]) + lora(r, layer, LORA_DOWN, e, hidden);
+        uint64_t out =
+            print_mix(hidden, r->sim->down[moe_layer][e]) + lora(r, layer, LORA_DOWN, e, hidden);
         sum = print_mix(sum, out + print_gate(route, i));
     }
     return print_mix(x, sum);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Models and adapters of the simulator: small odd shapes whose every weight is a formula, the same things as
-// files for the code under test, and the reference: what the fake device must answer for a prompt,
-// computed token by token from the formulas alone, without pages, batches or steps.
+// Models and adapters of the simulator: small odd shapes whose every weight is a formula, the same
+// things as files for the code under test, and the reference: what the fake device must answer for
+// a prompt, computed token by token from the formulas alone, without pages, batches or steps.
 #ifndef POLDER_TESTS_SIM_MODEL_H
 #define POLDER_TESTS_SIM_MODEL_H
 
@@ -10,7 +10,13 @@
 #include "fakes.h"
 #include "runtime/model/model.h"
 
-enum { SIM_LAYERS_MAX = 6, SIM_EXPERTS_MAX = 8, SIM_VARIANTS = 4, SIM_CONTENTS = 8, SIM_RANK_MAX = 32 };
+enum {
+    SIM_LAYERS_MAX = 6,
+    SIM_EXPERTS_MAX = 8,
+    SIM_VARIANTS = 4,
+    SIM_CONTENTS = 8,
+    SIM_RANK_MAX = 32
+};
 
 // One adapter's content, by formula; `store` is the file made of it.
 struct sim_adapter {
@@ -36,8 +42,8 @@ struct sim_model {
 
 enum { SIM_PAGE_BYTES = 32768, SIM_VOCAB = 601 };
 
-// Variant 0: dense, MoE, MoE; 1: all MoE, KV blocks of two pages; 2: dense; 3: five layers, experts of three
-// pages, KV blocks of three. Adapter stores are made in a new directory under /tmp.
+// Variant 0: dense, MoE, MoE; 1: all MoE, KV blocks of two pages; 2: dense; 3: five layers, experts
+// of three pages, KV blocks of three. Adapter stores are made in a new directory under /tmp.
 void sim_model_make(struct sim_model *sim, uint32_t variant);
 void sim_model_clear(struct sim_model *sim); // removes the directory
 

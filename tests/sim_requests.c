@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// See sim_requests.h. A violation prints the request and aborts; sim_engine.c prints how to see it again.
+// See sim_requests.h. A violation prints the request and aborts; sim_engine.c prints how to see it
+// again.
 #include "sim_requests.h"
 
 #include <stdarg.h>
@@ -10,10 +11,11 @@
 #include "base/check.h"
 #include "sim_fingerprint.h"
 
-static _Noreturn void wrong(const struct book *book, const struct book_request *q, const char *format, ...)
-    PRINTF_LIKE(3, 4);
+static _Noreturn void wrong(const struct book *book, const struct book_request *q,
+                            const char *format, ...) PRINTF_LIKE(3, 4);
 
-static _Noreturn void wrong(const struct book *book, const struct book_request *q, const char *format, ...)
+static _Noreturn void wrong(const struct book *book, const struct book_request *q,
+                            const char *format, ...)
 {
     va_list list;
     va_start(list, format);
@@ -21,10 +23,11 @@ static _Noreturn void wrong(const struct book *book, const struct book_request *
     vfprintf(stderr, format, list);
     va_end(list);
     if (q)
-        fprintf(stderr, "\n  request %llu: tenant %u class %u prompt %u max %u adapter %d got %u%s%s%s",
-                (unsigned long long)q->r.id, q->r.tenant, q->r.class, q->r.prompt_tokens,
-                q->r.max_tokens, q->adapter ? (int)q->adapter->number : -1, q->got,
-                q->cancelled ? " cancelled" : "", q->paused ? " paused" : "", q->ended ? " ended" : "");
+        fprintf(
+            stderr, "\n  request %llu: tenant %u class %u prompt %u max %u adapter %d got %u%s%s%s",
+            (unsigned long long)q->r.id, q->r.tenant, q->r.class, q->r.prompt_tokens,
+            q->r.max_tokens, q->adapter ? (int)q->adapter->number : -1, q->got,
+            q->cancelled ? " cancelled" : "", q->paused ? " paused" : "", q->ended ? " ended" : "");
     fputc('\n', stderr);
     abort();
 }
@@ -51,13 +54,14 @@ void book_begin(struct book *book, struct sim_world *world, uint64_t seed)
 
 // ---- requests ----
 
-// Prompts begin with a piece of one of a few long texts, so that prefixes are shared; the same ones under all
-// tenants and adapters.
+// Prompts begin with a piece of one of a few long texts, so that prefixes are shared; the same ones
+// under all tenants and adapters.
 static void make_prompt(struct book *book, struct book_request *q)
 {
     uint32_t length = chance(book, 600) ? 1 + below(book, 24) : 1 + below(book, SIM_CONTEXT - 20);
     uint32_t shared = chance(book, 700) ? below(book, length + 1) : 0, text = below(book, 4);
-    bool whole = chance(book, 150); // the same whole blocks as others: written blocks are then shared
+    bool whole =
+        chance(book, 150); // the same whole blocks as others: written blocks are then shared
     if (whole) {
         shared = length = 8 * (1 + below(book, 8));
         q->r.tenant = text = 0;
@@ -182,8 +186,8 @@ static struct book_request *any_live(struct book *book)
 static bool send_adapter(struct book *book, uint32_t name, const struct sim_adapter *content,
                          enum status expected)
 {
-    struct engine_adapter_command c = {
-        .kind = content ? ENGINE_ADAPTER_ADD : ENGINE_ADAPTER_REMOVE, .owner = name % SIM_TENANTS};
+    struct engine_adapter_command c = {.kind = content ? ENGINE_ADAPTER_ADD : ENGINE_ADAPTER_REMOVE,
+                                       .owner = name % SIM_TENANTS};
     c.id = book->reply_ids + 1;
     (void)snprintf(c.name, sizeof c.name, "n%u", name);
     if (content)
@@ -249,7 +253,8 @@ void book_send_other(struct book *book)
     } else if (kind < 97 && book->replies_due < 200) {
         ask(book, kind < 95 ? ENGINE_STATS : ENGINE_ADAPTER_LIST);
     } else {
-        (void)book_control(book, kind == 98 ? (enum engine_command_kind)77 : ENGINE_CANCEL, 1u << 30);
+        (void)book_control(book, kind == 98 ? (enum engine_command_kind)77 : ENGINE_CANCEL,
+                           1u << 30);
     }
 }
 
@@ -329,7 +334,8 @@ static void end_reference(struct book_request *q, enum engine_finish finish, boo
     q->ended = true;
     q->finish = finish;
     if (flush)
-        q->text_bytes += (uint32_t)sim_decode_finish(NULL, q->decode_state, q->text + q->text_bytes, 8);
+        q->text_bytes +=
+            (uint32_t)sim_decode_finish(NULL, q->decode_state, q->text + q->text_bytes, 8);
 }
 
 // The reference takes the token that was seen.
@@ -379,8 +385,8 @@ static void on_text(struct book *book, const void *record, size_t bytes)
     if (q->ended)
         wrong(book, q, "token %d after the last one", t.token);
     if (t.index != q->got || t.token != q->next)
-        wrong(book, q, "token %u is %d; the reference says %d for token %u", t.index, t.token, q->next,
-              q->got);
+        wrong(book, q, "token %u is %d; the reference says %d for token %u", t.index, t.token,
+              q->next, q->got);
     if (t.logprob != print_logprob(q->reference.logits) || t.tops != q->r.tops)
         wrong(book, q, "logprob %g or tops %u are wrong", (double)t.logprob, t.tops);
     for (uint32_t i = 0; i < t.tops; i++) {

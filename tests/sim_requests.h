@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The front end of the simulation: random requests and commands by seed, and the book in which every event
-// of the engine is checked against the reference.
+// The front end of the simulation: random requests and commands by seed, and the book in which
+// every event of the engine is checked against the reference.
 //
-// Invariants that it holds the engine to: 1. every request ends with exactly one DONE. 2. each token, its index,
-// logprob and top list are those of the reference, and nothing follows the token that must be the last.
-// 3. the text that was given out is the reference's text, cut at the stop string. 4. the finish reason and
-// the status are ones that this request may have. 5. commands with a reply are answered once, as expected.
+// Invariants that it holds the engine to: 1. every request ends with exactly one DONE. 2. each
+// token, its index, logprob and top list are those of the reference, and nothing follows the token
+// that must be the last. 3. the text that was given out is the reference's text, cut at the stop
+// string. 4. the finish reason and the status are ones that this request may have. 5. commands with
+// a reply are answered once.
 #ifndef POLDER_TESTS_SIM_REQUESTS_H
 #define POLDER_TESTS_SIM_REQUESTS_H
 
@@ -32,8 +33,8 @@ struct book_request {
 };
 
 struct book_counts {
-    uint64_t sent, done, tokens, stops, lengths, cancelled, deadlines, refused, numeric, failed, texts_cut,
-        adapters_added, adapters_removed, replies;
+    uint64_t sent, done, tokens, stops, lengths, cancelled, deadlines, refused, numeric, failed,
+        texts_cut, adapters_added, adapters_removed, replies;
     uint64_t wait_max_us; // longest time in which the head of the order got nothing
 };
 
@@ -47,9 +48,9 @@ struct book {
     uint32_t replies_due;
     enum status reply_expected[256]; // by reply id % 256
     bool draining, quitting, stopped;
-    bool faults;           // IO, DEVICE and FULL may end a request
-    bool mild;             // no cancels, deadlines, pauses, refusals: everything must end well
-    uint32_t only_class;   // ENGINE_CLASSES: any
+    bool faults;         // IO, DEVICE and FULL may end a request
+    bool mild;           // no cancels, deadlines, pauses, refusals: everything must end well
+    uint32_t only_class; // ENGINE_CLASSES: any
     uint64_t head_since_us, head_id;
     uint32_t head_got;
     struct book_counts counts;
@@ -61,7 +62,8 @@ bool book_send_request(struct book *book);
 // Fills *r with a random request, to be changed and sent by book_send.
 struct book_request *book_new(struct book *book);
 bool book_send(struct book *book, struct book_request *r);
-// One random command that is not a request: cancel, pause, resume, add, remove, stats, list, nonsense.
+// One random command that is not a request: cancel, pause, resume, add, remove, stats, list,
+// nonsense.
 void book_send_other(struct book *book);
 bool book_control(struct book *book, enum engine_command_kind kind, uint64_t id);
 void book_resume_all(struct book *book);

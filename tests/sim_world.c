@@ -12,7 +12,8 @@ enum { ADAPTERS_MAX = 64, ADAPTER_PAGES_MAX = 32 };
 
 static uint32_t context_pages(const struct sim_model *model)
 {
-    return (uint32_t)div_up(SIM_CONTEXT, model->kv_shape.block_tokens) * model->kv_shape.pages_per_block;
+    return (uint32_t)div_up(SIM_CONTEXT, model->kv_shape.block_tokens) *
+           model->kv_shape.pages_per_block;
 }
 
 static uint32_t adapter_pages_max(const struct sim_model *model)
@@ -89,7 +90,8 @@ static enum status make_device(struct sim_world *w)
     void *memory = NULL;
     enum status status = fake_device_create(&device, &w->device);
     if (!status)
-        status = w->device->table->alloc(w->device, (size_t)o->device_pages * SIM_PAGE_BYTES, &memory);
+        status =
+            w->device->table->alloc(w->device, (size_t)o->device_pages * SIM_PAGE_BYTES, &memory);
     w->arena = memory;
     w->host_arena = calloc(o->host_pages, SIM_PAGE_BYTES);
     CHECK(w->host_arena);
@@ -112,18 +114,18 @@ static enum status make_pool(struct sim_world *w)
                                   .owners_max = SIM_TENANTS + 1,
                                   .chunk_bytes = o->chunk_bytes};
     enum status status = copy_create(&copies, &w->copies);
-    struct pool_options pool = {.page_bytes = SIM_PAGE_BYTES,
-                                .device_pages = o->device_pages,
-                                .host_pages = o->host_pages,
-                                .objects_max = experts + ADAPTERS_MAX + o->device_pages + o->host_pages + 64,
-                                .slots_max = experts * shape->pages_per_expert +
-                                             ADAPTERS_MAX * ADAPTER_PAGES_MAX +
-                                             17 * o->device_pages + o->host_pages + 64,
-                                .owners_max = SIM_TENANTS + 1,
-                                .device_arena = w->arena,
-                                .host_arena = w->host_arena,
-                                .copies = w->copies,
-                                .zero = zero_pages};
+    struct pool_options pool = {
+        .page_bytes = SIM_PAGE_BYTES,
+        .device_pages = o->device_pages,
+        .host_pages = o->host_pages,
+        .objects_max = experts + ADAPTERS_MAX + o->device_pages + o->host_pages + 64,
+        .slots_max = experts * shape->pages_per_expert + ADAPTERS_MAX * ADAPTER_PAGES_MAX +
+                     17 * o->device_pages + o->host_pages + 64,
+        .owners_max = SIM_TENANTS + 1,
+        .device_arena = w->arena,
+        .host_arena = w->host_arena,
+        .copies = w->copies,
+        .zero = zero_pages};
     return status ? status : pool_create(&pool, &w->pool, NULL);
 }
 
@@ -135,7 +137,8 @@ static enum status make_owners(struct sim_world *w)
                             .shape = w->model->kv_shape,
                             .page_bytes = SIM_PAGE_BYTES,
                             .sequences_max = o->sequences_max + o->queue_max,
-                            .blocks_max = (uint32_t)div_up(SIM_CONTEXT, w->model->kv_shape.block_tokens),
+                            .blocks_max =
+                                (uint32_t)div_up(SIM_CONTEXT, w->model->kv_shape.block_tokens),
                             .recompute_us_per_token = 20.0f,
                             .prefix_sharing = true};
     kv.secret.bytes[3] = 9;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The whole serving stack over fakes: real engine, kv, experts, adapters, pool and copy queues; fake device,
-// link, storage and clock. One thread; time moves only when the simulation moves it.
+// The whole serving stack over fakes: real engine, kv, experts, adapters, pool and copy queues;
+// fake device, link, storage and clock. One thread; time moves only when the simulation moves it.
 #ifndef POLDER_TESTS_SIM_WORLD_H
 #define POLDER_TESTS_SIM_WORLD_H
 
@@ -13,7 +13,8 @@ enum { SIM_TENANTS = 4, SIM_CONTEXT = 96 };
 
 struct sim_options {
     uint64_t seed;
-    uint32_t device_pages, host_pages; // 0: just enough for one sequence, its adapter and two experts
+    uint32_t device_pages,
+        host_pages; // 0: just enough for one sequence, its adapter and two experts
     uint32_t sequences_max, rows_max, queue_max, halves_max;
     size_t event_bytes, chunk_bytes;
     enum fake_timing timing;

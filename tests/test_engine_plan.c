@@ -10,8 +10,8 @@
 
 #include "runtime/engine/plan.h"
 
-static struct plan_candidate candidate(uint32_t slot, uint32_t class, uint64_t arrival, uint32_t position,
-                                       uint32_t pending)
+static struct plan_candidate candidate(uint32_t slot, uint32_t class, uint64_t arrival,
+                                       uint32_t position, uint32_t pending)
 {
     return (struct plan_candidate){.slot = slot,
                                    .class = class,
@@ -166,7 +166,12 @@ static void test_engine_plan_prints(void **state)
     (void)state;
     struct plan_run runs[] = {
         {.slot = 6, .class = 1, .tenant = 3, .adapter = 2, .position = 8, .count = 4},
-        {.slot = 4, .class = 2, .adapter = PLAN_NO_ADAPTER, .position = 30, .count = 1, .samples = true}};
+        {.slot = 4,
+         .class = 2,
+         .adapter = PLAN_NO_ADAPTER,
+         .position = 30,
+         .count = 1,
+         .samples = true}};
     struct step_plan plan = {.step = 12};
     char text[256], small[20];
     plan_layout(runs, 2, &plan);

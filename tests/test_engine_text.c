@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Text output: stop strings across token borders, what is held back, random pieces against a naive search.
+// Text output: stop strings across token borders, what is held back, random pieces against a naive
+// search.
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -95,8 +96,8 @@ static void test_engine_text_stop_of_one_byte_is_not_held(void **state)
     assert_string_equal(given, "line");
 }
 
-// A stop string that shares its first byte with other characters: they come out whole, since the decoder
-// gives whole characters and the next one settles it.
+// A stop string that shares its first byte with other characters: they come out whole, since the
+// decoder gives whole characters and the next one settles it.
 static void test_engine_text_utf8(void **state)
 {
     (void)state;
@@ -121,8 +122,8 @@ static const char *naive(const char *whole, const struct text_output *o)
     return first;
 }
 
-// After every piece: what was given out is a prefix, nothing of a stop string was given out, and no more
-// is held back than could become one.
+// After every piece: what was given out is a prefix, nothing of a stop string was given out, and no
+// more is held back than could become one.
 static void test_engine_text_random_pieces(void **state)
 {
     (void)state;

@@ -3,8 +3,8 @@
 // weights within a class come with quotas.
 //
 // Why decode rows go first: a decode row costs one row of budget and ends a wait that a customer sees; a
-// prefill chunk can be cut to what is left. Sarathi-Serve (OSDI'24) calls this stall-free batching. But decode
-// rows of less urgent classes never crowd out the prefill of the most urgent one.
+// prefill chunk can be cut to what is left. Sarathi-Serve (OSDI'24) calls this stall-free batching. But
+// decode rows of less urgent classes never crowd out the prefill of the most urgent one.
 #include "runtime/engine/plan.h"
 
 #include <stdio.h>

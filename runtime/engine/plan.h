@@ -43,10 +43,10 @@ struct step_plan {
     uint32_t lora_segments; // runs of rows of one adapter, base included
 };
 
-// Sorts candidates by (class, arrival) in place, then picks decode rows in that order, then prefill chunks
-// in that order until the budget is spent. Decode rows of less urgent classes leave the prefills of the most
-// urgent one a run each and up to half of the budget. Writes at most limits->runs_max runs; row numbers are not
-// assigned yet. Returns the number of runs.
+// Sorts candidates by (class, arrival) in place, then picks decode rows in that order, then prefill
+// chunks in that order until the budget is spent. Decode rows of less urgent classes leave the prefills of
+// the most urgent one a run each and up to half of the budget. Writes at most limits->runs_max runs; row
+// numbers are not assigned yet. Returns the number of runs.
 uint32_t plan_choose(struct plan_candidate *candidates, uint32_t count,
                      const struct plan_limits *limits, struct plan_run *out);
 
