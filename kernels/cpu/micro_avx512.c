@@ -7,7 +7,7 @@
 
 #include "kernels/cpu/micro.h"
 
-enum { WIDTH = 16, STREAM_T = 7, BLOCK_T = 6, DOT_GROUP = 16 };
+enum { WIDTH = 16, STREAM_T = 8, BLOCK_T = 6, DOT_GROUP = 16 };
 #define STRIP_WIDE 1 // 32 registers: more weight registers and more tokens at once
 #define MICRO_NAME "avx512bf16"
 #define MICRO_ENTRY cpu__micro_avx512
