@@ -205,7 +205,7 @@ static void base_options(struct sim *sim, const struct arguments *a, struct sim_
                               .sequences_max = 2 + below(sim, 7),
                               .queue_max = 4 + below(sim, 24),
                               .halves_max = 2 + below(sim, 11),
-                              .host_pages = 16 + below(sim, 40),
+                              .host_pages = 6 + below(sim, 40),
                               .event_bytes = 65536,
                               .chunk_bytes = chunks[below(sim, 3)],
                               .timing = (enum fake_timing)below(sim, 3),
