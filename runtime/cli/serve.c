@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // polder serve, its dry run, and polder check-config.
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -129,6 +130,25 @@ static void fill_listen(const struct settings *s, struct server_options *o, char
     }
 }
 
+// Clients name absolute paths, so the roots are made absolute too.
+static enum status absolute_roots(const struct settings *s,
+                                  char roots[SERVER_ADAPTER_DIRS_MAX][ENGINE_PATH],
+                                  struct server_options *o, struct fault *fault)
+{
+    if (s->adapter_dirs.count > SERVER_ADAPTER_DIRS_MAX)
+        return fault_set(fault, STATUS_INVALID, "at most %d --adapter-dir are taken.",
+                         SERVER_ADAPTER_DIRS_MAX);
+    for (uint32_t i = 0; i < s->adapter_dirs.count; i++) {
+        char path[PATH_MAX];
+        if (!realpath(s->adapter_dirs.item[i], path) || strlen(path) >= ENGINE_PATH)
+            return fault_set(fault, STATUS_NOT_FOUND, "--adapter-dir %s is not a directory.",
+                             s->adapter_dirs.item[i]);
+        (void)snprintf(roots[i], ENGINE_PATH, "%s", path);
+        o->adapter_dirs[i] = roots[i];
+    }
+    return STATUS_OK;
+}
+
 static int serve_stack(const struct settings *s, struct face *face, struct fault *fault)
 {
     char tcp[ADDRESS_ROOM], uds[ADDRESS_ROOM], store[ENGINE_PATH], state[ENGINE_PATH];
@@ -150,8 +170,9 @@ static int serve_stack(const struct settings *s, struct face *face, struct fault
                    .idle_timeout_ms = s->idle_timeout * 1000,
                    .shutdown_timeout_ms = s->shutdown_timeout * 1000},
         .ready = ready};
-    for (uint32_t i = 0; i < s->adapter_dirs.count && i < SERVER_ADAPTER_DIRS_MAX; i++)
-        o.adapter_dirs[i] = s->adapter_dirs.item[i];
+    char roots[SERVER_ADAPTER_DIRS_MAX][ENGINE_PATH];
+    if (absolute_roots(s, roots, &o, fault))
+        return complain(fault);
     wire_model_name(s, o.engine.model_name, sizeof o.engine.model_name);
     fill_listen(s, &o, tcp, uds);
     if (stack_start(face->stack)) {

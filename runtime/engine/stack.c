@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "base/check.h"
 #include "base/log.h"
@@ -517,6 +518,11 @@ uint32_t stack_load_adapters(struct stack *stack)
     for (struct dirent *entry; directory && (entry = readdir(directory));) {
         char name[ADAPTER_NAME_MAX + 16];
         size_t length = strlen(entry->d_name);
+        if (length > 12 && !strcmp(entry->d_name + length - 12, ".adapter.new")) {
+            // A conversion that a kill interrupted.
+            (void)unlinkat(dirfd(directory), entry->d_name, 0);
+            continue;
+        }
         if (length <= 8 || length >= sizeof name || strcmp(entry->d_name + length - 8, ".adapter"))
             continue;
         memcpy(name, entry->d_name, length - 8);

@@ -170,7 +170,7 @@ static void start_job(struct call *call, const char *name, int directory)
     random_bytes(&unique, sizeof unique);
     struct worker_job job = {.id = request_id(request, 0), .directory = directory};
     (void)snprintf(request->model, sizeof request->model, "%s", name);
-    (void)snprintf(request->store_path, sizeof request->store_path, "%s/%s-%016" PRIx64 ".adapter",
+    (void)snprintf(request->store_path, sizeof request->store_path, "%s/%s-%016" PRIx64 ".adapter.new",
                    server->options.store_dir, name, unique);
     memcpy(job.store_path, request->store_path, sizeof job.store_path);
     if (!worker_put(server->worker, &job))
@@ -350,6 +350,23 @@ static void answer_stats(struct request *request, const json_t *engine)
     reply_send(request->connection);
 }
 
+// Where a registered adapter's store file stands: found there again when the server starts.
+static void kept_path(const struct request *request, char out[ENGINE_PATH])
+{
+    (void)snprintf(out, ENGINE_PATH, "%.900s/%.63s.adapter", request->server->options.store_dir,
+                   request->model);
+}
+
+// The engine has the file open; the rename makes the registration survive a restart.
+static void keep_store(const struct request *request)
+{
+    char kept[ENGINE_PATH];
+    kept_path(request, kept);
+    if (rename(request->store_path, kept) != 0)
+        log_line(LOG_WARN, "adapter %s will be gone after a restart: its store file could not be kept",
+                 request->model);
+}
+
 static void answer_added(struct request *request, const struct engine_reply *reply)
 {
     struct fault fault;
@@ -359,6 +376,7 @@ static void answer_added(struct request *request, const struct engine_reply *rep
         reply_fault_for(request, &fault);
         return;
     }
+    keep_store(request);
     if (!request->connection)
         return;
     json_t *report =
@@ -380,7 +398,12 @@ static void answer_removed(struct request *request, const struct engine_reply *r
     if (reply->status) {
         (void)fault_set(&fault, (enum status)reply->status, "%.199s", reply->message);
         reply_fault_for(request, &fault);
-    } else if (request->connection) {
+        return;
+    }
+    char kept[ENGINE_PATH];
+    kept_path(request, kept);
+    (void)unlink(kept);
+    if (request->connection) {
         msgpack_packer *packer = reply_open_for(request);
         put_map(packer, 1);
         put_text(packer, "name", request->model);
