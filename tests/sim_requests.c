@@ -47,6 +47,7 @@ void book_begin(struct book *book, struct sim_world *world, uint64_t seed)
     memset(book, 0, sizeof *book);
     book->world = world;
     book->rng.seed = rng_mix(seed ^ 0xb00c);
+    book->whole_per_mille = seed % 3 ? 100 : 700;
     book->live_max = BOOK_ROOM;
     book->ids = 1;
     book->only_class = ENGINE_CLASSES;
@@ -60,8 +61,9 @@ static void make_prompt(struct book *book, struct book_request *q)
 {
     uint32_t length = chance(book, 600) ? 1 + below(book, 24) : 1 + below(book, SIM_CONTEXT - 20);
     uint32_t shared = chance(book, 700) ? below(book, length + 1) : 0, text = below(book, 4);
-    bool whole =
-        chance(book, 150); // the same whole blocks as others: written blocks are then shared
+    bool whole = chance(
+        book,
+        book->whole_per_mille); // the same whole blocks as others: written blocks are then shared
     if (whole) {
         shared = length = 8 * (1 + below(book, 8));
         q->r.tenant = text = 0;

@@ -48,9 +48,10 @@ struct book {
     uint32_t replies_due;
     enum status reply_expected[256]; // by reply id % 256
     bool draining, quitting, stopped;
-    bool faults;         // IO, DEVICE and FULL may end a request
-    bool mild;           // no cancels, deadlines, pauses, refusals: everything must end well
-    uint32_t only_class; // ENGINE_CLASSES: any
+    bool faults;              // IO, DEVICE and FULL may end a request
+    bool mild;                // no cancels, deadlines, pauses, refusals: everything must end well
+    uint32_t whole_per_mille; // prompts that are whole shared blocks: copy-on-write
+    uint32_t only_class;      // ENGINE_CLASSES: any
     uint64_t head_since_us, head_id;
     uint32_t head_got;
     struct book_counts counts;
