@@ -170,7 +170,7 @@ int command_generate(const struct settings *settings)
     if (wire_text_load(settings, &text, &fault))
         return complain(&fault);
     int code = EXIT_FAILED;
-    if (wire_stack(settings, text.tokenizer, 1, &stack, &fault))
+    if (wire_stack(settings, text.tokenizer, 1, false, &stack, &fault))
         (void)complain(&fault);
     else
         code = ask(settings, &text, stack, &fault);

@@ -213,7 +213,7 @@ int command_serve(const struct settings *settings)
     if (wire_text_load(settings, &face.text, &fault))
         return complain(&fault);
     int code = EXIT_FAILED;
-    if (wire_stack(settings, face.text.tokenizer, tenants, &face.stack, &fault))
+    if (wire_stack(settings, face.text.tokenizer, tenants, true, &face.stack, &fault))
         (void)complain(&fault);
     else
         code = serve_stack(settings, &face, &fault);

@@ -194,7 +194,7 @@ static enum status add_module(struct stack *stack, const char *module, struct fa
 }
 
 enum status wire_stack(const struct settings *settings, const struct tokenizer *tokenizer,
-                       uint32_t tenants, struct stack **out, struct fault *fault)
+                       uint32_t tenants, bool server, struct stack **out, struct fault *fault)
 {
     struct stack_options options;
     char state[ENGINE_PATH], line[400];
@@ -203,6 +203,7 @@ enum status wire_stack(const struct settings *settings, const struct tokenizer *
     if (status)
         return status;
     options.tenants_max = tenants;
+    options.owns_state = server;
     status = stack_create(&options, out, fault);
     if (status)
         return status;

@@ -5,10 +5,12 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -34,6 +36,7 @@ struct stack {
     uint32_t device_pages, host_pages;
     uint64_t pool_bytes, host_bytes;
     size_t page_bytes;
+    int lock; // descriptor of the state directory's lock, or -1
     pthread_t thread;
     bool running;
 };
@@ -109,6 +112,23 @@ static enum status make_state(const struct stack_options *o, struct fault *fault
     char adapters[ENGINE_PATH];
     (void)snprintf(adapters, sizeof adapters, "%s/adapters", o->state_directory);
     return make_directory(adapters, fault);
+}
+
+static enum status lock_state(struct stack *s, struct fault *fault)
+{
+    char path[ENGINE_PATH + 8];
+    if (!s->options.owns_state)
+        return STATUS_OK;
+    (void)snprintf(path, sizeof path, "%s/lock", s->options.state_directory);
+    s->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (s->lock < 0)
+        return fault_set(fault, STATUS_IO, "cannot write to the state directory %s: %s.",
+                         s->options.state_directory, strerror(errno));
+    if (flock(s->lock, LOCK_EX | LOCK_NB) != 0)
+        return fault_set(fault, STATUS_BUSY,
+                         "another server uses the state directory %s; give this one its own with "
+                         "--state-dir.", s->options.state_directory);
+    return STATUS_OK;
 }
 
 static enum status make_device_and_model(struct stack *s, struct fault *fault)
@@ -308,6 +328,8 @@ static enum status build(struct stack *s, struct fault *fault)
 {
     enum status status = make_state(&s->options, fault);
     if (!status)
+        status = lock_state(s, fault);
+    if (!status)
         status = make_device_and_model(s, fault);
     if (status)
         return status;
@@ -338,6 +360,7 @@ enum status stack_create(const struct stack_options *options, struct stack **out
     if (!s)
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory.");
     s->options = *options;
+    s->lock = -1;
     (void)snprintf(s->state_directory, sizeof s->state_directory, "%s", options->state_directory);
     s->options.state_directory = s->state_directory;
     enum status status = build(s, fault);
@@ -409,6 +432,8 @@ void stack_destroy(struct stack *stack)
     model_destroy(stack->model);
     if (stack->device)
         stack->device->table->destroy(stack->device);
+    if (stack->lock >= 0)
+        (void)close(stack->lock);
     free(stack);
 }
 
@@ -519,8 +544,9 @@ uint32_t stack_load_adapters(struct stack *stack)
         char name[ADAPTER_NAME_MAX + 16];
         size_t length = strlen(entry->d_name);
         if (length > 12 && !strcmp(entry->d_name + length - 12, ".adapter.new")) {
-            // A conversion that a kill interrupted.
-            (void)unlinkat(dirfd(directory), entry->d_name, 0);
+            // A conversion under way, or one that a kill interrupted.
+            if (stack->options.owns_state)
+                (void)unlinkat(dirfd(directory), entry->d_name, 0);
             continue;
         }
         if (length <= 8 || length >= sizeof name || strcmp(entry->d_name + length - 8, ".adapter"))

@@ -29,6 +29,7 @@ struct stack_options {
     double h2d_gbytes_per_s, d2h_gbytes_per_s, read_gbytes_per_s; // 0: as fast as it goes
     uint32_t link_latency_us;
     bool no_prefix_sharing;
+    bool owns_state; // a server: one per state directory, and it tidies what a kill left there
     struct engine_text_decoder decoder;
     void (*trace)(void *context, const char *line);
     void *trace_context;
