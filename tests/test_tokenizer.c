@@ -134,7 +134,7 @@ static struct tokenizer *load_file(const char *name)
 {
     char *json;
     size_t bytes;
-    struct tokenizer *t;
+    struct tokenizer *t = NULL;
     struct fault fault = {0};
     if (reader_slurp_in(DIRECTORY, name, 1 << 24, &json, &bytes, &fault) ||
         tokenizer_load(name, json, bytes, &t, &fault))
