@@ -288,7 +288,7 @@ static void run_attention(const struct fake_device *d, const struct attention_ar
                         "row %u (sequence %u, position %u) reads KV of position %u, layer %u, "
                         "which nobody wrote there\n",
                         r, a->sequence[r], a->position[r], p, a->layer);
-                CHECK(!"KV slot was not written");
+                CHECK(false);
             }
             sum += word;
         }
