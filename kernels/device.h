@@ -54,6 +54,7 @@ struct device_info {
 struct segment_result {
     bool missed;         // an expert was not resident
     uint32_t miss_layer; // at which MoE layer, when missed
+    enum status status;  // DEVICE: the segment failed; nothing it wrote can be trusted
 };
 
 // y[rows][n] (fp32) = x[rows][k] * W[n][k]^T (+ y when add). W is tile-major and contiguous.

@@ -109,6 +109,7 @@ struct command {
     struct span reads[SPANS], writes[SPANS];
     uint32_t read_count, write_count;
     uint32_t after;     // commands [0, after) must be complete
+    uint32_t parts;     // of gemm: tasks per row block
     uint32_t split;     // how tasks are counted: columns or chunks per row block, by operation
     uint32_t miss_layer; // of moe commands
     uint32_t tasks;
@@ -166,6 +167,17 @@ static inline size_t cpu__element(const struct cpu_stream *s)
 static inline size_t cpu__chunk_size(size_t rows, size_t chunks)
 {
     return round_up(div_up(rows, chunks), 6);
+}
+
+// Into how many tasks a row block is cut, so that few of them keep all threads busy to the end; never
+// below 32 KiB of weights.
+static inline uint32_t cpu__parts(const struct device *device, size_t blocks, size_t k_tiles)
+{
+    size_t enough = (size_t)16 * ((const struct cpu_device *)device)->info.threads;
+    uint32_t parts = 1;
+    while (parts < 4 && blocks * parts < enough && k_tiles * TILE_BYTES / parts >= 65536)
+        parts *= 2;
+    return parts;
 }
 
 // An act row: cols padded with zeros to whole tiles.

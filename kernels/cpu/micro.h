@@ -23,8 +23,8 @@ struct strip {
     size_t k_tiles;
     const uint8_t *const *x; // [tokens] act rows, padded with zeros to whole tiles
     uint32_t tokens;
-    uint32_t rows; // 1..64: rows of the block that are wanted
-    float *out;    // [tokens][64]
+    uint32_t first, rows; // rows of the block that are wanted; first: a multiple of 16
+    float *out;           // [tokens][64]; rows up to the next multiple of 16 may be written
 };
 
 // What depends on the compute dtype.

@@ -80,4 +80,10 @@ static inline void v_narrow(vf a, uint8_t *p)
     _mm_storeu_si128((__m128i *)(void *)p, _mm256_castsi256_si128(packed));
 }
 
+static inline void v_gate_up(const float *p, vf *gate, vf *up)
+{
+    *gate = (vf)_mm256_loadu_ps(p);
+    *up = (vf)_mm256_loadu_ps(p + 8);
+}
+
 #include "kernels/cpu/micro_body.h"

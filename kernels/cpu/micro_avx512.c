@@ -97,4 +97,11 @@ static inline void v_narrow(vf a, uint8_t *p)
     _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16((__m512i)h));
 }
 
+static inline void v_gate_up(const float *p, vf *gate, vf *up)
+{
+    __m512 a = _mm512_loadu_ps(p), b = _mm512_loadu_ps(p + 16);
+    *gate = (vf)_mm512_shuffle_f32x4(a, b, 0x44);
+    *up = (vf)_mm512_shuffle_f32x4(a, b, 0xee);
+}
+
 #include "kernels/cpu/micro_body.h"

@@ -4,7 +4,8 @@
 //   MICRO_ENTRY, types vf, vu, vi, and v_fma, v_spread (16 bytes to every 128-bit lane),
 //   v_fold_rows (one sum per 128-bit lane
 //   of 4 registers, in row order), v_fold, v_fold_group (all lanes; the same tree), v_raw_part
-//   (bytes, zero-filled), v_dot_bf16, v_widen (bf16 -> fp32), v_narrow (fp32 -> bf16).
+//   (bytes, zero-filled), v_dot_bf16, v_widen (bf16 -> fp32), v_narrow (fp32 -> bf16),
+//   v_gate_up (WIDTH gates and ups of an interleaved row).
 //
 // strip: a tile is 8 x 8 core matrices of 8 rows x 16 bytes; a register holds WIDTH / 4 weight rows x 16
 // bytes, and 16 bytes of a token are spread over its 128-bit lanes. Up to STREAM_T tokens (bound by memory):
@@ -85,17 +86,19 @@ INLINE vf v_dot(enum dtype d, vf acc, vu w, vu x)
     INLINE void stream_##T(enum dtype d, const struct strip *s, size_t token)                      \
     {                                                                                              \
         float sums[STRIP_BLOCKS][T][PER_CORE][WIDTH];                                              \
-        size_t blocks = div_up(s->rows, CORE_ROWS);                                                \
+        size_t begin = s->first / CORE_ROWS, end = begin + div_up(s->rows, CORE_ROWS);             \
+        size_t last = end - begin > STRIP_BLOCKS / 2 ? begin + STRIP_BLOCKS / 2 : begin;           \
         memset(sums, 0, sizeof sums);                                                              \
         for (size_t i = 0; i < s->k_tiles; i++) {                                                  \
             const uint8_t *x[T];                                                                   \
             UNROLL for (size_t t = 0; t < T; t++)                                                  \
                 x[t] = s->x[token + t] + i * TILE_ROW_BYTES;                                       \
-            for (size_t b = 0; b < blocks; b++) {                                                  \
+            for (size_t b = begin; b < end; b++) {                                                 \
                 const uint8_t *core = s->tiles[i] + b * STRIP_BLOCKS * CORE_BYTES;                 \
                 const uint8_t *ahead = s->tiles[i + 1] + b * STRIP_BLOCKS * CORE_BYTES;            \
-                if (T > 1 && b % (STRIP_BLOCKS / 2) == 0) {                                        \
-                    const uint8_t *page = b ? s->tiles[i + 1] : s->tiles[i] + TILE_BYTES / 2;      \
+                if (T > 1 && (b == begin || b == last)) {                                          \
+                    const uint8_t *page = b < last ? s->tiles[i] + TILE_BYTES / 2                  \
+                                                   : s->tiles[i + 1] + s->first * TILE_ROW_BYTES;  \
                     PAGE_BEGIN(page);                                                              \
                 }                                                                                  \
                 vf acc[T][PER_CORE];                                                               \
@@ -124,7 +127,7 @@ INLINE vf v_dot(enum dtype d, vf acc, vu w, vu x)
             }                                                                                      \
         }                                                                                          \
         for (size_t t = 0; t < T; t++)                                                             \
-            for (size_t v = 0; v < blocks * PER_CORE; v += 4) {                                    \
+            for (size_t v = begin * PER_CORE; v < end * PER_CORE; v += 4) {                        \
                 vf four[4];                                                                        \
                 UNROLL for (size_t j = 0; j < 4; j++)                                              \
                     four[j] = v_load(sums[(v + j) / PER_CORE][t][(v + j) % PER_CORE]);             \
@@ -197,10 +200,10 @@ INLINE void strip_blocks(enum dtype d, const struct strip *s)
 {
     const size_t lines = WIDTH * TILE_ROW_BYTES / 64; // of WIDTH rows of a tile
     size_t share = div_up(lines, div_up(s->tokens, BLOCK_T));
-    for (size_t r = 0; r < s->rows; r += WIDTH) {
-        bool last = r + WIDTH >= s->rows;
+    for (size_t r = s->first; r < s->first + s->rows; r += WIDTH) {
+        bool last = r + WIDTH >= s->first + s->rows;
         const uint8_t *const *after = last ? s->tiles + s->k_tiles : s->tiles;
-        size_t base = last ? 0 : (r + WIDTH) * TILE_ROW_BYTES, line = 0;
+        size_t base = (last ? s->first : r + WIDTH) * TILE_ROW_BYTES, line = 0;
         for (size_t t = 0, n; t < s->tokens; t += n, line += share)
             switch (n = group_next(s->tokens - t, BLOCK_T)) {
                 CASE_BLOCK(4)
@@ -491,20 +494,27 @@ static void axpy_f32(float *y, const float *x, float a, size_t n)
     }
 }
 
+INLINE vf v_silu_mul(vf gate, vf up)
+{
+    return gate / (v_exp(-gate) + 1.0f) * up;
+}
+
 static void swiglu_f32(const float *gate_up, float *out, size_t units)
 {
-    for (size_t u = 0; u < units; u += 16) {
-        float gate[16] = {0}, up[16] = {0};
-        size_t n = min_size(units - u, 16);
-        for (size_t b = 0; b < n; b += 8) {
-            memcpy(gate + b, gate_up + (u + b) * 2, 8 * sizeof(float));
-            memcpy(up + b, gate_up + (u + b) * 2 + 8, 8 * sizeof(float));
+    const size_t step = WIDTH > 8 ? WIDTH : 8; // a whole block of 8 at least
+    vf gate, up;
+    size_t u = 0;
+    for (; u + step <= units; u += step)
+        for (size_t i = 0; i < step; i += WIDTH) {
+            v_gate_up(gate_up + u * 2 + i, &gate, &up);
+            v_store(out + u + i, v_silu_mul(gate, up));
         }
-        for (size_t i = 0; i < 16; i += WIDTH) {
-            vf g = v_load(gate + i);
-            v_store(gate + i, g / (v_exp(-g) + 1.0f) * v_load(up + i));
-        }
-        memcpy(out + u, gate, n * sizeof(float));
+    if (u < units) { // the last block of 8 of a register of 16
+        float part[32] = {0}, result[16];
+        memcpy(part, gate_up + u * 2, 16 * sizeof(float));
+        v_gate_up(part, &gate, &up);
+        v_store(result, v_silu_mul(gate, up));
+        memcpy(out + u, result, 8 * sizeof(float));
     }
 }
 

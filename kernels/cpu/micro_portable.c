@@ -72,4 +72,10 @@ static inline void v_narrow(vf a, uint8_t *p)
     memcpy(p, h, 8);
 }
 
+static inline void v_gate_up(const float *p, vf *gate, vf *up)
+{
+    memcpy(gate, p, sizeof *gate);
+    memcpy(up, p + 8, sizeof *up);
+}
+
 #include "kernels/cpu/micro_body.h"

@@ -292,7 +292,8 @@ static void stream_retire(struct cpu_stream *s, struct segment_result *result)
             relax();
     s->count = s->fence = 0;
     if (result)
-        *result = (struct segment_result){s->missed, s->missed ? s->miss_layer : 0};
+        *result = (struct segment_result){.missed = s->missed,
+                                          .miss_layer = s->missed ? s->miss_layer : 0};
     s->missed = false;
 }
 
