@@ -159,21 +159,38 @@ static bool take_request(struct engine *e, const struct engine_request *r, size_
     return true;
 }
 
+enum status engine_register_adapter(struct engine *engine, const char *name,
+                                    const char *store_path, uint32_t owner, struct fault *fault)
+{
+    const struct engine_options *o = &engine->options;
+    adapter_id id;
+    // Owners beyond the tenants stand for the operator, who shares a number with the base model.
+    if (owner > o->tenants_max)
+        owner = o->tenants_max;
+    enum status status = adapter_register(o->adapters, name, store_path, owner, &id, fault);
+    if (status)
+        return status;
+    uint32_t rank = adapter_rank_max(o->adapters, id);
+    if (rank <= o->rank_max)
+        return STATUS_OK;
+    status = adapter_remove(o->adapters, name);
+    CHECK(!status);
+    return fault_set(fault, STATUS_LIMIT, "The adapter has rank %u; this server takes up to %u "
+                                          "(--max-lora-rank).", rank, o->rank_max);
+}
+
 static bool take_adapter(struct engine *e, const struct engine_adapter_command *c, size_t bytes)
 {
     struct fault fault = {.text = ""};
     enum status status = STATUS_INVALID;
     if (bytes < sizeof *c)
         return true;
-    adapter_id id;
-    // Owners beyond the tenants stand for the operator, who shares a number with the base model.
-    uint32_t owner = c->owner < e->options.tenants_max ? c->owner : e->options.tenants_max;
     if (ring_room(e->options.port->events) < sizeof(struct engine_reply) + 16)
         return false;
     if (!e->options.adapters)
         status = fault_set(&fault, STATUS_UNSUPPORTED, "This server was started without adapters.");
     else if (c->kind == ENGINE_ADAPTER_ADD)
-        status = adapter_register(e->options.adapters, c->name, c->store_path, owner, &id, &fault);
+        status = engine_register_adapter(e, c->name, c->store_path, c->owner, &fault);
     else
         status = adapter_remove(e->options.adapters, c->name);
     if (status == STATUS_NOT_FOUND)

@@ -87,6 +87,11 @@ const float *engine_logits(const struct engine *engine, uint32_t index);
 // Pairs per expert of the step that ran last, [MoE layers][experts]; NULL for a dense model. Likewise.
 const uint32_t *engine_need(const struct engine *engine);
 
+// Registers a store file, refusing ranks above rank_max with LIMIT. Engine thread.
+MUST_USE enum status engine_register_adapter(struct engine *engine, const char *name,
+                                             const char *store_path, uint32_t owner,
+                                             struct fault *fault);
+
 struct engine_counters {
     uint64_t steps, segments, gate_misses, pauses, swaps_out, swaps_in, drops;
     uint64_t rows;                          // rows of finished steps

@@ -526,11 +526,10 @@ enum status stack_add_adapter(struct stack *stack, const char *name, const char 
                               struct adapter_report *report, struct fault *fault)
 {
     char path[ENGINE_PATH];
-    adapter_id id;
     enum status status =
         stack_convert_adapter(stack, name, directory, path, sizeof path, report, fault);
     if (!status)
-        status = adapter_register(stack->adapters, name, path, stack->options.tenants_max, &id, fault);
+        status = engine_register_adapter(stack->engine, name, path, stack->options.tenants_max, fault);
     return status;
 }
 
@@ -560,7 +559,7 @@ uint32_t stack_load_adapters(struct stack *stack)
         if (adapter_name_is_valid(name) && !adapter_find(stack->adapters, name, &id))
             continue; // the command line has just converted it
         if (!adapter_name_is_valid(name) ||
-            adapter_register(stack->adapters, name, path, stack->options.tenants_max, &id, &fault))
+            engine_register_adapter(stack->engine, name, path, stack->options.tenants_max, &fault))
             log_line(LOG_WARN, "the adapter store %s was left alone: %s", path, fault.text);
         else
             count++;

@@ -471,6 +471,8 @@ static bool advance_flight(struct engine *e, struct step *step)
         status = e->table->wait(e->stream, &result);
     else if (!e->table->poll(e->stream, &result))
         return false;
+    if (!status)
+        status = result.status;
     if (status) {
         pool_epoch_retire(e->options.pool, step->epoch);
         copies_retired(e);
