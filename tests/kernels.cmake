@@ -1,4 +1,5 @@
 polder_test(test_tile LIBS polder_kernels LABELS fast)
-foreach(part dense attention lora moe sample stream)
-    polder_test(test_kernels_${part} SOURCES test_kernels_rig.c test_kernels_adapters.c LIBS polder_kernels LABELS fast)
+foreach(name test_kernels_dense test_kernels_attention test_kernels_lora test_kernels_moe test_kernels_sample
+        test_kernels_stream)
+    polder_test(${name} SOURCES test_kernels_rig.c test_kernels_adapters.c LIBS polder_kernels LABELS fast)
 endforeach()

@@ -146,7 +146,7 @@ static void test_kernels_poll_finishes_without_wait(void **state)
         struct rig rig;
         rig_open(&rig, NULL, DTYPE_BF16, threads);
         uint8_t *memory = rig_alloc(&rig, 3 << 20);
-        struct segment_result result = {true, 7};
+        struct segment_result result = {.missed = true, .miss_layer = 7};
         assert_true(rig.table->poll(rig.stream, &result)); // nothing in flight
         assert_false(result.missed);
         for (int round = 0; round < 200; round++) {
