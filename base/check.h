@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CHECK is for bugs and stays on in release builds: a broken invariant must not serve wrong answers.
-// Expected trouble (full, bad file, lost device) is a status instead.
+// CHECK is for bugs and stays on in release builds: a broken invariant must not serve wrong
+// answers. Expected trouble (full, bad file, lost device) is a status instead.
 #ifndef POLDER_BASE_CHECK_H
 #define POLDER_BASE_CHECK_H
 

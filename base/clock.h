@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Time is passed in: everything above base takes a `struct clock`, so that the simulator can own time.
+// Time is passed in: everything above base takes a `struct clock`, so that the simulator can own
+// time.
 #ifndef POLDER_BASE_CLOCK_H
 #define POLDER_BASE_CLOCK_H
 

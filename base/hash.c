@@ -51,7 +51,8 @@ bool digest_from_hex(const char *hex, struct digest *out)
 {
     size_t length = 0;
     return strlen(hex) == 2 * DIGEST_BYTES &&
-           sodium_hex2bin(out->bytes, DIGEST_BYTES, hex, 2 * DIGEST_BYTES, NULL, &length, NULL) == 0 &&
+           sodium_hex2bin(out->bytes, DIGEST_BYTES, hex, 2 * DIGEST_BYTES, NULL, &length, NULL) ==
+               0 &&
            length == DIGEST_BYTES;
 }
 

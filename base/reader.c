@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Files are opened through openat2(RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS) where the kernel has it, so
-// that a name out of an index file or a request cannot leave its directory; names are checked first, so
-// that an old kernel is safe as well.
+// Files are opened through openat2(RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS) where the kernel has
+// it, so that a name out of an index file or a request cannot leave its directory; names are
+// checked first, so that an old kernel is safe as well.
 #include "base/reader.h"
 
 #include <errno.h>
@@ -63,7 +63,7 @@ static enum status wrap(int descriptor, const char *name, struct reader **out, s
 
 static enum status open_fault(const char *name, struct fault *fault)
 {
-    enum status status = errno == ENOENT ? STATUS_NOT_FOUND
+    enum status status = errno == ENOENT                    ? STATUS_NOT_FOUND
                          : errno == EXDEV || errno == ELOOP ? STATUS_INVALID
                                                             : STATUS_IO;
     return fault_set(fault, status, "cannot open %s: %s.", name, strerror(errno));

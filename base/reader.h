@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The storage seam: positioned reads from an open file. The real one is pread on a descriptor that
-// stays open (a file replaced while serving does not change what we read); the simulator has a fake.
+// stays open (a file replaced while serving does not change what we read); the simulator has a
+// fake.
 #ifndef POLDER_BASE_READER_H
 #define POLDER_BASE_READER_H
 
@@ -18,7 +19,8 @@ struct reader {
 
 // Opens a regular file read-only. The caller closes with reader_close.
 MUST_USE enum status reader_open(const char *path, struct reader **out, struct fault *fault);
-// The same, `name` being confined to the directory (no "..", no absolute path, no symlink leaving it).
+// The same, `name` being confined to the directory (no "..", no absolute path, no symlink leaving
+// it).
 MUST_USE enum status reader_open_in(const char *directory, const char *name, struct reader **out,
                                     struct fault *fault);
 MUST_USE enum status reader_read(struct reader *reader, uint64_t offset, void *out, size_t bytes);

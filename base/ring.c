@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Records are stored as {u32 length, payload, padding to 8}. A record never wraps: when the tail of the
-// buffer is too short, a skip mark (length 0xffffffff) sends the consumer to the start.
-// Invariants: 1. head and tail only grow; tail - head <= capacity. 2. the producer alone writes tail, the
-// consumer alone writes head. 3. a record becomes visible by the release store of tail.
+// Records are stored as {u32 length, payload, padding to 8}. A record never wraps: when the tail of
+// the buffer is too short, a skip mark (length 0xffffffff) sends the consumer to the start.
+// Invariants: 1. head and tail only grow; tail - head <= capacity. 2. the producer alone writes
+// tail, the consumer alone writes head. 3. a record becomes visible by the release store of tail.
 #include "base/ring.h"
 
 #include <stdatomic.h>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A bounded single-producer single-consumer queue of byte records: the only way server threads and the
-// engine talk. Records are plain structs without pointers, so that the engine can later live in another
-// process. One producer thread, one consumer thread; no locks, no allocation after creation.
+// A bounded single-producer single-consumer queue of byte records: the only way server threads and
+// the engine talk. Records are plain structs without pointers, so that the engine can later live in
+// another process. One producer thread, one consumer thread; no locks, no allocation after
+// creation.
 #ifndef POLDER_BASE_RING_H
 #define POLDER_BASE_RING_H
 
@@ -21,8 +22,8 @@ void ring_destroy(struct ring *ring);
 MUST_USE enum status ring_push(struct ring *ring, const void *record, size_t bytes);
 // Producer: bytes that a single record may have right now.
 size_t ring_room(const struct ring *ring);
-// Producer: free bytes in all. Several records fit when the sum of their bytes + 16, and the largest once
-// more (a record never wraps), is at most this.
+// Producer: free bytes in all. Several records fit when the sum of their bytes + 16, and the
+// largest once more (a record never wraps), is at most this.
 size_t ring_free(const struct ring *ring);
 
 // Consumer: the oldest record, valid until ring_pop; false when empty.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// One status type for the whole project. 0 is success everywhere; every function that can fail returns
-// `enum status`, and its results leave by the last parameters. `struct fault` carries the sentence for
-// the person who has to act: what was wrong, where, and what to do.
+// One status type for the whole project. 0 is success everywhere; every function that can fail
+// returns `enum status`, and its results leave by the last parameters. `struct fault` carries the
+// sentence for the person who has to act: what was wrong, where, and what to do.
 #ifndef POLDER_BASE_STATUS_H
 #define POLDER_BASE_STATUS_H
 

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whole steps on the CPU device, on a random Qwen3-MoE-shaped model: decode at several batch sizes, prefill.
+// Whole steps on the CPU device, on a random Qwen3-MoE-shaped model: decode at several batch sizes,
+// prefill.
 //
 //   bench_step_cpu MODEL STATE [SECONDS [BATCH]]
 //
-// Ceilings of the same run: read bandwidth of all threads over the expert store's bytes in the pool, and the
-// bf16 dot-product peak of all threads (registers only). Roofline time of a decode step: bytes of the distinct
-// experts it used, other weights and KV read, over the bandwidth; of a prefill: operations over the peak.
-// The answer is checked first: batch 1 and batch 8 give the same tokens for the same prompt.
+// Ceilings of the same run: read bandwidth of all threads over the expert store's bytes in the
+// pool, and the bf16 dot-product peak of all threads (registers only). Roofline time of a decode
+// step: bytes of the distinct experts it used, other weights and KV read, over the bandwidth; of a
+// prefill: operations over the peak. The answer is checked first: batch 1 and batch 8 give the same
+// tokens for the same prompt.
 #include <math.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -80,7 +82,8 @@ static void *read_plain(void *argument)
 }
 
 #if defined(__x86_64__)
-// Four streams of full cache lines with a software prefetch: the fastest reader found on this kind of core.
+// Four streams of full cache lines with a software prefetch: the fastest reader found on this kind
+// of core.
 __attribute__((target("avx512f"))) static void *read_wide(void *argument)
 {
     struct reading *r = argument;
@@ -247,7 +250,8 @@ static void run_out(struct bench *b)
 static double static_bytes(const struct model_config *c)
 {
     double q = (double)c->heads * c->head_dim, kv = (double)c->kv_heads * c->head_dim;
-    double layer = (q + 2 * kv) * c->hidden * 2 + q * c->hidden * 2 + (double)c->experts * c->hidden * 4;
+    double layer =
+        (q + 2 * kv) * c->hidden * 2 + q * c->hidden * 2 + (double)c->experts * c->hidden * 4;
     if (!c->experts)
         layer += 3.0 * c->intermediate * c->hidden * 2;
     return layer * c->layers + (double)c->vocab * c->hidden * 2;
@@ -291,7 +295,8 @@ static void bench_decode(struct bench *b, uint32_t batch, uint32_t context)
         if (steps_of(b) - rows == batch)
             break;
     }
-    for (double end = now_s() + b->seconds; now_s() < end && steps < 400 && b->open == batch; steps++) {
+    for (double end = now_s() + b->seconds; now_s() < end && steps < 400 && b->open == batch;
+         steps++) {
         times[steps] = one_step(b);
         double bytes = static_bytes(c) + kv_bytes(c, batch, context + steps) +
                        (double)distinct_experts(b) * expert_bytes(c);
@@ -300,12 +305,13 @@ static void bench_decode(struct bench *b, uint32_t batch, uint32_t context)
     }
     run_out(b);
     double mid = median(times, steps);
-    (void)printf("{\"bench\":\"step_decode\",\"batch\":%u,\"context\":%u,\"steps\":%u,\"step_ms\":%.3f,"
-                 "\"tokens_per_s\":%.1f,\"distinct_experts_per_layer\":%.1f,"
-                 "\"read_gbytes_per_s\":%.2f,\"roofline_over_measured\":%.3f}\n",
-                 batch, context, steps, mid * 1e3, batch / mid,
-                 c->experts ? experts / steps / b->model->expert_shape.layers : 0.0,
-                 b->read_gbytes_per_s, median(ratios, steps));
+    (void)printf(
+        "{\"bench\":\"step_decode\",\"batch\":%u,\"context\":%u,\"steps\":%u,\"step_ms\":%.3f,"
+        "\"tokens_per_s\":%.1f,\"distinct_experts_per_layer\":%.1f,"
+        "\"read_gbytes_per_s\":%.2f,\"roofline_over_measured\":%.3f}\n",
+        batch, context, steps, mid * 1e3, batch / mid,
+        c->experts ? experts / steps / b->model->expert_shape.layers : 0.0, b->read_gbytes_per_s,
+        median(ratios, steps));
     (void)fflush(stdout);
 }
 
@@ -316,7 +322,8 @@ static double prefill_flops(const struct model_config *c, double tokens)
                    (c->experts ? (double)c->top_k * 3 * c->moe_intermediate * c->hidden +
                                      (double)c->experts * c->hidden
                                : 3.0 * c->intermediate * c->hidden);
-    return 2 * c->layers * (tokens * token + tokens * tokens * q); // causal: half of 2 x q x tokens^2 x 2
+    return 2 * c->layers *
+           (tokens * token + tokens * tokens * q); // causal: half of 2 x q x tokens^2 x 2
 }
 
 static void bench_prefill(struct bench *b, uint32_t tokens)
@@ -363,7 +370,8 @@ int main(int count, char **arguments)
     b.model = stack_model(b.stack);
     char line[400];
     stack_describe(b.stack, line, sizeof line);
-    (void)printf("{\"bench\":\"machine\",\"device\":\"%s\",\"read_gbytes_per_s\":%.2f,\"peak_gflops\":%.1f}\n",
+    (void)printf("{\"bench\":\"machine\",\"device\":\"%s\",\"read_gbytes_per_s\":%.2f,\"peak_"
+                 "gflops\":%.1f}\n",
                  line, b.read_gbytes_per_s, b.peak_gflops);
     while (engine_turn(stack_engine(b.stack)) != ENGINE_IDLE)
         (void)usleep(50); // until every expert is resident

@@ -10,7 +10,7 @@ enum { DRIVER_TOKENS_MAX = 4096, DRIVER_REQUESTS_MAX = 512 };
 struct driver_ask {
     const int32_t *prompt;
     uint32_t prompt_tokens, max_tokens, tenant, class;
-    const char *adapter; // NULL: base
+    const char *adapter;      // NULL: base
     float temperature, top_p; // top_p 0 means 1
     uint32_t top_k;
     uint64_t seed;

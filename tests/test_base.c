@@ -134,7 +134,8 @@ static void test_reader_stays_in_its_directory(void **state)
     assert_int_equal(reader_read(reader, 1, text, 5), STATUS_IO);
     assert_int_equal(reader_read(reader, UINT64_MAX, text, 5), STATUS_IO);
     reader_close(reader);
-    const char *bad[] = {"../inside", "/etc/passwd", "a/../../etc/passwd", "", "link", "..", "a//b"};
+    const char *bad[] = {"../inside", "/etc/passwd", "a/../../etc/passwd", "", "link",
+                         "..",        "a//b"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         assert_int_not_equal(reader_open_in(directory, bad[i], &reader, &fault), STATUS_OK);
     (void)unlink(link);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The whole engine on the CPU device with a small random MoE: the same tokens, bit for bit, whatever
-// happens to the step: neighbours, chunks, forced leaving, a tiny pool, swapping, shared prefixes.
+// The whole engine on the CPU device with a small random MoE: the same tokens, bit for bit,
+// whatever happens to the step: neighbours, chunks, forced leaving, a tiny pool, swapping, shared
+// prefixes.
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -62,10 +63,9 @@ static void compare(const struct driver_answer *got, const struct driver_answer 
 
 static int make_fixture(void **state)
 {
-    static const char *const shape[] = {"hidden=96",    "layers=4",  "heads=4",
-                                        "kv_heads=2",   "head_dim=16", "vocab=500",
-                                        "experts=12",   "top_k=3",   "moe_intermediate=40",
-                                        "max_positions=512"};
+    static const char *const shape[] = {
+        "hidden=96", "layers=4",   "heads=4", "kv_heads=2",          "head_dim=16",
+        "vocab=500", "experts=12", "top_k=3", "moe_intermediate=40", "max_positions=512"};
     struct fixture *f = calloc(1, sizeof *f);
     struct rng rng = {.seed = 11};
     driver_make_model(f->model, sizeof f->model, "tiny", shape, sizeof shape / sizeof *shape, 5);
@@ -103,7 +103,8 @@ static int drop_fixture(void **state)
 }
 
 // All requests at once under the given options; every answer must be the truth.
-static struct engine_counters check_all(const struct fixture *f, const struct stack_options *options)
+static struct engine_counters check_all(const struct fixture *f,
+                                        const struct stack_options *options)
 {
     struct driver *d = driver_create(options);
     uint64_t ids[REQUESTS];
@@ -195,11 +196,12 @@ static void test_engine_tiny_pool_changes_nothing(void **state)
     o.host_bytes = 64 * 32768;
     struct engine_counters c = check_all(f, &o);
     assert_true(c.gate_misses > 0);
-    (void)printf("pool of %llu pages for %llu pages of experts: %llu gate misses, %llu swaps out, %llu "
-                 "drops\n",
-                 (unsigned long long)(o.pool_bytes / 32768), (unsigned long long)experts,
-                 (unsigned long long)c.gate_misses, (unsigned long long)c.swaps_out,
-                 (unsigned long long)c.drops);
+    (void)printf(
+        "pool of %llu pages for %llu pages of experts: %llu gate misses, %llu swaps out, %llu "
+        "drops\n",
+        (unsigned long long)(o.pool_bytes / 32768), (unsigned long long)experts,
+        (unsigned long long)c.gate_misses, (unsigned long long)c.swaps_out,
+        (unsigned long long)c.drops);
 }
 
 static void test_engine_shared_prefixes_change_nothing(void **state)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bundled model with all its adapters: mixed batches, a pool in which KV, adapters and experts push one
-// another out, swapping. The truth is each request alone in a pool where everything fits.
+// The bundled model with all its adapters: mixed batches, a pool in which KV, adapters and experts
+// push one another out, swapping. The truth is each request alone in a pool where everything fits.
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -155,8 +155,9 @@ static void print_trade(const struct pool_stats *p)
     }
 }
 
-// 768 pages of experts, about 600 of adapters, up to 2,000 of KV wanted: far more than the pool. The same
-// load twice; what it computed must be the truth both times, and every kind takes pages from every other.
+// 768 pages of experts, about 600 of adapters, up to 2,000 of KV wanted: far more than the pool.
+// The same load twice; what it computed must be the truth both times, and every kind takes pages
+// from every other.
 static void test_engine_demo_kinds_trade_pages(void **state)
 {
     struct stack_options o = options_of(*state);

@@ -3,7 +3,8 @@
 //
 //   float32 path   logits within 1e-4 of transformers' float32, relative to the largest logit
 //   as shipped     error at most twice that of transformers' own bfloat16
-//   adapters       float32 path within 1e-4 of transformers + PEFT in float32, each alone and all in one batch
+//   adapters       float32 path within 1e-4 of transformers + PEFT in float32, each alone and all
+//   in one batch
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -117,9 +118,10 @@ static void check_model(const char *name)
     d = open_model(directory, state, DTYPE_BF16);
     struct error shipped = check_sequences(d, &golden);
     driver_destroy(d);
-    (void)printf("%-16s float32 %.1e of the largest; bf16 %.2e, transformers' own bf16 %.2e (%.2fx)\n",
-                 name, exact.worst / exact.largest, shipped.worst / shipped.largest,
-                 shipped.theirs / shipped.largest, shipped.worst / shipped.theirs);
+    (void)printf(
+        "%-16s float32 %.1e of the largest; bf16 %.2e, transformers' own bf16 %.2e (%.2fx)\n", name,
+        exact.worst / exact.largest, shipped.worst / shipped.largest,
+        shipped.theirs / shipped.largest, shipped.worst / shipped.theirs);
     assert_true(exact.worst <= 1e-4 * exact.largest);
     assert_true(shipped.worst <= 2.0 * shipped.theirs);
     golden_clear(&golden);
@@ -132,7 +134,7 @@ static void test_goldens_models(void **state)
     int count = 0;
     DIR *list = opendir(MODELS);
     assert_non_null(list);
-    for (struct dirent *entry; (entry = readdir(list)); ) {
+    for (struct dirent *entry; (entry = readdir(list));) {
         if (entry->d_name[0] == '.')
             continue;
         check_model(entry->d_name);
@@ -156,7 +158,8 @@ static void open_case(struct adapter_case *c, const char *name)
     struct fault fault;
     (void)snprintf(directory, sizeof directory, "%s/%s", ADAPTERS, name);
     (void)snprintf(c->name, sizeof c->name, "%s", name);
-    assert_int_equal(reader_open_in(directory, "golden.safetensors", &c->reader, &fault), STATUS_OK);
+    assert_int_equal(reader_open_in(directory, "golden.safetensors", &c->reader, &fault),
+                     STATUS_OK);
     assert_int_equal(safetensors_open(c->reader, name, &c->golden, &fault), STATUS_OK);
     const char *base = safetensors_metadata(c->golden, "base");
     assert_non_null(base);
@@ -195,9 +198,11 @@ static struct error check_case(struct driver *d, const struct adapter_case *c)
         uint32_t vocab = (uint32_t)(t->elements / tokens);
         float *want = malloc(t->elements * sizeof *want);
         assert_non_null(want);
-        assert_int_equal(safetensors_read_f32(c->golden, t, 0, want, t->elements, &fault), STATUS_OK);
+        assert_int_equal(safetensors_read_f32(c->golden, t, 0, want, t->elements, &fault),
+                         STATUS_OK);
         for (uint32_t i = 0; i < tokens; i++)
-            add_row(&e, logits_after(d, token, i + 1, c->name), want + (size_t)i * vocab, NULL, vocab);
+            add_row(&e, logits_after(d, token, i + 1, c->name), want + (size_t)i * vocab, NULL,
+                    vocab);
         free(want);
     }
     return e;
@@ -254,8 +259,8 @@ static void check_base(struct adapter_case *cases, int count, const char *base)
             (void)fprintf(stderr, "%s: %s\n", cases[i].name, fault.text);
         assert_int_equal(fault.text[0], 0);
         struct error e = check_case(d, &cases[i]);
-        (void)printf("%-24s on %-20s %.1e of the largest; %s, applied to %u of %u\n", cases[i].name, base,
-                     e.worst / e.largest, report.layout, report.matrices_applied,
+        (void)printf("%-24s on %-20s %.1e of the largest; %s, applied to %u of %u\n", cases[i].name,
+                     base, e.worst / e.largest, report.layout, report.matrices_applied,
                      report.matrices_possible);
         assert_true(e.worst <= 1e-4 * e.largest);
         mine[n++] = i;
@@ -274,7 +279,7 @@ static void test_goldens_adapters(void **state)
     int count = 0, base_count = 0;
     DIR *list = opendir(ADAPTERS);
     assert_non_null(list);
-    for (struct dirent *entry; (entry = readdir(list)) && count < CASES_MAX; ) {
+    for (struct dirent *entry; (entry = readdir(list)) && count < CASES_MAX;) {
         if (!strncmp(entry->d_name, "base-", 5))
             (void)snprintf(bases[base_count++], sizeof bases[0], "%.60s", entry->d_name);
         else if (entry->d_name[0] != '.')

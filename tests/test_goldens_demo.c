@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bundled model, base and every adapter, against transformers and PEFT (tests/golden/demo, format in
-// tools/demo_model/make_goldens.py): logits of the float32 path within 1e-4 of the largest, the same greedy
-// tokens; as shipped, an error of at most twice that of transformers' own bfloat16.
+// The bundled model, base and every adapter, against transformers and PEFT (tests/golden/demo,
+// format in tools/demo_model/make_goldens.py): logits of the float32 path within 1e-4 of the
+// largest, the same greedy tokens; as shipped, an error of at most twice that of transformers' own
+// bfloat16.
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -180,7 +181,8 @@ static struct driver *open_demo(const char *state, enum dtype dtype)
         (void)snprintf(path, sizeof path, "%s/adapters/%s", MODEL, entry->d_name);
         if (entry->d_name[0] == '.')
             continue;
-        assert_int_equal(stack_add_adapter(d->stack, entry->d_name, path, &report, &fault), STATUS_OK);
+        assert_int_equal(stack_add_adapter(d->stack, entry->d_name, path, &report, &fault),
+                         STATUS_OK);
     }
     (void)closedir(list);
     return d;
@@ -201,11 +203,12 @@ static void test_goldens_demo_base_and_every_adapter(void **state)
             continue;
         struct sums exact = check_file(f32, entry->d_name, true);
         struct sums shipped = check_file(bf16, entry->d_name, false);
-        (void)printf("%-24s float32 %.1e of the largest, argmax %u of %u; bf16 %.2e, transformers' own "
-                     "bf16 %.2e (%.2fx)\n",
-                     entry->d_name, exact.worst / exact.largest, exact.argmax_same, exact.points,
-                     shipped.worst / shipped.largest, shipped.theirs / shipped.largest,
-                     shipped.worst / shipped.theirs);
+        (void)printf(
+            "%-24s float32 %.1e of the largest, argmax %u of %u; bf16 %.2e, transformers' own "
+            "bf16 %.2e (%.2fx)\n",
+            entry->d_name, exact.worst / exact.largest, exact.argmax_same, exact.points,
+            shipped.worst / shipped.largest, shipped.theirs / shipped.largest,
+            shipped.worst / shipped.theirs);
         assert_true(exact.worst <= 1e-4 * exact.largest);
         assert_int_equal(exact.argmax_same, exact.points);
         assert_true(shipped.worst <= 2.0 * shipped.theirs);

@@ -47,7 +47,8 @@ static void adapter_make(struct adapters *l, uint32_t number, uint32_t rank, uin
     l->plain[number] = rig_alloc(l->rig, pairs * sizeof *l->plain[number]);
     for (uint32_t i = 0; i < pairs; i++) {
         uint32_t module = i / l->experts % LORA_MODULES, layer = i / l->experts / LORA_MODULES;
-        bool down = module == LORA_DOWN, absent = layer != 1 || (pairs > 14 && random_below(5) == 0);
+        bool down = module == LORA_DOWN,
+             absent = layer != 1 || (pairs > 14 && random_below(5) == 0);
         struct plain_pair *p = &l->plain[number][i];
         p->rank = absent ? 0 : rank > 4 && random_below(3) == 0 ? rank / 2 : rank;
         p->scale = 0.25f + (float)number;
@@ -117,6 +118,6 @@ const struct plain_pair *adapters_pair(const struct adapters *l, uint32_t row, u
     uint32_t adapter = adapters_of(l, row);
     if (adapter == 0xffffffff)
         return NULL;
-    return &l->plain[adapter][(layer * LORA_MODULES + module) * l->experts +
-                              (l->experts > 1 ? expert : 0)];
+    return &l->plain[adapter]
+                    [(layer * LORA_MODULES + module) * l->experts + (l->experts > 1 ? expert : 0)];
 }

@@ -25,9 +25,9 @@ struct adapters {
     uint32_t *slots, slot_count;
 };
 
-// Adapters of the given ranks (0: an adapter with nothing). Modules LORA_GATE, LORA_UP map hidden to
-// intermediate, LORA_DOWN back; d_in and d_out for all others. Here gate and up are d_in x d_out and down
-// is d_out x d_in. Some (module, expert) are absent, ranks differ by module.
+// Adapters of the given ranks (0: an adapter with nothing). Modules LORA_GATE, LORA_UP map hidden
+// to intermediate, LORA_DOWN back; d_in and d_out for all others. Here gate and up are d_in x d_out
+// and down is d_out x d_in. Some (module, expert) are absent, ranks differ by module.
 void adapters_make(struct adapters *l, struct rig *rig, const uint32_t *ranks, uint32_t count,
                    uint32_t layers, uint32_t experts, uint32_t d_in, uint32_t d_out,
                    size_t page_bytes);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// qk_norm_rope_kv and paged attention against double precision: scattered pages, everything else in the
-// arena poisoned with NaN.
+// qk_norm_rope_kv and paged attention against double precision: scattered pages, everything else in
+// the arena poisoned with NaN.
 #include "tests/test_kernels_rig.h"
 
 struct world {
@@ -39,8 +39,9 @@ static uint8_t *kv_at(const struct world *w, uint32_t layer, uint32_t sequence, 
 {
     const struct kv_shape *s = &w->kv.shape;
     size_t element = dtype_bytes(w->rig->dtype);
-    size_t at = ((size_t)sequence * w->kv.blocks_max + position / s->block_tokens) *
-                    s->pages_per_block + layer / s->layers_per_page;
+    size_t at =
+        ((size_t)sequence * w->kv.blocks_max + position / s->block_tokens) * s->pages_per_block +
+        layer / s->layers_per_page;
     return w->kv.arena + w->pages[at] * w->kv.page_bytes +
            layer % s->layers_per_page * s->part_bytes +
            (((size_t)value * s->kv_heads + head) * s->block_tokens + position % s->block_tokens) *
@@ -136,11 +137,12 @@ static void attention_case(struct rig *rig, const struct attention_shape *a)
 {
     struct world w;
     uint32_t heads = a->kv_heads * a->group, stride = heads * a->dim + 7;
-    world_make(&w, rig, 2, a->context, (struct kv_shape){.layers = a->layers,
-                                                        .kv_heads = a->kv_heads,
-                                                        .head_dim = a->dim,
-                                                        .block_tokens = a->block,
-                                                        .layers_per_page = a->per_page},
+    world_make(&w, rig, 2, a->context,
+               (struct kv_shape){.layers = a->layers,
+                                 .kv_heads = a->kv_heads,
+                                 .head_dim = a->dim,
+                                 .block_tokens = a->block,
+                                 .layers_per_page = a->per_page},
                heads);
     uint32_t layer = a->layers - 1, rows = a->rows, sequence[300], position[300];
     kv_fill(&w, layer, 0, a->context);
@@ -174,8 +176,8 @@ static void test_kernels_attention_matches_double(void **state)
     rig_each("attention", attention_all);
 }
 
-// The same rows alone, in one chunk, in chunks of any size: the same bits. The future of a sequence (here:
-// NaN behind each row's position, written later) must not matter either.
+// The same rows alone, in one chunk, in chunks of any size: the same bits. The future of a sequence
+// (here: NaN behind each row's position, written later) must not matter either.
 static void attention_bits(struct rig *rig)
 {
     enum { CONTEXT = 530, HEADS = 4, DIM = 40, COLS = HEADS * DIM };
@@ -191,8 +193,8 @@ static void attention_bits(struct rig *rig)
     for (uint32_t first = 0, n; first < CONTEXT; first += n) {
         n = 1 + random_below(first < 60 ? 2 : 90);
         n = n < CONTEXT - first ? n : CONTEXT - first;
-        void *part = attention_run(&w, 0, q + first * COLS, COLS, sequence, position + first, n,
-                                   0.2f);
+        void *part =
+            attention_run(&w, 0, q + first * COLS, COLS, sequence, position + first, n, 0.2f);
         assert_memory_equal(part, all + first * row, n * row);
     }
     for (uint32_t i = 300; i < CONTEXT; i++)
@@ -248,14 +250,15 @@ static void qk_case(struct rig *rig, uint32_t dim, uint32_t kv_heads, uint32_t g
         position[r] = r * 40 + random_below(40);
     }
     const float *k = qkv + heads * dim, *v = k + kv_heads * dim;
-    rig->table->qk_norm_rope_kv(
-        rig->stream, &(struct qk_args){qkv, k, v, stride, stride, stride, q_weight, k_weight,
-                                       inv_freq, sequence, position, w.kv, rows, heads, LAYER,
-                                       1e-6f});
+    rig->table->qk_norm_rope_kv(rig->stream,
+                                &(struct qk_args){qkv, k, v, stride, stride, stride, q_weight,
+                                                  k_weight, inv_freq, sequence, position, w.kv,
+                                                  rows, heads, LAYER, 1e-6f});
     rig_run(rig);
     for (uint32_t r = 0; r < rows; r++)
         for (uint32_t h = 0; h < heads + kv_heads; h++) {
-            const float *x = before + r * stride + h * dim, *weight = h < heads ? q_weight : k_weight;
+            const float *x = before + r * stride + h * dim,
+                        *weight = h < heads ? q_weight : k_weight;
             double norm = norm_of(x, weight, dim), scale;
             for (uint32_t i = 0; i < dim; i++) {
                 double want = turned(x, weight, norm, inv_freq, position[r], dim, i, &scale);

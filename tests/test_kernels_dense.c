@@ -117,8 +117,7 @@ static void norm_case(struct rig *rig, uint32_t rows, uint32_t dim)
     size_t bytes = rig->table->act_bytes(rig->device, rows, dim);
     void *act = rig_alloc(rig, bytes);
     memset(act, 0xff, bytes);
-    rig->table->rmsnorm(rig->stream,
-                        &(struct rmsnorm_args){x, weight, act, out, rows, dim, 1e-5f});
+    rig->table->rmsnorm(rig->stream, &(struct rmsnorm_args){x, weight, act, out, rows, dim, 1e-5f});
     rig_run(rig);
     for (size_t r = 0; r < rows; r++) {
         double square = 0;
@@ -167,8 +166,7 @@ static void swiglu_case(struct rig *rig, uint32_t rows, uint32_t units)
             double gate = (double)gate_up[r * stride + tile_interleaved_row(u, 0)];
             double up = (double)gate_up[r * stride + tile_interleaved_row(u, 1)];
             double want = gate / (1 + exp(-gate)) * up;
-            near(rig, act_get(rig, act, units, r, u), want, fabs(want) + 1e-30,
-                 tolerance_act(rig));
+            near(rig, act_get(rig, act, units, r, u), want, fabs(want) + 1e-30, tolerance_act(rig));
         }
     assert_true(act_padding_zero(rig, act, rows, units));
     rig_clear(rig);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// LoRA at true rank: mixed ranks, base rows among adapter rows, absent modules, slices over scattered pages
-// with everything else poisoned.
+// LoRA at true rank: mixed ranks, base rows among adapter rows, absent modules, slices over
+// scattered pages with everything else poisoned.
 #include "tests/test_kernels_adapters.h"
 
 static void hidden_check(struct rig *rig, const struct adapters *l, const float *x, uint32_t rows,
@@ -51,23 +51,24 @@ static void lora_case(struct rig *rig, uint32_t d_in, uint32_t d_out, uint32_t r
     float *x, *hidden = rig_poison(rig, (size_t)rows * l.batch.rank_max);
     void *act = rig_act(rig, rows, d_in, &x);
     uint32_t stride = (half < 0 ? d_out : (uint32_t)tile_interleaved_rows(d_out)) + 3;
-    float *y = rig_floats(rig, (size_t)rows * stride), *before = rig_alloc(rig, (size_t)rows * stride * 4);
+    float *y = rig_floats(rig, (size_t)rows * stride),
+          *before = rig_alloc(rig, (size_t)rows * stride * 4);
     memcpy(before, y, (size_t)rows * stride * sizeof(float));
     enum lora_module module = half < 0 ? LORA_Q : half ? LORA_UP : LORA_GATE;
     rig->table->lora_shrink(rig->stream, &(struct lora_shrink_args){.batch = &l.batch,
-                                                                   .x = act,
-                                                                   .hidden = hidden,
-                                                                   .layer = 1,
-                                                                   .d_in = d_in,
-                                                                   .module = module});
+                                                                    .x = act,
+                                                                    .hidden = hidden,
+                                                                    .layer = 1,
+                                                                    .d_in = d_in,
+                                                                    .module = module});
     rig->table->lora_expand(rig->stream, &(struct lora_expand_args){.batch = &l.batch,
-                                                                   .hidden = hidden,
-                                                                   .y = y,
-                                                                   .y_stride = stride,
-                                                                   .layer = 1,
-                                                                   .d_out = d_out,
-                                                                   .module = module,
-                                                                   .interleave_half = half});
+                                                                    .hidden = hidden,
+                                                                    .y = y,
+                                                                    .y_stride = stride,
+                                                                    .layer = 1,
+                                                                    .d_out = d_out,
+                                                                    .module = module,
+                                                                    .interleave_half = half});
     rig_run(rig);
     hidden_check(rig, &l, x, rows, d_in, hidden, module);
     expand_check(rig, &l, hidden, before, y, rows, d_out, stride, module, half);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Router, map, expert GEMMs from scattered pages (all other pages poisoned), expert LoRA, combine, misses
-// and resuming, against double precision.
+// Router, map, expert GEMMs from scattered pages (all other pages poisoned), expert LoRA, combine,
+// misses and resuming, against double precision.
 #include "tests/test_kernels_adapters.h"
 
 enum { LAYER = 1 };
@@ -51,15 +51,15 @@ static void pages_make(struct moe *m, size_t page_bytes)
                        t % per_page * TILE_BYTES,
                    packed + t * TILE_BYTES, TILE_BYTES);
     }
-    m->view = (struct expert_view){arena, page_bytes, m->pages, per, m->experts,
-                                   (uint32_t)up_tiles};
+    m->view =
+        (struct expert_view){arena, page_bytes, m->pages, per, m->experts, (uint32_t)up_tiles};
 }
 
 static void moe_make(struct moe *m, struct rig *rig, uint32_t experts, uint32_t top_k, uint32_t dim,
                      uint32_t units, uint32_t rows, size_t page_bytes)
 {
-    *m = (struct moe){.rig = rig, .experts = experts, .top_k = top_k, .dim = dim, .units = units,
-                      .rows = rows};
+    *m = (struct moe){
+        .rig = rig, .experts = experts, .top_k = top_k, .dim = dim, .units = units, .rows = rows};
     size_t pairs = (size_t)rows * top_k, hidden;
     m->gate = rig_weight(rig, experts * units, dim);
     m->up = rig_weight(rig, experts * units, dim);
@@ -139,7 +139,8 @@ static void plain_gemm(const float *w, const double *x, uint32_t out, uint32_t i
 
 enum { WIDE = 512 };
 
-// Checks hidden of one pair, and out from the hidden that was computed (so that errors do not add up).
+// Checks hidden of one pair, and out from the hidden that was computed (so that errors do not add
+// up).
 static void pair_check(struct moe *m, uint32_t pair)
 {
     struct rig *rig = m->rig;
@@ -217,9 +218,9 @@ struct moe_shape {
 };
 
 static const struct moe_shape shapes[] = {
-    {4, 1, 40, 24, 0, 32768, false},  {4, 2, 40, 24, 1, 32768, false},
-    {8, 2, 96, 72, 5, 32768, false},  {8, 4, 200, 24, 7, 65536, false},
-    {5, 3, 96, 40, 33, 8192, false},  {6, 1, 64, 64, 130, 32768, true},
+    {4, 1, 40, 24, 0, 32768, false},    {4, 2, 40, 24, 1, 32768, false},
+    {8, 2, 96, 72, 5, 32768, false},    {8, 4, 200, 24, 7, 65536, false},
+    {5, 3, 96, 40, 33, 8192, false},    {6, 1, 64, 64, 130, 32768, true},
     {40, 2, 200, 72, 9, 131072, false},
 };
 
@@ -310,8 +311,8 @@ static void test_kernels_moe_bits_do_not_depend_on_the_batch(void **state)
     rig_each("moe bits", moe_bits);
 }
 
-// Some experts are missing: the others are done, nothing is combined, nothing after runs; then the pages
-// come, in two steps, and the result has the bits of a run without misses.
+// Some experts are missing: the others are done, nothing is combined, nothing after runs; then the
+// pages come, in two steps, and the result has the bits of a run without misses.
 static void moe_miss(struct rig *rig)
 {
     enum { ROWS = 20, DIM = 96, PAIRS = ROWS * 2 };
@@ -419,9 +420,9 @@ static void router_case(struct rig *rig, uint32_t rows, uint32_t dim, uint32_t e
 
 static void router_all(struct rig *rig)
 {
-    static const uint32_t cases[][4] = {
-        {0, 40, 8, 2},    {1, 40, 8, 8},     {3, 1, 5, 1},    {5, 200, 32, 4},
-        {17, 200, 33, 4}, {16, 256, 128, 8}, {40, 96, 512, 3}};
+    static const uint32_t cases[][4] = {{0, 40, 8, 2},   {1, 40, 8, 8},    {3, 1, 5, 1},
+                                        {5, 200, 32, 4}, {17, 200, 33, 4}, {16, 256, 128, 8},
+                                        {40, 96, 512, 3}};
     for (size_t i = 0; i < ARRAY_COUNT(cases); i++)
         router_case(rig, cases[i][0], cases[i][1], cases[i][2], cases[i][3], i % 2);
 }
@@ -442,8 +443,8 @@ static void router_bits(struct rig *rig)
                        &(struct router_args){x, w, expert, gate, ROWS, DIM, EXPERTS, TOP, true});
     rig_run(rig);
     for (uint32_t r = 0; r < ROWS; r++) {
-        rig->table->router(rig->stream, &(struct router_args){x + r * DIM, w, expert1, gate1, 1, DIM,
-                                                              EXPERTS, TOP, true});
+        rig->table->router(rig->stream, &(struct router_args){x + r * DIM, w, expert1, gate1, 1,
+                                                              DIM, EXPERTS, TOP, true});
         rig_run(rig);
         assert_memory_equal(expert1, expert + r * TOP, sizeof expert1);
         assert_memory_equal(gate1, gate + r * TOP, sizeof gate1);

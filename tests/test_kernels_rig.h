@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernel tests share: a device of every instruction set and dtype the CPU has, random inputs, act
-// operands, packed weights, and comparison against double precision. NaN is looked for first.
+// What the kernel tests share: a device of every instruction set and dtype the CPU has, random
+// inputs, act operands, packed weights, and comparison against double precision. NaN is looked for
+// first.
 #ifndef POLDER_TESTS_TEST_KERNELS_RIG_H
 #define POLDER_TESTS_TEST_KERNELS_RIG_H
 
@@ -25,7 +26,7 @@ struct rig {
     struct stream *stream;
     enum dtype dtype;
     const char *instruction_set;
-    double error;     // largest relative error seen, printed by rig_each
+    double error;       // largest relative error seen, printed by rig_each
     void *memory[4096]; // of rig_alloc, released by rig_each
     int blocks;
 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sampling against a full sort in double precision. A draw is accepted when the uniform number lies in the
-// token's interval, give or take what fp32 exponentials may move its ends.
+// Sampling against a full sort in double precision. A draw is accepted when the uniform number lies
+// in the token's interval, give or take what fp32 exponentials may move its ends.
 #include "tests/test_kernels_rig.h"
 
 struct plain {
@@ -31,7 +31,8 @@ static void plain_make(struct plain *s, const float *logits, uint32_t vocab,
     sort_logits = logits;
     qsort(s->order, vocab, sizeof *s->order, order_compare);
     s->max = (double)logits[s->order[0]];
-    double sum = 0, all = 0, kept = 0, temperature = p->temperature > 0 ? (double)p->temperature : 1;
+    double sum = 0, all = 0, kept = 0,
+           temperature = p->temperature > 0 ? (double)p->temperature : 1;
     uint32_t k = p->top_k && p->top_k < vocab ? p->top_k : vocab;
     for (uint32_t i = 0; i < vocab; i++)
         s->log_sum += exp((double)logits[s->order[i]] - s->max);
@@ -57,7 +58,8 @@ static void plain_free(struct plain *s)
     free(s->p);
 }
 
-// The token may be one whose interval holds u within `slack`, of the kept ones or one beside the edge.
+// The token may be one whose interval holds u within `slack`, of the kept ones or one beside the
+// edge.
 static void draw_check(const struct plain *s, int32_t token, double u)
 {
     const double slack = 2e-5;
@@ -206,9 +208,12 @@ static void sample_frequencies(struct rig *rig)
     for (uint64_t t = 0; t < TIMES; t++) {
         for (uint64_t r = 0; r < ROWS; r++)
             params[r] = (struct sample_params){1, 1, 0, 99, t * ROWS + r};
-        rig->table->sample(rig->stream, &(struct sample_args){.logits = logits, .stride = VOCAB,
-                                                              .vocab = VOCAB, .rows = ROWS,
-                                                              .params = params, .token = token});
+        rig->table->sample(rig->stream, &(struct sample_args){.logits = logits,
+                                                              .stride = VOCAB,
+                                                              .vocab = VOCAB,
+                                                              .rows = ROWS,
+                                                              .params = params,
+                                                              .token = token});
         rig_run(rig);
         for (int r = 0; r < ROWS; r++)
             count[token[r]]++;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The device and its streams: the table is full, order is kept, threads do not change bits, polling, waiting,
-// two streams, idle costs nothing.
+// The device and its streams: the table is full, order is kept, threads do not change bits,
+// polling, waiting, two streams, idle costs nothing.
 #include "tests/test_kernels_rig.h"
 
 #include <sys/resource.h>
@@ -47,7 +47,8 @@ static void test_kernels_device_info_names_what_was_chosen(void **state)
     device->table->destroy(device);
 }
 
-// A chain of dependent and independent commands, in random order of need, against the same in plain C.
+// A chain of dependent and independent commands, in random order of need, against the same in plain
+// C.
 static void chain(struct rig *rig, uint32_t steps, float *value, size_t n, uint32_t seed)
 {
     struct rng rng = {seed, 0};

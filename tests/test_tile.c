@@ -18,7 +18,8 @@ static void test_tile_offset_is_a_bijection_onto_the_tiles(void **state)
     for (size_t i = 0; i < ARRAY_COUNT(shapes); i++)
         for (int d = 0; d < 2; d++) {
             enum dtype dtype = d ? DTYPE_F32 : DTYPE_BF16;
-            size_t rows = round_up(shapes[i][0], 64), cols = round_up(shapes[i][1], tile_cols(dtype));
+            size_t rows = round_up(shapes[i][0], 64),
+                   cols = round_up(shapes[i][1], tile_cols(dtype));
             size_t bytes = tile_count(dtype, rows, cols) * TILE_BYTES, element = dtype_bytes(dtype);
             assert_int_equal(bytes, rows * cols * element);
             char *seen = calloc(1, bytes);
@@ -88,8 +89,8 @@ static void test_bf16_rounds_to_nearest_even_and_keeps_nan(void **state)
 {
     (void)state;
     assert_int_equal(bf16_from_f32(1.0f), 0x3f80);
-    assert_int_equal(bf16_from_f32(1.0f + 1.0f / 256), 0x3f80);  // half way: to even
-    assert_int_equal(bf16_from_f32(1.0f + 3.0f / 256), 0x3f82);  // half way: to even
+    assert_int_equal(bf16_from_f32(1.0f + 1.0f / 256), 0x3f80); // half way: to even
+    assert_int_equal(bf16_from_f32(1.0f + 3.0f / 256), 0x3f82); // half way: to even
     assert_int_equal(bf16_from_f32(1.0f + 1.1f / 256), 0x3f81);
     assert_int_equal(bf16_from_f32(-0.0f), 0x8000);
     assert_int_equal(bf16_from_f32(INFINITY), 0x7f80);

@@ -20,6 +20,8 @@ struct group {
     uint32_t row, rows, head, heads, kv_head;
 };
 
+enum { TOKENS_PASS = 32 }; // K or V rows of one pass: 8 KiB at head_dim 128
+
 struct softmax_state {
     float max[QUERIES], sum[QUERIES];
 };
@@ -53,24 +55,42 @@ static void tokens_find(struct cpu_stream *s, struct slot *slot, const struct at
     }
 }
 
-// part[query] = p V over one segment: what all queries of the group see together, then the rest of each.
+// scores = q . K, TOKENS_PASS tokens for all queries at a time, so that K comes from memory once.
+static void segment_scores(struct cpu_stream *s, struct slot *slot, const struct group *g,
+                           const uint32_t *seen, size_t dim)
+{
+    uint32_t queries = g->rows * g->heads, last = seen[queries - 1]; // the last row sees most
+    for (uint32_t t = 0; t < last; t += TOKENS_PASS)
+        for (uint32_t q = 0; q < queries; q++)
+            if (seen[q] > t)
+                cpu__kernel(s)->dots(slot->query + q * dim * cpu__element(s), slot->rows + t,
+                                     min_size(TOKENS_PASS, seen[q] - t), dim,
+                                     slot->scores + q * KV_SEGMENT + t);
+}
+
+// part[query] = p V over one segment, in the same passes: four queries together over what all of them see,
+// then the rest of each.
 static void segment_mix(struct cpu_stream *s, struct slot *slot, const struct group *g,
                         const uint32_t *seen, size_t dim, size_t stride)
 {
     const struct micro_dtype *kernel = cpu__kernel(s);
-    uint32_t queries = g->rows * g->heads;
+    uint32_t queries = g->rows * g->heads, last = seen[queries - 1];
     memset(slot->part, 0, queries * stride * sizeof(float));
-    for (uint32_t q = 0, n; q < queries; q += n) {
-        n = queries - q < 4 ? queries - q : 4;
-        uint32_t common = seen[q]; // rows ascend: the first of the four sees least
-        kernel->mix(slot->scores + q * KV_SEGMENT, KV_SEGMENT, slot->values, common, 0, dim,
-                    slot->part + q * stride, stride, n);
-        for (uint32_t i = q; i < q + n; i++)
-            if (seen[i] > common)
-                kernel->mix(slot->scores + i * KV_SEGMENT + common, KV_SEGMENT,
-                            slot->values + common, seen[i] - common, 0, dim,
-                            slot->part + i * stride, stride, 1);
-    }
+    for (uint32_t t = 0; t < last; t += TOKENS_PASS)
+        for (uint32_t q = 0, n; q < queries; q += n) {
+            n = queries - q < 4 ? queries - q : 4;
+            uint32_t end = t + TOKENS_PASS, common = seen[q] < end ? seen[q] : end;
+            common = common > t ? common : t; // rows ascend: the first of the four sees least
+            kernel->mix(slot->scores + q * KV_SEGMENT + t, KV_SEGMENT, slot->values + t, common - t,
+                        0, dim, slot->part + q * stride, stride, n);
+            for (uint32_t i = q; i < q + n; i++) {
+                uint32_t own = seen[i] < end ? seen[i] : end;
+                if (own > common)
+                    kernel->mix(slot->scores + i * KV_SEGMENT + common, KV_SEGMENT,
+                                slot->values + common, own - common, 0, dim,
+                                slot->part + i * stride, stride, 1);
+            }
+        }
 }
 
 static void segment_merge(struct slot *slot, struct softmax_state *state, uint32_t q, float max,
@@ -103,11 +123,12 @@ static void segment_run(struct cpu_stream *s, struct slot *slot, const struct at
     for (uint32_t q = 0; q < queries; q++) {
         uint32_t end = a->position[g->row + q / g->heads] + 1;
         seen[q] = end <= first ? 0 : (uint32_t)min_size(end - first, KV_SEGMENT);
+    }
+    segment_scores(s, slot, g, seen, dim);
+    for (uint32_t q = 0; q < queries; q++) {
+        float *scores = slot->scores + q * KV_SEGMENT;
         if (!seen[q])
             continue;
-        float *scores = slot->scores + q * KV_SEGMENT;
-        cpu__kernel(s)->dots(slot->query + q * dim * cpu__element(s), slot->rows, seen[q], dim,
-                             scores);
         for (uint32_t t = 0; t < seen[q]; t++)
             scores[t] *= a->scale;
         max[q] = cpu__micro(s)->max(scores, seen[q]);

@@ -239,20 +239,29 @@ INLINE void strip_any(enum dtype d, const struct strip *s)
 
 // ---- dots ------------------------------------------------------------------------------------------
 
+// Long rows are walked side by side (independent sums), short ones one after the other (memory order).
+enum { DOTS_SHORT = 512 };
+
 INLINE void dots_group(enum dtype d, const uint8_t *x, const uint8_t *const *rows, size_t bytes,
                        float *out)
 {
     vf acc[DOT_GROUP] = {{0}};
-    size_t i = 0;
-    for (; i + VECTOR_BYTES <= bytes; i += VECTOR_BYTES) {
-        vu v = v_raw(x + i);
+    size_t i = 0, whole = bytes / VECTOR_BYTES * VECTOR_BYTES;
+    if (bytes <= DOTS_SHORT) {
         UNROLL for (size_t r = 0; r < DOT_GROUP; r++)
-            acc[r] = v_dot(d, acc[r], v_raw(rows[r] + i), v);
+            for (i = 0; i < whole; i += VECTOR_BYTES)
+                acc[r] = v_dot(d, acc[r], v_raw(rows[r] + i), v_raw(x + i));
+    } else {
+        for (; i < whole; i += VECTOR_BYTES) {
+            vu v = v_raw(x + i);
+            UNROLL for (size_t r = 0; r < DOT_GROUP; r++)
+                acc[r] = v_dot(d, acc[r], v_raw(rows[r] + i), v);
+        }
     }
-    if (i < bytes) {
-        vu v = v_raw_part(x + i, bytes - i);
+    if (whole < bytes) {
+        vu v = v_raw_part(x + whole, bytes - whole);
         UNROLL for (size_t r = 0; r < DOT_GROUP; r++)
-            acc[r] = v_dot(d, acc[r], v_raw_part(rows[r] + i, bytes - i), v);
+            acc[r] = v_dot(d, acc[r], v_raw_part(rows[r] + whole, bytes - whole), v);
     }
     v_fold_group(acc, out);
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shared inside runtime/cli only: the commands. Each takes parsed settings and returns the exit code of the
-// process: 0 done, 1 failed (a sentence went to standard error), 2 wrong usage, 3 the device failed.
+// Shared inside runtime/cli only: the commands. Each takes parsed settings and returns the exit
+// code of the process: 0 done, 1 failed (a sentence went to standard error), 2 wrong usage, 3 the
+// device failed.
 #ifndef POLDER_RUNTIME_CLI_COMMANDS_H
 #define POLDER_RUNTIME_CLI_COMMANDS_H
 

@@ -8,7 +8,8 @@
 typedef enum status (*config_file_value)(void *context, const char *where, const char *key,
                                          const char *text, struct fault *fault);
 
-// Calls `value` for each scalar, `where` being "file:line". The texts live until config_file_free(*owned).
+// Calls `value` for each scalar, `where` being "file:line". The texts live until
+// config_file_free(*owned).
 MUST_USE enum status config_file_read(const char *path, config_file_value value, void *context,
                                       void **owned, struct fault *fault);
 void config_file_free(void *owned);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// polder generate: one answer without a server. The same stack and engine as polder serve; this thread is
-// the front end of the port.
+// polder generate: one answer without a server. The same stack and engine as polder serve; this
+// thread is the front end of the port.
 #include <inttypes.h>
 #include <poll.h>
 #include <stdio.h>
@@ -14,7 +14,8 @@
 
 enum { PROMPT_BYTES_MAX = 4 << 20 };
 
-static enum status read_prompt(const struct settings *s, char **out, size_t *bytes, struct fault *fault)
+static enum status read_prompt(const struct settings *s, char **out, size_t *bytes,
+                               struct fault *fault)
 {
     if (s->prompt_file) {
         struct reader *reader = NULL;
@@ -25,10 +26,12 @@ static enum status read_prompt(const struct settings *s, char **out, size_t *byt
         *out = malloc(*bytes + 1);
         status = *out ? reader_read(reader, 0, *out, *bytes) : STATUS_NO_MEMORY;
         reader_close(reader);
-        return status ? fault_set(fault, status, "%s could not be read.", s->prompt_file) : STATUS_OK;
+        return status ? fault_set(fault, status, "%s could not be read.", s->prompt_file)
+                      : STATUS_OK;
     }
     if (!s->prompt)
-        return fault_set(fault, STATUS_INVALID, "say what to continue: --prompt TEXT or --prompt-file FILE.");
+        return fault_set(fault, STATUS_INVALID,
+                         "say what to continue: --prompt TEXT or --prompt-file FILE.");
     *bytes = strlen(s->prompt);
     *out = strdup(s->prompt);
     return *out ? STATUS_OK : fault_set(fault, STATUS_NO_MEMORY, "out of memory.");
@@ -40,11 +43,13 @@ static enum status make_request(const struct settings *s, const int32_t *tokens,
 {
     size_t room = sizeof(struct engine_request) + count * sizeof *tokens;
     if (s->stop.count > ENGINE_STOPS_MAX)
-        return fault_set(fault, STATUS_INVALID, "at most %d stop texts are taken.", ENGINE_STOPS_MAX);
+        return fault_set(fault, STATUS_INVALID, "at most %d stop texts are taken.",
+                         ENGINE_STOPS_MAX);
     for (uint32_t i = 0; i < s->stop.count; i++) {
         size_t n = strlen(s->stop.item[i]);
         if (!n || n > ENGINE_STOP_BYTES_MAX)
-            return fault_set(fault, STATUS_INVALID, "a stop text has 1 to %d bytes.", ENGINE_STOP_BYTES_MAX);
+            return fault_set(fault, STATUS_INVALID, "a stop text has 1 to %d bytes.",
+                             ENGINE_STOP_BYTES_MAX);
         room += 2 + n;
     }
     struct engine_request r = {.kind = ENGINE_REQUEST,
@@ -142,8 +147,8 @@ static int ask(const struct settings *s, struct wire_text *text, struct stack *s
         return complain(fault);
     size_t max = prompt_bytes + 16;
     int32_t *tokens = malloc(max * sizeof *tokens);
-    enum status status = tokens ? wire_encode(text, prompt, prompt_bytes, tokens, max, &count)
-                                : STATUS_NO_MEMORY;
+    enum status status =
+        tokens ? wire_encode(text, prompt, prompt_bytes, tokens, max, &count) : STATUS_NO_MEMORY;
     if (status)
         (void)fault_set(fault, status, "the prompt could not be turned into tokens.");
     if (!status)

@@ -24,12 +24,14 @@ static int set_log_level(const struct settings *settings, struct fault *fault)
         }
     }
     fault->text[0] = 0;
-    (void)fault_set(fault, STATUS_INVALID, "--log-level \"%.40s\" is none of debug, info, warn, error.",
+    (void)fault_set(fault, STATUS_INVALID,
+                    "--log-level \"%.40s\" is none of debug, info, warn, error.",
                     settings->log_level);
     return 1;
 }
 
-// The key comes on standard input, so that it stays out of the shell's history and the process list.
+// The key comes on standard input, so that it stays out of the shell's history and the process
+// list.
 static int hash_key(void)
 {
     char key[1024], hex[2 * DIGEST_BYTES + 1];

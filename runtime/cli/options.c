@@ -39,7 +39,8 @@ static const struct option TABLE[] = {
     {"state-dir", STRING, STACK, FIELD(state_dir), "DIR", "~/.local/state/polder",
      "expert store, converted adapters"},
     {"device", STRING, STACK, FIELD(device), "NAME", "cpu", "where to run"},
-    {"dtype", STRING, STACK, FIELD(dtype), "TYPE", "bfloat16", "bfloat16, or float32: the reference path"},
+    {"dtype", STRING, STACK, FIELD(dtype), "TYPE", "bfloat16",
+     "bfloat16, or float32: the reference path"},
     {"instruction-set", STRING, STACK, FIELD(instruction_set), "NAME", "best",
      "avx512bf16, avx2 or portable"},
     {"threads", UINT, STACK, FIELD(threads), "N", "all cores", "compute threads of the CPU device"},
@@ -48,24 +49,32 @@ static const struct option TABLE[] = {
     {"pool-bytes", SIZE, STACK, FIELD(pool_bytes), "BYTES", "experts + 8 contexts + 64M",
      "the pool of KV, adapters and experts"},
     {"host-bytes", SIZE, STACK, FIELD(host_bytes), "BYTES", "256M", "the host tier"},
-    {"page-bytes", SIZE, STACK, FIELD(page_bytes), "BYTES", "least waste", "32K to 2M, a power of two"},
+    {"page-bytes", SIZE, STACK, FIELD(page_bytes), "BYTES", "least waste",
+     "32K to 2M, a power of two"},
     {"max-model-len", UINT, STACK, FIELD(max_model_len), "N", "the model's, at most 32768",
      "tokens of one sequence"},
     {"max-num-seqs", UINT, STACK, FIELD(max_num_seqs), "N", "64", "sequences running at once"},
-    {"max-num-batched-tokens", UINT, STACK, FIELD(max_num_batched_tokens), "N", "512", "rows of a step"},
+    {"max-num-batched-tokens", UINT, STACK, FIELD(max_num_batched_tokens), "N", "512",
+     "rows of a step"},
     {"max-queue", UINT, STACK, FIELD(max_queue), "N", "256", "requests waiting"},
     {"max-adapters", UINT, STACK, FIELD(max_adapters), "N", "4096", "adapters registered"},
     {"max-lora-rank", UINT, STACK, FIELD(max_lora_rank), "N", "512",
      "largest rank accepted; costs work memory only"},
-    {"lora-modules", LIST, STACK, FIELD(lora_modules), "NAME=DIR", "", "adapter to register at start"},
+    {"lora-modules", LIST, STACK, FIELD(lora_modules), "NAME=DIR", "",
+     "adapter to register at start"},
     {"h2d-gbytes-per-s", REAL, STACK, FIELD(h2d_gbytes_per_s), "X", "unlimited",
      "speed of the link to the device"},
     {"d2h-gbytes-per-s", REAL, STACK, FIELD(d2h_gbytes_per_s), "X", "unlimited", "and back"},
-    {"read-gbytes-per-s", REAL, STACK, FIELD(read_gbytes_per_s), "X", "unlimited", "speed of file reads"},
-    {"h2d-latency-us", UINT, STACK, FIELD(link_latency_us), "N", "0", "latency added to every copy"},
-    {"segment-halves", UINT, STACK, FIELD(segment_halves), "N", "12", "half-layers submitted at once, 1..12"},
-    {"no-prefix-caching", FLAG, STACK, FIELD(no_prefix_caching), "", "", "do not share equal prefixes"},
-    {"trace-plan", FLAG, STACK, FIELD(trace_plan), "", "", "print every step plan to standard error"},
+    {"read-gbytes-per-s", REAL, STACK, FIELD(read_gbytes_per_s), "X", "unlimited",
+     "speed of file reads"},
+    {"h2d-latency-us", UINT, STACK, FIELD(link_latency_us), "N", "0",
+     "latency added to every copy"},
+    {"segment-halves", UINT, STACK, FIELD(segment_halves), "N", "12",
+     "half-layers submitted at once, 1..12"},
+    {"no-prefix-caching", FLAG, STACK, FIELD(no_prefix_caching), "", "",
+     "do not share equal prefixes"},
+    {"trace-plan", FLAG, STACK, FIELD(trace_plan), "", "",
+     "print every step plan to standard error"},
     {"host", STRING, SERVE, FIELD(host), "ADDRESS", "127.0.0.1", "address to listen on"},
     {"port", UINT, SERVE, FIELD(port), "N", "7077", "TCP port; 0 picks a free one"},
     {"uds", STRING, SERVE, FIELD(uds), "PATH", "", "Unix socket to listen on as well"},
@@ -75,9 +84,11 @@ static const struct option TABLE[] = {
      "directory below which adapters.add may read"},
     {"shutdown-timeout", UINT, SERVE, FIELD(shutdown_timeout), "SECONDS", "30",
      "after SIGTERM, time for running requests"},
-    {"idle-timeout", UINT, SERVE, FIELD(idle_timeout), "SECONDS", "600", "idle connections are closed"},
+    {"idle-timeout", UINT, SERVE, FIELD(idle_timeout), "SECONDS", "600",
+     "idle connections are closed"},
     {"max-connections", UINT, SERVE, FIELD(max_connections), "N", "1024", "connections at once"},
-    {"max-frame-bytes", SIZE, SERVE, FIELD(max_frame_bytes), "BYTES", "4M", "largest request frame"},
+    {"max-frame-bytes", SIZE, SERVE, FIELD(max_frame_bytes), "BYTES", "4M",
+     "largest request frame"},
     {"dry-run", FLAG, SERVE, FIELD(dry_run), "", "", "print what would fit, load nothing"},
     {"prompt", STRING, ASK, FIELD(prompt), "TEXT", "", "the text to continue"},
     {"prompt-file", STRING, ASK, FIELD(prompt_file), "FILE", "", "read the prompt from a file"},
@@ -86,11 +97,14 @@ static const struct option TABLE[] = {
     {"temperature", REAL, ASK, FIELD(temperature), "X", "0", "0 is greedy"},
     {"top-p", REAL, ASK, FIELD(top_p), "X", "1", "nucleus sampling"},
     {"top-k", UINT, ASK, FIELD(top_k), "N", "0", "0 is off"},
-    {"seed", SIZE, ASK | COMMAND_SYNTH, FIELD(seed), "N", "0", "the same seed gives the same tokens"},
+    {"seed", SIZE, ASK | COMMAND_SYNTH, FIELD(seed), "N", "0",
+     "the same seed gives the same tokens"},
     {"stop", LIST, ASK, FIELD(stop), "TEXT", "", "end the answer before this text"},
     {"ignore-eos", FLAG, ASK, FIELD(ignore_eos), "", "", "go on past the end token"},
-    {"token-ids", FLAG, COMMAND_GENERATE, FIELD(token_ids), "", "", "print token ids instead of text"},
-    {"connect", STRING, REMOTE, FIELD(connect), "ADDRESS", "127.0.0.1:7077", "host:port or unix:PATH"},
+    {"token-ids", FLAG, COMMAND_GENERATE, FIELD(token_ids), "", "",
+     "print token ids instead of text"},
+    {"connect", STRING, REMOTE, FIELD(connect), "ADDRESS", "127.0.0.1:7077",
+     "host:port or unix:PATH"},
     {"api-key", STRING, REMOTE, FIELD(api_key), "KEY", "", "tenant's key; better by environment"},
     {"api-key-file", STRING, REMOTE, FIELD(api_key_file), "FILE", "", "file that holds the key"},
     {"out", STRING, COMMAND_SYNTH, FIELD(out), "DIR", "", "directory to write"},
@@ -108,10 +122,13 @@ static const struct {
     {"chat", COMMAND_CHAT, "[--connect ADDRESS]", "type, and a server continues"},
     {"call", COMMAND_CALL, "METHOD JSON", "one call of the RPC interface"},
     {"stats", COMMAND_STATS, "", "numbers of a running server"},
-    {"adapter", COMMAND_ADAPTER, "add NAME DIR | list | show NAME | rm NAME", "adapters of a server"},
+    {"adapter", COMMAND_ADAPTER, "add NAME DIR | list | show NAME | rm NAME",
+     "adapters of a server"},
     {"synth", COMMAND_SYNTH, "--out DIR --shape NAME", "write a random checkpoint"},
-    {"check-config", COMMAND_CHECK_CONFIG, "--config FILE", "check options and tenants, start nothing"},
-    {"hash-key", COMMAND_HASH_KEY, "< KEY", "hash of a key for tenants.yaml; the key comes on standard input"},
+    {"check-config", COMMAND_CHECK_CONFIG, "--config FILE",
+     "check options and tenants, start nothing"},
+    {"hash-key", COMMAND_HASH_KEY, "< KEY",
+     "hash of a key for tenants.yaml; the key comes on standard input"},
     {"version", COMMAND_VERSION, "", "print the version"},
     {"help", COMMAND_HELP, "[COMMAND]", "print help"},
     {"completion", COMMAND_COMPLETION, "", "print a bash completion script"},
@@ -141,8 +158,10 @@ static bool parse_size(const char *text, uint64_t *out)
 {
     char *end;
     double value = strtod(text, &end);
-    double unit = *end == 'K' || *end == 'k' ? 1024.0 : *end == 'M' || *end == 'm' ? 1048576.0
-                  : *end == 'G' || *end == 'g' ? 1073741824.0 : 1.0;
+    double unit = *end == 'K' || *end == 'k'   ? 1024.0
+                  : *end == 'M' || *end == 'm' ? 1048576.0
+                  : *end == 'G' || *end == 'g' ? 1073741824.0
+                                               : 1.0;
     if (unit > 1.0) {
         end++;
         end += !strcmp(end, "iB") ? 2 : !strcmp(end, "B") ? 1 : 0;
@@ -157,7 +176,8 @@ static bool parse_size(const char *text, uint64_t *out)
 
 static bool parse_flag(const char *text, bool *out)
 {
-    *out = !strcmp(text, "true") || !strcmp(text, "yes") || !strcmp(text, "1") || !strcmp(text, "on");
+    *out =
+        !strcmp(text, "true") || !strcmp(text, "yes") || !strcmp(text, "1") || !strcmp(text, "on");
     return *out || !strcmp(text, "false") || !strcmp(text, "no") || !strcmp(text, "0") ||
            !strcmp(text, "off");
 }
@@ -207,10 +227,11 @@ static bool set_value(struct settings *s, const struct option *o, const char *te
 static enum status bad_value(const struct option *o, const char *text, const char *where,
                              struct fault *fault)
 {
-    static const char *const wanted[] = {"a text", "a whole number", "a size such as 512M",
-                                         "a number, 0 or more", "true or false", "at most 64 items"};
-    return fault_set(fault, STATUS_INVALID, "%s: \"%.80s\" is not a value for %s; it takes %s.", where,
-                     text, o->name, wanted[o->type]);
+    static const char *const wanted[] = {
+        "a text",        "a whole number",  "a size such as 512M", "a number, 0 or more",
+        "true or false", "at most 64 items"};
+    return fault_set(fault, STATUS_INVALID, "%s: \"%.80s\" is not a value for %s; it takes %s.",
+                     where, text, o->name, wanted[o->type]);
 }
 
 // '-' and '_' are the same in names.
@@ -255,7 +276,9 @@ static void environment_name(const char *option, char *out, size_t room)
 {
     size_t n = (size_t)snprintf(out, room, "POLDER_");
     for (; *option && n + 1 < room; option++)
-        out[n++] = *option == '-' ? '_' : (char)(*option >= 'a' && *option <= 'z' ? *option - 32 : *option);
+        out[n++] = *option == '-'
+                       ? '_'
+                       : (char)(*option >= 'a' && *option <= 'z' ? *option - 32 : *option);
     out[n] = 0;
 }
 
@@ -295,7 +318,8 @@ static enum status read_word(enum command command, char **words, int count, int 
     name[length] = 0;
     const struct option *o = find_option(name, (int)command);
     if (!o && find_option(name, ANY))
-        return fault_set(fault, STATUS_INVALID, "--%s does not belong to this command; see --help.", name);
+        return fault_set(fault, STATUS_INVALID, "--%s does not belong to this command; see --help.",
+                         name);
     if (!o)
         return fault_set(fault, STATUS_INVALID, "there is no option --%s; see --help.", name);
     const char *text = equals ? equals + 1 : o->type == FLAG ? "true" : NULL;
@@ -359,8 +383,9 @@ void settings_clear(struct settings *settings)
 void options_help(enum command command, FILE *to)
 {
     if (!command || command == COMMAND_HELP) {
-        (void)fprintf(to, "polder: one pool of pages for KV, LoRA adapters and experts, shared by many "
-                          "tenants\n\n");
+        (void)fprintf(to,
+                      "polder: one pool of pages for KV, LoRA adapters and experts, shared by many "
+                      "tenants\n\n");
         for (size_t i = 0; i < ARRAY_COUNT(COMMANDS); i++)
             (void)fprintf(to, "  polder %-13s %s\n", COMMANDS[i].word, COMMANDS[i].help);
         (void)fprintf(to, "\npolder COMMAND --help lists a command's options.\n");
@@ -378,10 +403,12 @@ void options_help(enum command command, FILE *to)
         char left[80];
         (void)snprintf(left, sizeof left, "--%s %s", o->name, o->value);
         (void)fprintf(to, "  %-34s %s%s%s%s%s\n", left, o->help, *o->otherwise ? " (default: " : "",
-                      o->otherwise, *o->otherwise ? ")" : "", o->type == LIST ? "; may be repeated" : "");
+                      o->otherwise, *o->otherwise ? ")" : "",
+                      o->type == LIST ? "; may be repeated" : "");
     }
-    (void)fprintf(to, "\nEach option may also be set in the environment (--max-num-seqs: "
-                      "POLDER_MAX_NUM_SEQS)\nor as a key of the --config file (max_num_seqs: 8).\n");
+    (void)fprintf(to,
+                  "\nEach option may also be set in the environment (--max-num-seqs: "
+                  "POLDER_MAX_NUM_SEQS)\nor as a key of the --config file (max_num_seqs: 8).\n");
 }
 
 void options_completion(FILE *to)
@@ -398,6 +425,7 @@ void options_completion(FILE *to)
         }
         (void)fprintf(to, "\" ;;\n");
     }
-    (void)fprintf(to, "  esac\n  COMPREPLY=($(compgen -W \"$words\" -f -- \"${COMP_WORDS[COMP_CWORD]}\"))\n"
-                      "}\ncomplete -F _polder polder\n");
+    (void)fprintf(
+        to, "  esac\n  COMPREPLY=($(compgen -W \"$words\" -f -- \"${COMP_WORDS[COMP_CWORD]}\"))\n"
+            "}\ncomplete -F _polder polder\n");
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one option table: command line, environment (POLDER_<NAME>), YAML file (--config), --help and the
-// shell completion are all made from it. Command line beats environment beats file. An unknown key or a bad
-// value is an error that names where it stands.
+// The one option table: command line, environment (POLDER_<NAME>), YAML file (--config), --help and
+// the shell completion are all made from it. Command line beats environment beats file. An unknown
+// key or a bad value is an error that names where it stands.
 #ifndef POLDER_RUNTIME_CLI_OPTIONS_H
 #define POLDER_RUNTIME_CLI_OPTIONS_H
 

@@ -51,8 +51,7 @@ static struct polder_client *open_client(const struct settings *s)
     struct polder_error error;
     if (find_key(s, key, sizeof key))
         return NULL;
-    struct polder_client *client =
-        polder_open(s->connect, key[0] ? key : NULL, TIMEOUT_MS, &error);
+    struct polder_client *client = polder_open(s->connect, key[0] ? key : NULL, TIMEOUT_MS, &error);
     memset(key, 0, sizeof key);
     if (!client)
         (void)complain_remote(&error);
@@ -201,7 +200,8 @@ int command_adapter(const struct settings *settings)
         return call_once(settings, "adapters.list", NULL);
     if (!strcmp(verb, "show") && words == 2)
         return adapter_show(settings, settings->word[1]);
-    (void)fprintf(stderr, "polder: usage: polder adapter add NAME DIR | list | show NAME | rm NAME\n");
+    (void)fprintf(stderr,
+                  "polder: usage: polder adapter add NAME DIR | list | show NAME | rm NAME\n");
     return EXIT_USAGE;
 }
 
@@ -214,7 +214,8 @@ struct chat {
 
 static void chat_add(struct chat *chat, const char *text, size_t bytes)
 {
-    // The oldest half goes when the buffer is full; the server refuses what its context cannot hold.
+    // The oldest half goes when the buffer is full; the server refuses what its context cannot
+    // hold.
     if (chat->bytes + bytes + 1 > CHAT_MAX) {
         size_t gone = chat->bytes / 2;
         while (gone < chat->bytes && ((unsigned char)chat->text[gone] & 0xc0) == 0x80)
@@ -263,7 +264,8 @@ int command_chat(const struct settings *settings)
     int code = client ? EXIT_DONE : EXIT_FAILED;
     bool terminal = isatty(STDIN_FILENO);
     if (client && terminal)
-        (void)fprintf(stderr, "Type a line; the model continues the text. /new forgets it, /quit ends.\n");
+        (void)fprintf(stderr,
+                      "Type a line; the model continues the text. /new forgets it, /quit ends.\n");
     if (client && settings->prompt) {
         chat_add(&chat, settings->prompt, strlen(settings->prompt));
         code = chat_turn(settings, client, &chat) ? EXIT_FAILED : EXIT_DONE;

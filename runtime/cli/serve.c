@@ -36,20 +36,20 @@ static enum status decode(void *context, const int32_t *tokens, size_t count, ch
     return wire_decode(&face->text, tokens, count, out, max, bytes);
 }
 
-static enum status convert(void *context, const char *directory, const char *store_path, char *report,
-                           size_t report_bytes, struct fault *fault)
+static enum status convert(void *context, const char *directory, const char *store_path,
+                           char *report, size_t report_bytes, struct fault *fault)
 {
     const struct face *face = context;
     struct adapter_report r;
-    enum status status =
-        adapter_convert(directory, stack_adapter_base(face->stack), stack_page_bytes(face->stack),
-                        store_path, &r, fault);
+    enum status status = adapter_convert(directory, stack_adapter_base(face->stack),
+                                         stack_page_bytes(face->stack), store_path, &r, fault);
     if (!status)
-        (void)snprintf(report, report_bytes,
-                       "{\"applied\":%u,\"possible\":%u,\"rank_min\":%u,\"rank_max\":%u,\"bytes\":%llu,"
-                       "\"layout\":\"%s\",\"ignored\":\"%s\"}",
-                       r.matrices_applied, r.matrices_possible, r.rank_min, r.rank_max,
-                       (unsigned long long)r.bytes, r.layout, r.ignored);
+        (void)snprintf(
+            report, report_bytes,
+            "{\"applied\":%u,\"possible\":%u,\"rank_min\":%u,\"rank_max\":%u,\"bytes\":%llu,"
+            "\"layout\":\"%s\",\"ignored\":\"%s\"}",
+            r.matrices_applied, r.matrices_possible, r.rank_min, r.rank_max,
+            (unsigned long long)r.bytes, r.layout, r.ignored);
     return status;
 }
 
@@ -93,20 +93,21 @@ static int dry_run(const struct settings *settings)
     enum status status = stack_fit(&options, memory, &fit, &fault);
     if (fit.model.config.layers) {
         (void)printf("model            %s, %u layers, hidden %u, %u experts\n",
-                     fit.model.config.architecture, fit.model.config.layers, fit.model.config.hidden,
-                     fit.model.config.experts);
+                     fit.model.config.architecture, fit.model.config.layers,
+                     fit.model.config.hidden, fit.model.config.experts);
         (void)printf("static weights   %10.1f MiB\n", mib(fit.model.static_bytes));
         (void)printf("pool             %10.1f MiB, %llu pages of %zu KiB\n", mib(fit.pool_bytes),
                      (unsigned long long)fit.pool_pages, fit.model.page_bytes / 1024);
         (void)printf("  all experts    %10.1f MiB, %llu pages%s\n",
-                     mib(fit.expert_pages * fit.model.page_bytes), (unsigned long long)fit.expert_pages,
+                     mib(fit.expert_pages * fit.model.page_bytes),
+                     (unsigned long long)fit.expert_pages,
                      fit.expert_pages > fit.pool_pages ? " (more than the pool: offloaded)" : "");
         (void)printf("  KV             %10llu tokens beside all experts, %llu bytes each\n",
                      (unsigned long long)fit.kv_tokens, (unsigned long long)fit.kv_bytes_per_token);
         (void)printf("host tier        %10.1f MiB\n", mib(fit.host_bytes));
         (void)printf("work areas       %10.1f MiB\n", mib(fit.work_bytes));
-        (void)printf("in all           %10.1f MiB of %.1f MiB; context %u tokens\n", mib(fit.total_bytes),
-                     mib(memory), fit.context_max);
+        (void)printf("in all           %10.1f MiB of %.1f MiB; context %u tokens\n",
+                     mib(fit.total_bytes), mib(memory), fit.context_max);
     }
     model_config_clear(&fit.model.config);
     if (status)

@@ -46,8 +46,8 @@ enum status wire_encode(struct wire_text *text, const char *bytes, size_t count,
     return STATUS_OK;
 }
 
-enum status wire_decode(const struct wire_text *text, const int32_t *tokens, size_t count, char *out,
-                        size_t max, size_t *bytes)
+enum status wire_decode(const struct wire_text *text, const int32_t *tokens, size_t count,
+                        char *out, size_t max, size_t *bytes)
 {
     size_t at = 0;
     for (size_t i = 0; i < count; i++) {
@@ -87,7 +87,8 @@ static size_t engine_finish(void *context, uint8_t *state, char *out, size_t roo
 static enum status state_directory(const struct settings *s, char *out, size_t room,
                                    struct fault *fault)
 {
-    const char *home = getenv("HOME"); // the default's place; everything else is in the option table
+    const char *home =
+        getenv("HOME"); // the default's place; everything else is in the option table
     int n = s->state_dir ? snprintf(out, room, "%s", s->state_dir)
                          : snprintf(out, room, "%s/.local/state/polder", home ? home : "/var/lib");
     if (n < 0 || (size_t)n >= room)
@@ -102,8 +103,8 @@ static enum status dtype_of(const char *text, enum dtype *out, struct fault *fau
     else if (!strcmp(text, "float32") || !strcmp(text, "f32") || !strcmp(text, "float"))
         *out = DTYPE_F32;
     else
-        return fault_set(fault, STATUS_INVALID, "--dtype \"%.40s\": bfloat16 and float32 are supported.",
-                         text);
+        return fault_set(fault, STATUS_INVALID,
+                         "--dtype \"%.40s\": bfloat16 and float32 are supported.", text);
     return STATUS_OK;
 }
 
@@ -181,12 +182,14 @@ static enum status add_module(struct stack *stack, const char *module, struct fa
     const char *equals = strchr(module, '=');
     struct adapter_report report;
     if (!equals || equals == module || (size_t)(equals - module) >= sizeof name)
-        return fault_set(fault, STATUS_INVALID, "--lora-modules \"%.80s\" is not NAME=DIR.", module);
+        return fault_set(fault, STATUS_INVALID, "--lora-modules \"%.80s\" is not NAME=DIR.",
+                         module);
     memcpy(name, module, (size_t)(equals - module));
     name[equals - module] = 0;
     enum status status = stack_add_adapter(stack, name, equals + 1, &report, fault);
     if (!status)
-        log_line(LOG_INFO, "adapter %s: applied to %u of %u matrices, rank %u to %u, %llu bytes, %s%s%s",
+        log_line(LOG_INFO,
+                 "adapter %s: applied to %u of %u matrices, rank %u to %u, %llu bytes, %s%s%s",
                  name, report.matrices_applied, report.matrices_possible, report.rank_min,
                  report.rank_max, (unsigned long long)report.bytes, report.layout,
                  report.ignored[0] ? "; ignored fields: " : "", report.ignored);

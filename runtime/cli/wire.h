@@ -27,10 +27,11 @@ MUST_USE enum status wire_stack_options(const struct settings *settings,
                                         const struct tokenizer *tokenizer, char *state,
                                         size_t state_room, struct stack_options *out,
                                         struct fault *fault);
-// Makes the stack and registers what --lora-modules names, and what the state directory holds. A server
-// owns its state directory.
+// Makes the stack and registers what --lora-modules names, and what the state directory holds. A
+// server owns its state directory.
 MUST_USE enum status wire_stack(const struct settings *settings, const struct tokenizer *tokenizer,
-                                uint32_t tenants, bool server, struct stack **out, struct fault *fault);
+                                uint32_t tenants, bool server, struct stack **out,
+                                struct fault *fault);
 // The name requests use for the base model: --served-model-name, or the directory's last part.
 void wire_model_name(const struct settings *settings, char *out, size_t room);
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Commands from the port. A record that lies about its own length is a bug of the front end, which has
-// checked everything a client sent; it is still refused, never trusted.
+// Commands from the port. A record that lies about its own length is a bug of the front end, which
+// has checked everything a client sent; it is still refused, never trusted.
 #include <stdio.h>
 #include <string.h>
 
@@ -8,13 +8,12 @@
 #include "base/log.h"
 #include "runtime/engine/internal.h"
 
-// Refuses a request that never got a slot. False when the event ring has no room: the command stays queued.
+// Refuses a request that never got a slot. False when the event ring has no room: the command stays
+// queued.
 static bool refuse(struct engine *e, uint64_t id, enum status status, const char *message)
 {
-    struct engine_done done = {.kind = ENGINE_DONE,
-                               .status = (uint32_t)status,
-                               .id = id,
-                               .finish = ENGINE_FINISH_ERROR};
+    struct engine_done done = {
+        .kind = ENGINE_DONE, .status = (uint32_t)status, .id = id, .finish = ENGINE_FINISH_ERROR};
     (void)snprintf(done.message, sizeof done.message, "%s", message);
     if (!output_event(e, &done, sizeof done))
         return false;
@@ -63,7 +62,8 @@ static const char *check_request(const struct engine *e, const struct engine_req
         return "max_tokens is 0; ask for at least one token.";
     if ((uint64_t)r->prompt_tokens + r->max_tokens > e->options.context_max)
         return "The prompt and max_tokens together are longer than the context.";
-    if (r->tenant >= e->options.tenants_max || r->class >= ENGINE_CLASSES || r->tops > ENGINE_TOPS_MAX)
+    if (r->tenant >= e->options.tenants_max || r->class >= ENGINE_CLASSES ||
+        r->tops > ENGINE_TOPS_MAX)
         return "The tenant, class or logprobs of the request are out of range.";
     if (!(r->temperature >= 0 && r->temperature <= 100) || !(r->top_p > 0 && r->top_p <= 1))
         return "temperature must be 0..100 and top_p above 0, at most 1.";
@@ -126,9 +126,11 @@ static bool fits_pool(const struct engine *e, const struct engine_request *r, ad
 {
     struct pool_stats pool;
     pool_stats(e->options.pool, &pool);
-    uint32_t pages = sequence_pages_needed(e, r->prompt_tokens + r->max_tokens, r->adapter[0], adapter);
+    uint32_t pages =
+        sequence_pages_needed(e, r->prompt_tokens + r->max_tokens, r->adapter[0], adapter);
     const struct model *model = e->options.model;
-    return pages + engine_expert_floor(&model->expert_shape, model->config.top_k) <= pool.device_total;
+    return pages + engine_expert_floor(&model->expert_shape, model->config.top_k) <=
+           pool.device_total;
 }
 
 static bool take_request(struct engine *e, const struct engine_request *r, size_t bytes)
@@ -140,7 +142,8 @@ static bool take_request(struct engine *e, const struct engine_request *r, size_
     if (wrong)
         return refuse(e, r->id, STATUS_INVALID, wrong);
     if (e->draining)
-        return refuse(e, r->id, STATUS_SHUTTING_DOWN, "The server is shutting down; try another one.");
+        return refuse(e, r->id, STATUS_SHUTTING_DOWN,
+                      "The server is shutting down; try another one.");
     uint32_t waiting = e->lists[SEQUENCE_QUEUED].count;
     uint32_t slot = e->lists[SEQUENCE_FREE].head;
     if (waiting >= e->options.queue_max || slot == NO_SLOT)
@@ -150,8 +153,9 @@ static bool take_request(struct engine *e, const struct engine_request *r, size_
                           adapter_find(e->options.adapters, r->adapter, &adapter) != STATUS_OK))
         return refuse(e, r->id, STATUS_NOT_FOUND, "There is no model of that name.");
     if (!fits_pool(e, r, adapter))
-        return refuse(e, r->id, STATUS_LIMIT,
-                      "The request and its adapter are larger than the pool; ask for fewer tokens.");
+        return refuse(
+            e, r->id, STATUS_LIMIT,
+            "The request and its adapter are larger than the pool; ask for fewer tokens.");
     fill_sequence(e, slot, r, adapter);
     copy_stops(&e->sequences[slot], r, stops);
     sequence_move(e, slot, SEQUENCE_QUEUED);
@@ -159,8 +163,8 @@ static bool take_request(struct engine *e, const struct engine_request *r, size_
     return true;
 }
 
-enum status engine_register_adapter(struct engine *engine, const char *name,
-                                    const char *store_path, uint32_t owner, struct fault *fault)
+enum status engine_register_adapter(struct engine *engine, const char *name, const char *store_path,
+                                    uint32_t owner, struct fault *fault)
 {
     const struct engine_options *o = &engine->options;
     adapter_id id;
@@ -175,8 +179,10 @@ enum status engine_register_adapter(struct engine *engine, const char *name,
         return STATUS_OK;
     status = adapter_remove(o->adapters, name);
     CHECK(!status);
-    return fault_set(fault, STATUS_LIMIT, "The adapter has rank %u; this server takes up to %u "
-                                          "(--max-lora-rank).", rank, o->rank_max);
+    return fault_set(fault, STATUS_LIMIT,
+                     "The adapter has rank %u; this server takes up to %u "
+                     "(--max-lora-rank).",
+                     rank, o->rank_max);
 }
 
 static bool take_adapter(struct engine *e, const struct engine_adapter_command *c, size_t bytes)

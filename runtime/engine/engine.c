@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Life of the engine and its turn. Memory is sized and taken here, once: the same function walks the areas
-// for every step, and nothing is allocated afterwards.
+// Life of the engine and its turn. Memory is sized and taken here, once: the same function walks
+// the areas for every step, and nothing is allocated afterwards.
 #include "runtime/engine/engine.h"
 
 #include <poll.h>
@@ -14,8 +14,8 @@
 
 uint32_t engine_expert_floor(const struct expert_shape *shape, uint32_t top_k)
 {
-    // One token's experts at once, so that a gate rarely goes round; at least two, so that one can be
-    // copied while another is computed.
+    // One token's experts at once, so that a gate rarely goes round; at least two, so that one can
+    // be copied while another is computed.
     uint32_t experts = top_k < 2 ? 2 : top_k;
     return shape->experts ? experts * shape->pages_per_expert : 0;
 }
@@ -42,9 +42,11 @@ static enum status make_moe_scratch(struct engine *e)
     size_t rows = e->options.rows_max, pairs = rows * c->top_k, f = sizeof(float);
     struct moe_work *w = &e->scratch.moe;
     size_t moe_layers = e->options.model->expert_shape.layers;
-    if (device_area(e, &w->expert, pairs * sizeof(uint32_t)) || device_area(e, &w->gate, pairs * f) ||
+    if (device_area(e, &w->expert, pairs * sizeof(uint32_t)) ||
+        device_area(e, &w->gate, pairs * f) ||
         device_area(e, &w->begin, (c->experts + 1u) * sizeof(uint32_t)) ||
-        device_area(e, &w->order, pairs * sizeof(uint32_t)) || device_area(e, &w->state, c->experts) ||
+        device_area(e, &w->order, pairs * sizeof(uint32_t)) ||
+        device_area(e, &w->state, c->experts) ||
         act_area(e, &w->hidden, pairs, c->moe_intermediate) ||
         device_area(e, &w->out, pairs * c->hidden * f) ||
         device_area(e, &e->scratch.need, moe_layers * c->experts * sizeof(uint32_t)))
@@ -60,7 +62,8 @@ static enum status make_scratch(struct engine *e)
     size_t q = (size_t)c->heads * c->head_dim, qkv = q + 2 * (size_t)c->kv_heads * c->head_dim;
     size_t gate_up = c->intermediate ? tile_interleaved_rows(c->intermediate) : 0;
     if (act_area(e, &s->act, rows, c->hidden) || act_area(e, &s->attention, rows, q) ||
-        device_area(e, &s->normed, rows * c->hidden * f) || device_area(e, &s->qkv, rows * qkv * f) ||
+        device_area(e, &s->normed, rows * c->hidden * f) ||
+        device_area(e, &s->qkv, rows * qkv * f) ||
         device_area(e, &s->gate_up, rows * gate_up * f) ||
         act_area(e, &s->mid, gate_up ? rows : 1, c->intermediate ? c->intermediate : 1) ||
         device_area(e, &s->last, samples * c->hidden * f) ||
@@ -110,7 +113,8 @@ static enum status make_step(struct engine *e, struct step *step)
         return STATUS_NO_MEMORY;
     enum status status = device_area(e, &step->block.device, step->block.bytes);
     if (!status)
-        status = device_area(e, &step->x, (size_t)o->rows_max * o->model->config.hidden * sizeof(float));
+        status =
+            device_area(e, &step->x, (size_t)o->rows_max * o->model->config.hidden * sizeof(float));
     if (status)
         return status;
     (void)place_arrays(o, step->block.host, &step->host);
@@ -137,7 +141,8 @@ static enum status make_sequences(struct engine *e)
         s->previous = slot ? slot - 1 : NO_SLOT;
         s->next = slot + 1 < e->sequence_slots ? slot + 1 : NO_SLOT;
     }
-    *list = (struct sequence_list){.head = 0, .tail = e->sequence_slots - 1, .count = e->sequence_slots};
+    *list = (struct sequence_list){
+        .head = 0, .tail = e->sequence_slots - 1, .count = e->sequence_slots};
     return STATUS_OK;
 }
 
@@ -164,8 +169,9 @@ static enum status make_tables(struct engine *e)
 static enum status check_options(const struct engine_options *o, struct fault *fault)
 {
     if (!o->sequences_max || !o->rows_max || !o->context_max || !o->queue_max || !o->tenants_max)
-        return fault_set(fault, STATUS_INVALID,
-                         "the engine needs at least one sequence, row, position, queue place and tenant.");
+        return fault_set(
+            fault, STATUS_INVALID,
+            "the engine needs at least one sequence, row, position, queue place and tenant.");
     if (o->rows_max < o->sequences_max)
         return fault_set(fault, STATUS_INVALID,
                          "--max-num-batched-tokens (%u) must be at least --max-num-seqs (%u).",
@@ -206,12 +212,13 @@ enum status engine_create(const struct engine_options *options, struct engine **
         status = make_sequences(e);
     if (!status)
         status = make_scratch(e);
-    for (int class = 0; class < ENGINE_CLASSES && !status; class++)
+    for (int class = 0; class < ENGINE_CLASSES && !status; class ++)
         status = make_step(e, &e->steps[class]);
     if (status) {
         engine_destroy(e);
-        return fault_set(fault, status, "there is not enough memory for the engine's work areas: lower "
-                                        "--max-num-batched-tokens, --max-num-seqs or --max-model-len.");
+        return fault_set(fault, status,
+                         "there is not enough memory for the engine's work areas: lower "
+                         "--max-num-batched-tokens, --max-num-seqs or --max-model-len.");
     }
     *out = e;
     return STATUS_OK;
@@ -220,11 +227,30 @@ enum status engine_create(const struct engine_options *options, struct engine **
 static void release_scratch(struct engine *e)
 {
     struct scratch *s = &e->scratch;
-    void *areas[] = {s->act,        s->attention, s->mid,     s->normed,        s->qkv,
-                     s->gate_up,    s->last,      s->last_act, s->logits,       s->token,
-                     s->logprob,    s->top_token, s->top_logprob, s->need,      s->moe.expert,
-                     s->moe.gate,   s->moe.begin, s->moe.order, s->moe.state,   s->moe.hidden,
-                     s->moe.out,    s->lora_hidden[0], s->lora_hidden[1], s->lora_hidden[2]};
+    void *areas[] = {s->act,
+                     s->attention,
+                     s->mid,
+                     s->normed,
+                     s->qkv,
+                     s->gate_up,
+                     s->last,
+                     s->last_act,
+                     s->logits,
+                     s->token,
+                     s->logprob,
+                     s->top_token,
+                     s->top_logprob,
+                     s->need,
+                     s->moe.expert,
+                     s->moe.gate,
+                     s->moe.begin,
+                     s->moe.order,
+                     s->moe.state,
+                     s->moe.hidden,
+                     s->moe.out,
+                     s->lora_hidden[0],
+                     s->lora_hidden[1],
+                     s->lora_hidden[2]};
     for (size_t i = 0; i < ARRAY_COUNT(areas); i++) {
         if (areas[i])
             e->table->release(e->options.device, areas[i]);
@@ -235,7 +261,7 @@ void engine_destroy(struct engine *engine)
 {
     if (!engine)
         return;
-    for (int class = 0; class < ENGINE_CLASSES; class++) {
+    for (int class = 0; class < ENGINE_CLASSES; class ++) {
         struct step *step = &engine->steps[class];
         if (step->block.device)
             engine->table->release(engine->options.device, step->block.device);
@@ -263,7 +289,7 @@ void engine_destroy(struct engine *engine)
 // Ends every request that no running step holds; a step in flight is waited for first.
 static void end_everything(struct engine *e, enum status status, const char *message)
 {
-    for (int class = 0; class < ENGINE_CLASSES; class++) {
+    for (int class = 0; class < ENGINE_CLASSES; class ++) {
         struct step *step = &e->steps[class];
         if (step->state == STEP_NONE || step->state == STEP_FLIGHT)
             continue;
@@ -308,7 +334,8 @@ enum engine_turn engine_turn(struct engine *engine)
     sequence_expire(engine);
     sequence_flush_ended(engine);
     if (engine->broken)
-        end_everything(engine, STATUS_DEVICE, "The device failed; the server has to be started anew.");
+        end_everything(engine, STATUS_DEVICE,
+                       "The device failed; the server has to be started anew.");
     else if (engine->quit)
         end_everything(engine, STATUS_SHUTTING_DOWN, "The server was shut down.");
     if (step_advance(engine))
@@ -391,7 +418,7 @@ void engine_check(const struct engine *engine)
     }
     CHECK(total == engine->sequence_slots);
     uint32_t runs = 0, current = 0;
-    for (int class = 0; class < ENGINE_CLASSES; class++) {
+    for (int class = 0; class < ENGINE_CLASSES; class ++) {
         const struct step *step = &engine->steps[class];
         runs += step->state == STEP_NONE ? 0 : step->plan.runs;
         current += step->state != STEP_NONE && step->state != STEP_PAUSED;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Records the model into the stream: one function per half-layer. Decides nothing; the same for all
-// backends. What a half-layer leaves behind is the residual rows x and the KV it wrote, nothing else, so a
-// step can be left after any half and entered again.
+// backends. What a half-layer leaves behind is the residual rows x and the KV it wrote, nothing
+// else, so a step can be left after any half and entered again.
 //
 //   half 2l   : x += O(attention(rope(norm(QKV(rmsnorm(x))))))            (+ LoRA on q, k, v, o)
 //   half 2l+1 : x += MLP(rmsnorm(x)), dense or router -> map -> experts -> combine    (+ LoRA)
@@ -12,12 +12,12 @@
 
 static struct kv_view kv_view_of(const struct engine *e, const struct step *step)
 {
-    return (struct kv_view){.arena = (uint8_t *)(uintptr_t)e->options.arena,
-                            .page_bytes = e->options.page_bytes,
-                            .pages = step->device.pages,
-                            .blocks_max = (uint32_t)div_up(e->options.context_max,
-                                                           e->options.kv_shape.block_tokens),
-                            .shape = e->options.kv_shape};
+    return (struct kv_view){
+        .arena = (uint8_t *)(uintptr_t)e->options.arena,
+        .page_bytes = e->options.page_bytes,
+        .pages = step->device.pages,
+        .blocks_max = (uint32_t)div_up(e->options.context_max, e->options.kv_shape.block_tokens),
+        .shape = e->options.kv_shape};
 }
 
 static bool has(const struct step *step, enum lora_module module)
@@ -71,8 +71,14 @@ static void norm(struct engine *e, const struct step *step, const float *weight,
 static void gemm(struct engine *e, const void *x, const void *weight, float *y, size_t stride,
                  uint32_t rows, uint32_t n, uint32_t k, bool add)
 {
-    struct gemm_args a = {
-        .x = x, .weight = weight, .y = y, .y_stride = stride, .rows = rows, .n = n, .k = k, .add = add};
+    struct gemm_args a = {.x = x,
+                          .weight = weight,
+                          .y = y,
+                          .y_stride = stride,
+                          .rows = rows,
+                          .n = n,
+                          .k = k,
+                          .add = add};
     e->table->gemm(e->stream, &a);
 }
 
@@ -197,7 +203,8 @@ void forward_begin(struct engine *engine, struct step *step)
 {
     const struct engine_options *o = &engine->options;
     uint32_t blocks = (uint32_t)div_up(o->context_max, o->kv_shape.block_tokens);
-    size_t table = (size_t)step->plan.runs * blocks * o->kv_shape.pages_per_block * sizeof(uint32_t);
+    size_t table =
+        (size_t)step->plan.runs * blocks * o->kv_shape.pages_per_block * sizeof(uint32_t);
     size_t fixed = (size_t)((uint8_t *)step->host.pages - step->block.host);
     if (step->places_changed)
         engine->table->copy(engine->stream, step->block.device, step->block.host, fixed + table);
@@ -230,8 +237,11 @@ void forward_head(struct engine *engine, struct step *step)
     const struct model_config *c = &m->config;
     struct scratch *s = &engine->scratch;
     uint32_t rows = step->plan.samples;
-    struct gather_args g = {
-        .from = step->x, .index = step->device.gather, .to = s->last, .rows = rows, .dim = c->hidden};
+    struct gather_args g = {.from = step->x,
+                            .index = step->device.gather,
+                            .to = s->last,
+                            .rows = rows,
+                            .dim = c->hidden};
     engine->table->gather(engine->stream, &g);
     struct rmsnorm_args n = {.x = s->last,
                              .weight = m->final_norm,

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Shared inside runtime/engine only: the engine's state.
 //
-// Files: engine.c (life, the turn), commands.c (the port's commands), sequence.c (slots, lists, admission,
-// swapping), plan.c (pure policy), step.c (planning and the step's state machine), forward.c (recording the
-// model's half-layers into the stream), output.c (sampled tokens to text and events), report.c (stats).
+// Files: engine.c (life, the turn), commands.c (the port's commands), sequence.c (slots, lists,
+// admission, swapping), plan.c (pure policy), step.c (planning and the step's state machine),
+// forward.c (recording the model's half-layers into the stream), output.c (sampled tokens to text
+// and events), report.c (stats).
 #ifndef POLDER_RUNTIME_ENGINE_INTERNAL_H
 #define POLDER_RUNTIME_ENGINE_INTERNAL_H
 
@@ -17,7 +18,13 @@
 //            any of them -> ENDED (its DONE waits for room in the event ring) -> FREE
 // A sequence whose KV was dropped goes back to QUEUED with everything it has generated.
 
-enum sequence_state { SEQUENCE_FREE, SEQUENCE_QUEUED, SEQUENCE_RUNNING, SEQUENCE_OUT, SEQUENCE_ENDED };
+enum sequence_state {
+    SEQUENCE_FREE,
+    SEQUENCE_QUEUED,
+    SEQUENCE_RUNNING,
+    SEQUENCE_OUT,
+    SEQUENCE_ENDED
+};
 
 enum { NO_SLOT = 0xffffffff };
 
@@ -56,11 +63,11 @@ struct sequence_list {
 
 enum step_state {
     STEP_NONE,
-    STEP_READY,   // its next half-layer can be recorded
-    STEP_FLIGHT,  // a segment is submitted
-    STEP_GATE,    // a gate waits for experts
-    STEP_PAUSED,  // left at a preemption point
-    STEP_RESULTS  // sampled; waits for room in the event ring
+    STEP_READY,  // its next half-layer can be recorded
+    STEP_FLIGHT, // a segment is submitted
+    STEP_GATE,   // a gate waits for experts
+    STEP_PAUSED, // left at a preemption point
+    STEP_RESULTS // sampled; waits for room in the event ring
 };
 
 // The arrays a step's commands read, on the host and, at the same offsets, on the device.
@@ -97,7 +104,8 @@ struct step {
     uint64_t started_us;
 };
 
-// Work areas shared by all steps (nothing here outlives a preemption point, except while a gate waits).
+// Work areas shared by all steps (nothing here outlives a preemption point, except while a gate
+// waits).
 struct scratch {
     void *act, *attention, *mid;
     float *normed, *qkv, *gate_up;
@@ -131,7 +139,8 @@ struct engine {
     struct plan_candidate *candidates; // [sequence_slots]
     struct plan_run *runs;             // [sequences_max], while planning
     struct digest *salts;              // [tenants_max]
-    // Pages that the most urgent sequence without room is waiting for: kept free of those that come after it.
+    // Pages that the most urgent sequence without room is waiting for: kept free of those that come
+    // after it.
     struct want {
         uint32_t slot, pages; // NO_SLOT: nobody
     } want, want_next;        // of the last planning; of this one

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // After a step: sampled tokens become text and events, sequences end or go on.
 //
-// Nothing here waits: output_results does all of it or, when the event ring might not have room, none.
+// Nothing here waits: output_results does all of it or, when the event ring might not have room,
+// none.
 #include <string.h>
 #include <unistd.h>
 
@@ -26,7 +27,8 @@ bool output_event(struct engine *engine, const void *record, size_t bytes)
 size_t output_room_needed(const struct engine *engine, uint32_t samples)
 {
     (void)engine;
-    return ((size_t)samples + 1) * (sizeof(struct engine_text) + TEXT_HELD_MAX + 16); // see ring_free
+    return ((size_t)samples + 1) *
+           (sizeof(struct engine_text) + TEXT_HELD_MAX + 16); // see ring_free
 }
 
 static void emit_text(struct engine *e, struct sequence *s, uint32_t sample, size_t ready)
@@ -132,8 +134,7 @@ bool output_results(struct engine *engine, struct step *step)
     uint32_t sample = 0, runs = step->plan.runs;
     engine->counters.rows += step->plan.rows;
     engine->counters.half_rows_run += (uint64_t)step->halves_run * step->plan.rows;
-    engine->counters.half_rows_due +=
-        2ull * engine->options.model->config.layers * step->plan.rows;
+    engine->counters.half_rows_due += 2ull * engine->options.model->config.layers * step->plan.rows;
     for (uint32_t i = 0; i < runs; i++) {
         const struct plan_run *run = &step->runs[i];
         struct sequence *s = &engine->sequences[run->slot];

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Policy of the step: pure functions over numbers, see plan.h. The order within a step is (class, arrival);
-// weights within a class come with quotas.
+// Policy of the step: pure functions over numbers, see plan.h. The order within a step is (class,
+// arrival); weights within a class come with quotas.
 //
-// Why decode rows go first: a decode row costs one row of budget and ends a wait that a customer sees; a
-// prefill chunk can be cut to what is left. Sarathi-Serve (OSDI'24) calls this stall-free batching. But
-// decode rows of less urgent classes never crowd out the prefill of the most urgent one.
+// Why decode rows go first: a decode row costs one row of budget and ends a wait that a customer
+// sees; a prefill chunk can be cut to what is left. Sarathi-Serve (OSDI'24) calls this stall-free
+// batching. But decode rows of less urgent classes never crowd out the prefill of the most urgent
+// one.
 #include "runtime/engine/plan.h"
 
 #include <stdio.h>
@@ -32,8 +33,8 @@ static struct plan_run run_of(const struct plan_candidate *c, uint32_t count)
                              .samples = count == c->pending};
 }
 
-// What the prefills of the most urgent class must find left over by decode rows of less urgent ones: a run
-// each, and rows up to half of the budget.
+// What the prefills of the most urgent class must find left over by decode rows of less urgent
+// ones: a run each, and rows up to half of the budget.
 struct kept {
     uint32_t runs, rows;
 };

@@ -25,15 +25,16 @@ struct plan_candidate {
 struct plan_run {
     uint32_t slot, class, tenant, adapter;
     uint32_t position, count;
-    uint32_t row;     // first row in the step
-    bool samples;     // its last row is the last known token: sample after it
+    uint32_t row; // first row in the step
+    bool samples; // its last row is the last known token: sample after it
 };
 
 struct plan_limits {
-    uint32_t rows_max;     // token budget of a step
-    uint32_t runs_max;     // sequences in a step
-    uint32_t class_below;  // only classes < class_below may run (a paused step holds the others)
-    uint32_t less_urgent_prefill_max; // prefill rows of a class less urgent than the step's, together
+    uint32_t rows_max;    // token budget of a step
+    uint32_t runs_max;    // sequences in a step
+    uint32_t class_below; // only classes < class_below may run (a paused step holds the others)
+    uint32_t
+        less_urgent_prefill_max; // prefill rows of a class less urgent than the step's, together
 };
 
 struct step_plan {
@@ -44,9 +45,9 @@ struct step_plan {
 };
 
 // Sorts candidates by (class, arrival) in place, then picks decode rows in that order, then prefill
-// chunks in that order until the budget is spent. Decode rows of less urgent classes leave the prefills of
-// the most urgent one a run each and up to half of the budget. Writes at most limits->runs_max runs; row
-// numbers are not assigned yet. Returns the number of runs.
+// chunks in that order until the budget is spent. Decode rows of less urgent classes leave the
+// prefills of the most urgent one a run each and up to half of the budget. Writes at most
+// limits->runs_max runs; row numbers are not assigned yet. Returns the number of runs.
 uint32_t plan_choose(struct plan_candidate *candidates, uint32_t count,
                      const struct plan_limits *limits, struct plan_run *out);
 
@@ -62,6 +63,7 @@ struct plan_leave_inputs {
 bool plan_should_leave(const struct plan_leave_inputs *inputs);
 
 // Text form for --trace-plan; returns the length that was needed.
-size_t plan_print(const struct step_plan *plan, const struct plan_run *runs, char *out, size_t room);
+size_t plan_print(const struct step_plan *plan, const struct plan_run *runs, char *out,
+                  size_t room);
 
 #endif

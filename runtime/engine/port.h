@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The port: how front ends (server, command line) talk to the engine. Two bounded rings of plain records
-// without pointers, one in each direction, each with an eventfd; so the engine can later live in another
-// process. One front-end thread owns the front side, the engine thread the other.
+// The port: how front ends (server, command line) talk to the engine. Two bounded rings of plain
+// records without pointers, one in each direction, each with an eventfd; so the engine can later
+// live in another process. One front-end thread owns the front side, the engine thread the other.
 //
-// Promises of the engine: every ENGINE_REQUEST it takes ends with exactly one ENGINE_DONE (also after
-// cancel, refusal, drain or failure); texts of one request arrive in order; the engine never waits for
-// the front end: when the event ring has no room it stops making events until there is.
-// The front end drains events promptly; to hold back a slow reader it sends ENGINE_PAUSE for that request.
+// Promises of the engine: every ENGINE_REQUEST it takes ends with exactly one ENGINE_DONE (also
+// after cancel, refusal, drain or failure); texts of one request arrive in order; the engine never
+// waits for the front end: when the event ring has no room it stops making events until there is.
+// The front end drains events promptly; to hold back a slow reader it sends ENGINE_PAUSE for that
+// request.
 #ifndef POLDER_RUNTIME_ENGINE_PORT_H
 #define POLDER_RUNTIME_ENGINE_PORT_H
 
@@ -28,15 +29,15 @@ enum {
 
 enum engine_command_kind {
     ENGINE_REQUEST = 1,
-    ENGINE_CANCEL,          // struct engine_control, id of the request; unknown ids are ignored
-    ENGINE_PAUSE,           // stop working on this request until ENGINE_RESUME
+    ENGINE_CANCEL, // struct engine_control, id of the request; unknown ids are ignored
+    ENGINE_PAUSE,  // stop working on this request until ENGINE_RESUME
     ENGINE_RESUME,
-    ENGINE_ADAPTER_ADD,     // struct engine_adapter_command; answered by ENGINE_REPLY
-    ENGINE_ADAPTER_REMOVE,  // likewise
-    ENGINE_ADAPTER_LIST,    // struct engine_control, id = reply id
-    ENGINE_STATS,           // struct engine_control, id = reply id
-    ENGINE_DRAIN,           // finish what is running, refuse what is new (SHUTTING_DOWN)
-    ENGINE_QUIT             // end everything now with SHUTTING_DOWN, then stop
+    ENGINE_ADAPTER_ADD,    // struct engine_adapter_command; answered by ENGINE_REPLY
+    ENGINE_ADAPTER_REMOVE, // likewise
+    ENGINE_ADAPTER_LIST,   // struct engine_control, id = reply id
+    ENGINE_STATS,          // struct engine_control, id = reply id
+    ENGINE_DRAIN,          // finish what is running, refuse what is new (SHUTTING_DOWN)
+    ENGINE_QUIT            // end everything now with SHUTTING_DOWN, then stop
 };
 
 enum engine_class { ENGINE_INTERACTIVE, ENGINE_STANDARD, ENGINE_BATCH, ENGINE_CLASSES };
@@ -56,7 +57,7 @@ struct engine_request {
     uint32_t want_logprob; // 0 or 1
     uint32_t ignore_eos;
     uint64_t seed;
-    uint64_t deadline_us; // on the monotonic clock; 0: none
+    uint64_t deadline_us;              // on the monotonic clock; 0: none
     char adapter[ENGINE_ADAPTER_NAME]; // "" : the base model
 };
 
@@ -73,10 +74,15 @@ struct engine_adapter_command {
 };
 
 enum engine_event_kind { ENGINE_TEXT = 1, ENGINE_DONE, ENGINE_REPLY, ENGINE_STOPPED };
-enum engine_finish { ENGINE_FINISH_STOP = 1, ENGINE_FINISH_LENGTH, ENGINE_FINISH_CANCELLED, ENGINE_FINISH_ERROR };
+enum engine_finish {
+    ENGINE_FINISH_STOP = 1,
+    ENGINE_FINISH_LENGTH,
+    ENGINE_FINISH_CANCELLED,
+    ENGINE_FINISH_ERROR
+};
 
-// One generated token. text: the complete UTF-8 characters that became final with it (may be empty; text
-// that could be the start of a stop string is held back). Followed by text_bytes bytes.
+// One generated token. text: the complete UTF-8 characters that became final with it (may be empty;
+// text that could be the start of a stop string is held back). Followed by text_bytes bytes.
 struct engine_text {
     uint32_t kind;
     int32_t token;
@@ -89,8 +95,8 @@ struct engine_text {
     uint32_t text_bytes;
 };
 
-// The end of a request. Followed by text_bytes bytes: text that was held back (finish length or stop by
-// token), or nothing.
+// The end of a request. Followed by text_bytes bytes: text that was held back (finish length or
+// stop by token), or nothing.
 struct engine_done {
     uint32_t kind;
     uint32_t status; // enum status
@@ -98,7 +104,7 @@ struct engine_done {
     uint32_t finish; // enum engine_finish
     uint32_t prompt_tokens, cached_tokens, generated_tokens;
     uint64_t queue_us, first_token_us, total_us; // from arrival at the engine
-    char message[200];                          // a sentence, when status is not 0
+    char message[200];                           // a sentence, when status is not 0
     uint32_t text_bytes;
 };
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Numbers as JSON text for stats and adapters.list. Names were checked when they were registered, so they
-// need no escaping.
+// Numbers as JSON text for stats and adapters.list. Names were checked when they were registered,
+// so they need no escaping.
 #include <stdarg.h>
 #include <stdio.h>
 
@@ -32,7 +32,9 @@ static void put_pool(struct writer *w, struct engine *e)
         p.device_total, p.device_free, p.device_waiting);
     for (int k = 0; k < PAGE_KINDS; k++)
         put(w, ",\"%s\":%u", kinds[k], p.device_by_kind[k]);
-    put(w, ",\"host_pages\":%u,\"host_free\":%u,\"fetches\":%llu,\"give_backs\":%llu,\"write_backs\":%llu",
+    put(w,
+        ",\"host_pages\":%u,\"host_free\":%u,\"fetches\":%llu,\"give_backs\":%llu,\"write_backs\":%"
+        "llu",
         p.host_total, p.host_free, (unsigned long long)p.fetches, (unsigned long long)p.give_backs,
         (unsigned long long)p.write_backs);
     put(w, ",\"taken_from\":{");
@@ -49,8 +51,9 @@ static void put_kv(struct writer *w, struct engine *e)
 {
     struct kv_stats k;
     kv_stats(e->options.kv, &k);
-    put(w, ",\"kv\":{\"reserved_bytes\":%llu,\"used_bytes\":%llu,\"cached_blocks\":%llu,"
-           "\"prefix_queries\":%llu,\"prefix_hits\":%llu,\"swapped_out\":%llu,\"swapped_in\":%llu}",
+    put(w,
+        ",\"kv\":{\"reserved_bytes\":%llu,\"used_bytes\":%llu,\"cached_blocks\":%llu,"
+        "\"prefix_queries\":%llu,\"prefix_hits\":%llu,\"swapped_out\":%llu,\"swapped_in\":%llu}",
         (unsigned long long)k.reserved_bytes, (unsigned long long)k.used_bytes,
         (unsigned long long)k.cached_blocks, (unsigned long long)k.prefix_queries,
         (unsigned long long)k.prefix_hits, (unsigned long long)k.swapped_out,
@@ -61,7 +64,9 @@ static void put_copies(struct writer *w, struct engine *e)
 {
     struct copy_stats c;
     copy_stats(e->options.copies, &c);
-    put(w, ",\"copies\":{\"h2d_bytes\":%llu,\"d2h_bytes\":%llu,\"read_bytes\":%llu,\"cancelled\":%llu}",
+    put(w,
+        ",\"copies\":{\"h2d_bytes\":%llu,\"d2h_bytes\":%llu,\"read_bytes\":%llu,\"cancelled\":%"
+        "llu}",
         (unsigned long long)c.bytes[COPY_H2D], (unsigned long long)c.bytes[COPY_D2H],
         (unsigned long long)c.bytes[COPY_READ], (unsigned long long)c.cancelled);
 }
@@ -71,8 +76,9 @@ static void put_experts(struct writer *w, struct engine *e)
     struct expert_stats x = {0};
     if (e->options.experts)
         experts_stats(e->options.experts, &x);
-    put(w, ",\"experts\":{\"resident\":%llu,\"total\":%llu,\"hits\":%llu,\"misses\":%llu,"
-           "\"fetched_bytes\":%llu}",
+    put(w,
+        ",\"experts\":{\"resident\":%llu,\"total\":%llu,\"hits\":%llu,\"misses\":%llu,"
+        "\"fetched_bytes\":%llu}",
         (unsigned long long)x.resident, (unsigned long long)x.total, (unsigned long long)x.hits,
         (unsigned long long)x.misses, (unsigned long long)x.fetched_bytes);
 }
@@ -82,20 +88,23 @@ size_t report_stats(struct engine *engine, char *out, size_t room)
     struct writer w = {.out = out, .room = room};
     struct engine_counters c;
     engine_counters(engine, &c);
-    put(&w, "{\"requests\":{\"total\":%llu,\"finished\":%llu,\"failed\":%llu,\"running\":%u,\"waiting\":%u}",
-        (unsigned long long)c.requests, (unsigned long long)c.finished, (unsigned long long)c.failed,
-        c.running, c.waiting);
+    put(&w,
+        "{\"requests\":{\"total\":%llu,\"finished\":%llu,\"failed\":%llu,\"running\":%u,"
+        "\"waiting\":%u}",
+        (unsigned long long)c.requests, (unsigned long long)c.finished,
+        (unsigned long long)c.failed, c.running, c.waiting);
     put(&w, ",\"tokens\":{\"prompt\":%llu,\"cached\":%llu,\"generated\":%llu}",
         (unsigned long long)c.prompt_tokens, (unsigned long long)c.cached_tokens,
         (unsigned long long)c.generated_tokens);
-    put(&w, ",\"engine\":{\"steps\":%llu,\"rows\":%llu,\"segments\":%llu,\"gate_misses\":%llu,"
-            "\"pauses\":%llu,\"swaps_out\":%llu,\"swaps_in\":%llu,\"drops\":%llu,"
-            "\"half_rows_run\":%llu,\"half_rows_due\":%llu,\"rows_recomputed\":%llu},",
+    put(&w,
+        ",\"engine\":{\"steps\":%llu,\"rows\":%llu,\"segments\":%llu,\"gate_misses\":%llu,"
+        "\"pauses\":%llu,\"swaps_out\":%llu,\"swaps_in\":%llu,\"drops\":%llu,"
+        "\"half_rows_run\":%llu,\"half_rows_due\":%llu,\"rows_recomputed\":%llu},",
         (unsigned long long)c.steps, (unsigned long long)c.rows, (unsigned long long)c.segments,
         (unsigned long long)c.gate_misses, (unsigned long long)c.pauses,
-        (unsigned long long)c.swaps_out, (unsigned long long)c.swaps_in, (unsigned long long)c.drops,
-        (unsigned long long)c.half_rows_run, (unsigned long long)c.half_rows_due,
-        (unsigned long long)c.rows_recomputed);
+        (unsigned long long)c.swaps_out, (unsigned long long)c.swaps_in,
+        (unsigned long long)c.drops, (unsigned long long)c.half_rows_run,
+        (unsigned long long)c.half_rows_due, (unsigned long long)c.rows_recomputed);
     put_pool(&w, engine);
     put_kv(&w, engine);
     put_copies(&w, engine);
@@ -109,14 +118,16 @@ size_t report_adapters(struct engine *engine, char *out, size_t room)
     struct writer w = {.out = out, .room = room};
     struct adapter_info info;
     put(&w, "[");
-    for (uint32_t i = 0; engine->options.adapters && adapter_at(engine->options.adapters, i, &info); i++) {
+    for (uint32_t i = 0; engine->options.adapters && adapter_at(engine->options.adapters, i, &info);
+         i++) {
         if (w.at + 1024 > room)
             break;
         char digest[2 * DIGEST_BYTES + 1];
         digest_hex(&info.report.digest, digest);
-        put(&w, "%s{\"name\":\"%s\",\"owner\":%u,\"resident\":%s,\"pages\":%u,\"users\":%u,"
-                "\"rank_min\":%u,\"rank_max\":%u,\"bytes\":%llu,\"applied\":%u,\"possible\":%u,"
-                "\"layout\":\"%s\",\"digest\":\"%s\"}",
+        put(&w,
+            "%s{\"name\":\"%s\",\"owner\":%u,\"resident\":%s,\"pages\":%u,\"users\":%u,"
+            "\"rank_min\":%u,\"rank_max\":%u,\"bytes\":%llu,\"applied\":%u,\"possible\":%u,"
+            "\"layout\":\"%s\",\"digest\":\"%s\"}",
             i ? "," : "", info.name, info.owner, info.resident ? "true" : "false", info.pages,
             info.users, info.report.rank_min, info.report.rank_max,
             (unsigned long long)info.report.bytes, info.report.matrices_applied,

@@ -2,9 +2,9 @@
 // Sequences: slots, lists by state, admission, making room, coming back.
 //
 // Owns which sequences are running; does not decide rows (plan.c) nor touch the device (forward.c).
-// Invariants: 1. a slot is in exactly the list of its state. 2. lists QUEUED, RUNNING and OUT are ordered by
-// (class, arrival). 3. a sequence in a step is RUNNING and is neither swapped nor dropped. 4. every sequence
-// that left FREE gives one DONE event and then returns to FREE.
+// Invariants: 1. a slot is in exactly the list of its state. 2. lists QUEUED, RUNNING and OUT are
+// ordered by (class, arrival). 3. a sequence in a step is RUNNING and is neither swapped nor
+// dropped. 4. every sequence that left FREE gives one DONE event and then returns to FREE.
 #include <stdio.h>
 #include <string.h>
 
@@ -153,16 +153,15 @@ static uint32_t pages_of_tokens(const struct engine *e, uint32_t tokens)
     return (uint32_t)div_up(tokens, shape->block_tokens) * shape->pages_per_block;
 }
 
-// Would `more_pages` beside the KV of all sequences, on the device or on their way to it, and the adapters
-// of paused steps leave the experts their floor?
+// Would `more_pages` beside the KV of all sequences, on the device or on their way to it, and the
+// adapters of paused steps leave the experts their floor?
 bool sequence_pages_allow(const struct engine *engine, uint32_t more_pages)
 {
     struct pool_stats pool;
     pool_stats(engine->options.pool, &pool);
-    uint64_t held = pool.device_by_kind[PAGE_KV] -
-                    (uint64_t)kv_cached_blocks(engine->options.kv) *
-                        engine->options.kv_shape.pages_per_block;
-    for (int class = 0; class < ENGINE_CLASSES; class++) {
+    uint64_t held = pool.device_by_kind[PAGE_KV] - (uint64_t)kv_cached_blocks(engine->options.kv) *
+                                                       engine->options.kv_shape.pages_per_block;
+    for (int class = 0; class < ENGINE_CLASSES; class ++) {
         const struct step *step = &engine->steps[class];
         held += step->state == STEP_PAUSED ? step->adapter_pages : 0;
     }
@@ -187,7 +186,8 @@ void sequence_drop_kv(struct engine *engine, uint32_t slot)
 
 static bool someone_is_leaving(const struct engine *e)
 {
-    for (uint32_t slot = e->lists[SEQUENCE_OUT].head; slot != NO_SLOT; slot = e->sequences[slot].next) {
+    for (uint32_t slot = e->lists[SEQUENCE_OUT].head; slot != NO_SLOT;
+         slot = e->sequences[slot].next) {
         if (kv_state(e->options.kv, e->sequences[slot].kv) == KV_LEAVING)
             return true;
     }
@@ -224,8 +224,8 @@ static void send_out(struct engine *e, uint32_t slot, enum copy_class class)
     }
 }
 
-// Whom to send out for a sequence: one that its client has paused, else the last in the order, if it comes
-// after. NO_SLOT: nobody.
+// Whom to send out for a sequence: one that its client has paused, else the last in the order, if
+// it comes after. NO_SLOT: nobody.
 static uint32_t find_victim(const struct engine *e, uint32_t for_slot)
 {
     const struct sequence *wanting = &e->sequences[for_slot];
@@ -243,8 +243,8 @@ static uint32_t find_victim(const struct engine *e, uint32_t for_slot)
     return last;
 }
 
-// Takes pages from another sequence. True when pages are on their way; the caller tries again at the next
-// turn, and until then those after it in the order leave it `pages`.
+// Takes pages from another sequence. True when pages are on their way; the caller tries again at
+// the next turn, and until then those after it in the order leave it `pages`.
 bool sequence_make_room(struct engine *engine, uint32_t for_slot, uint32_t pages)
 {
     sequence_want(engine, for_slot, pages);
@@ -272,13 +272,15 @@ static uint32_t pages_to_start(const struct engine *e, const struct sequence *s)
     return sequence_pages_needed(e, tokens, s->has_adapter, s->adapter);
 }
 
-// A seat: sequences_max sequences of its class and of more urgent ones may take part in planning. Those of
-// less urgent classes keep their KV and wait; those of paused steps and of paused clients do not count.
+// A seat: sequences_max sequences of its class and of more urgent ones may take part in planning.
+// Those of less urgent classes keep their KV and wait; those of paused steps and of paused clients
+// do not count.
 static bool has_seat(const struct engine *e, uint32_t slot)
 {
     uint32_t class = e->sequences[slot].class, seats = 0;
     for (uint32_t i = e->lists[SEQUENCE_RUNNING].head; i != NO_SLOT; i = e->sequences[i].next)
-        seats += e->sequences[i].class <= class && !e->sequences[i].paused && !e->sequences[i].in_step;
+        seats +=
+            e->sequences[i].class <= class && !e->sequences[i].paused && !e->sequences[i].in_step;
     for (uint32_t i = e->lists[SEQUENCE_OUT].head; i != NO_SLOT; i = e->sequences[i].next)
         seats += e->sequences[i].class <= class && !e->sequences[i].paused &&
                  kv_state(e->options.kv, e->sequences[i].kv) == KV_COMING;
@@ -374,8 +376,9 @@ static uint32_t first_out(const struct engine *e)
     return slot;
 }
 
-// Queued sequences in order, as long as seats and pages last. A sequence whose adapter is on its way waits
-// alone; one that finds no pages stops those behind it, so that big requests are not starved.
+// Queued sequences in order, as long as seats and pages last. A sequence whose adapter is on its
+// way waits alone; one that finds no pages stops those behind it, so that big requests are not
+// starved.
 void sequence_admit(struct engine *engine)
 {
     const struct engine_options *o = &engine->options;

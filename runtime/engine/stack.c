@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// See stack.h. stack_size decides every size from options and model shape, for the real thing and for the
-// dry run alike.
+// See stack.h. stack_size decides every size from options and model shape, for the real thing and
+// for the dry run alike.
 #include "runtime/engine/stack.h"
 
 #include <dirent.h>
@@ -50,7 +50,8 @@ static void default_u32(uint32_t *value, uint32_t otherwise)
 
 static void fill_defaults(struct stack_options *o, const struct model_config *c)
 {
-    uint32_t context = c->max_positions < CONTEXT_DEFAULT_MAX ? c->max_positions : CONTEXT_DEFAULT_MAX;
+    uint32_t context =
+        c->max_positions < CONTEXT_DEFAULT_MAX ? c->max_positions : CONTEXT_DEFAULT_MAX;
     default_u32(&o->context_max, context);
     default_u32(&o->sequences_max, 64);
     default_u32(&o->rows_max, 512);
@@ -78,7 +79,8 @@ static void choose_sizes(const struct stack_options *o, const struct model_confi
                          const struct expert_shape *shape, size_t page_bytes,
                          const struct kv_shape *kv, uint64_t *pool_bytes, uint64_t *host_bytes)
 {
-    uint64_t experts = (uint64_t)shape->layers * shape->experts * shape->pages_per_expert * page_bytes;
+    uint64_t experts =
+        (uint64_t)shape->layers * shape->experts * shape->pages_per_expert * page_bytes;
     uint64_t blocks = div_up(o->context_max, kv->block_tokens);
     uint64_t context = blocks * kv->pages_per_block * page_bytes;
     uint64_t wanted = experts + KV_CONTEXTS_DEFAULT * context + ((uint64_t)64 << 20);
@@ -127,7 +129,8 @@ static enum status lock_state(struct stack *s, struct fault *fault)
     if (flock(s->lock, LOCK_EX | LOCK_NB) != 0)
         return fault_set(fault, STATUS_BUSY,
                          "another server uses the state directory %s; give this one its own with "
-                         "--state-dir.", s->options.state_directory);
+                         "--state-dir.",
+                         s->options.state_directory);
     return STATUS_OK;
 }
 
@@ -167,12 +170,13 @@ static enum status make_arenas(struct stack *s, struct fault *fault)
     s->device_pages = (uint32_t)(s->pool_bytes / s->page_bytes);
     s->host_pages = (uint32_t)(s->host_bytes / s->page_bytes);
     if (!s->device_pages)
-        return fault_set(fault, STATUS_INVALID, "--pool-bytes holds not even one page of %zu bytes.",
-                         s->page_bytes);
+        return fault_set(fault, STATUS_INVALID,
+                         "--pool-bytes holds not even one page of %zu bytes.", s->page_bytes);
     if (table->alloc(s->device, s->pool_bytes, &memory))
-        return fault_set(fault, STATUS_NO_MEMORY,
-                         "a pool of %llu bytes was asked for and could not be had; lower --pool-bytes.",
-                         (unsigned long long)s->pool_bytes);
+        return fault_set(
+            fault, STATUS_NO_MEMORY,
+            "a pool of %llu bytes was asked for and could not be had; lower --pool-bytes.",
+            (unsigned long long)s->pool_bytes);
     s->device_arena = memory;
     s->host_arena = aligned_alloc(4096, round_up(s->host_bytes, 4096));
     if (!s->host_arena)
@@ -236,7 +240,8 @@ static enum status make_kv(struct stack *s, struct fault *fault)
                             .shape = s->kv_shape,
                             .page_bytes = s->page_bytes,
                             .sequences_max = o->sequences_max + o->queue_max,
-                            .blocks_max = (uint32_t)div_up(o->context_max, s->kv_shape.block_tokens),
+                            .blocks_max =
+                                (uint32_t)div_up(o->context_max, s->kv_shape.block_tokens),
                             .secret = s->secret,
                             .recompute_us_per_token = 100.0f,
                             .prefix_sharing = !o->no_prefix_sharing};
@@ -354,7 +359,8 @@ static enum status build(struct stack *s, struct fault *fault)
     return status;
 }
 
-enum status stack_create(const struct stack_options *options, struct stack **out, struct fault *fault)
+enum status stack_create(const struct stack_options *options, struct stack **out,
+                         struct fault *fault)
 {
     struct stack *s = calloc(1, sizeof *s);
     if (!s)
@@ -495,26 +501,28 @@ void stack_describe(const struct stack *stack, char *out, size_t room)
 {
     struct device_info info;
     stack->device->table->info(stack->device, &info);
-    (void)snprintf(out, room,
-                   "%s; %s, %.1f MiB static weights; pool %.1f MiB in %u pages of %zu KiB, KV blocks of "
-                   "%u tokens, host tier %.1f MiB, context %u",
-                   info.name, stack->model->config.architecture,
-                   (double)stack->model->static_bytes / 1048576.0,
-                   (double)stack->pool_bytes / 1048576.0, stack->device_pages,
-                   stack->page_bytes / 1024, stack->kv_shape.block_tokens,
-                   (double)stack->host_bytes / 1048576.0, stack->options.context_max);
+    (void)snprintf(
+        out, room,
+        "%s; %s, %.1f MiB static weights; pool %.1f MiB in %u pages of %zu KiB, KV blocks of "
+        "%u tokens, host tier %.1f MiB, context %u",
+        info.name, stack->model->config.architecture,
+        (double)stack->model->static_bytes / 1048576.0, (double)stack->pool_bytes / 1048576.0,
+        stack->device_pages, stack->page_bytes / 1024, stack->kv_shape.block_tokens,
+        (double)stack->host_bytes / 1048576.0, stack->options.context_max);
 }
 
 // ---- adapters on disk ----
 
-enum status stack_convert_adapter(const struct stack *stack, const char *name, const char *directory,
-                                  char *store_path, size_t store_path_room,
+enum status stack_convert_adapter(const struct stack *stack, const char *name,
+                                  const char *directory, char *store_path, size_t store_path_room,
                                   struct adapter_report *report, struct fault *fault)
 {
     if (!adapter_name_is_valid(name))
-        return fault_set(fault, STATUS_INVALID,
-                         "\"%.80s\" is not an adapter name; use letters, digits, '.', '_' and '-', at "
-                         "most %d.", name, ADAPTER_NAME_MAX - 1);
+        return fault_set(
+            fault, STATUS_INVALID,
+            "\"%.80s\" is not an adapter name; use letters, digits, '.', '_' and '-', at "
+            "most %d.",
+            name, ADAPTER_NAME_MAX - 1);
     int n = snprintf(store_path, store_path_room, "%s/adapters/%s.adapter",
                      stack->options.state_directory, name);
     if (n < 0 || (size_t)n >= store_path_room)
@@ -529,7 +537,8 @@ enum status stack_add_adapter(struct stack *stack, const char *name, const char 
     enum status status =
         stack_convert_adapter(stack, name, directory, path, sizeof path, report, fault);
     if (!status)
-        status = engine_register_adapter(stack->engine, name, path, stack->options.tenants_max, fault);
+        status =
+            engine_register_adapter(stack->engine, name, path, stack->options.tenants_max, fault);
     return status;
 }
 
@@ -571,8 +580,8 @@ uint32_t stack_load_adapters(struct stack *stack)
 
 // ---- dry run ----
 
-enum status stack_fit(const struct stack_options *options, uint64_t memory_bytes, struct stack_fit *out,
-                      struct fault *fault)
+enum status stack_fit(const struct stack_options *options, uint64_t memory_bytes,
+                      struct stack_fit *out, struct fault *fault)
 {
     struct stack_options o = *options;
     memset(out, 0, sizeof *out);
@@ -593,8 +602,8 @@ enum status stack_fit(const struct stack_options *options, uint64_t memory_bytes
         expert_shape_complete(&shape);
     status = check_context(&o, c, fault);
     if (!status)
-        status = kv_shape_choose(c->layers, c->kv_heads, c->head_dim, o.dtype, out->model.page_bytes,
-                                 &kv, fault);
+        status = kv_shape_choose(c->layers, c->kv_heads, c->head_dim, o.dtype,
+                                 out->model.page_bytes, &kv, fault);
     if (status)
         return status;
     choose_sizes(&o, c, &shape, out->model.page_bytes, &kv, &out->pool_bytes, &out->host_bytes);
@@ -612,11 +621,12 @@ enum status stack_fit(const struct stack_options *options, uint64_t memory_bytes
     uint64_t floor = engine_expert_floor(&shape, c->top_k);
     uint64_t one = div_up(o.context_max, kv.block_tokens) * kv.pages_per_block;
     if (one + floor > out->pool_pages)
-        return fault_set(fault, STATUS_LIMIT,
-                         "the pool has %llu pages, but one sequence of %u tokens needs %llu and one "
-                         "token's experts %llu: raise --pool-bytes or lower --max-model-len.",
-                         (unsigned long long)out->pool_pages, o.context_max, (unsigned long long)one,
-                         (unsigned long long)floor);
+        return fault_set(
+            fault, STATUS_LIMIT,
+            "the pool has %llu pages, but one sequence of %u tokens needs %llu and one "
+            "token's experts %llu: raise --pool-bytes or lower --max-model-len.",
+            (unsigned long long)out->pool_pages, o.context_max, (unsigned long long)one,
+            (unsigned long long)floor);
     if (memory_bytes && out->total_bytes > memory_bytes)
         return fault_set(fault, STATUS_NO_MEMORY,
                          "%llu MiB are needed and this machine has %llu MiB: lower --pool-bytes, "

@@ -2,7 +2,8 @@
 // A stack: everything an engine needs, made in order and undone in reverse. The server, the offline
 // commands, the tests and the benchmarks all start one, so there is one place that knows the order.
 //
-//   device -> model (static weights, expert store) -> copy queues -> pool -> kv -> experts -> adapters
+//   device -> model (static weights, expert store) -> copy queues -> pool -> kv -> experts ->
+//   adapters
 //          -> port -> engine
 //
 // Made and destroyed by one thread; stack_start gives the engine to a thread of its own.
@@ -18,14 +19,14 @@ struct stack_options {
     enum dtype dtype;
     const char *instruction_set; // NULL: the best this processor has
     uint32_t threads;            // 0: all cores
-    uint64_t pool_bytes;         // 0: experts + KV of kv_contexts_default contexts + adapters' share
-    uint64_t host_bytes;         // 0: 256 MiB, at least eight pages
-    size_t page_bytes;           // 0: chosen to waste least
-    uint32_t context_max;        // 0: what the model allows, at most 32,768
-    uint32_t sequences_max, rows_max, queue_max; // 0: 64, 512, 256
-    uint32_t adapters_max, rank_max;             // 0: 4096, 512
-    uint32_t tenants_max;                        // 0: 1
-    uint32_t segment_halves_max;                 // 0: 12
+    uint64_t pool_bytes;  // 0: experts + KV of kv_contexts_default contexts + adapters' share
+    uint64_t host_bytes;  // 0: 256 MiB, at least eight pages
+    size_t page_bytes;    // 0: chosen to waste least
+    uint32_t context_max; // 0: what the model allows, at most 32,768
+    uint32_t sequences_max, rows_max, queue_max;                  // 0: 64, 512, 256
+    uint32_t adapters_max, rank_max;                              // 0: 4096, 512
+    uint32_t tenants_max;                                         // 0: 1
+    uint32_t segment_halves_max;                                  // 0: 12
     double h2d_gbytes_per_s, d2h_gbytes_per_s, read_gbytes_per_s; // 0: as fast as it goes
     uint32_t link_latency_us;
     bool no_prefix_sharing;
@@ -69,8 +70,8 @@ MUST_USE enum status stack_convert_adapter(const struct stack *stack, const char
 // Before stack_start: converts and registers.
 MUST_USE enum status stack_add_adapter(struct stack *stack, const char *name, const char *directory,
                                        struct adapter_report *report, struct fault *fault);
-// Before stack_start: registers every store file already in <state>/adapters that fits this base; others are
-// named in the log and left alone. Returns how many.
+// Before stack_start: registers every store file already in <state>/adapters that fits this base;
+// others are named in the log and left alone. Returns how many.
 uint32_t stack_load_adapters(struct stack *stack);
 
 // How the pool would be filled, without loading weights (polder serve --dry-run).
@@ -80,7 +81,8 @@ struct stack_fit {
     uint64_t work_bytes, total_bytes;
     uint32_t context_max;
 };
-// Refuses with a sentence what cannot fit the pool or the machine's memory. Clear out->model.config.
+// Refuses with a sentence what cannot fit the pool or the machine's memory. Clear
+// out->model.config.
 MUST_USE enum status stack_fit(const struct stack_options *options, uint64_t memory_bytes,
                                struct stack_fit *out, struct fault *fault);
 

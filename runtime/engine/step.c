@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Steps: planning the next one, and the state machine that runs it.
 //
-//   NONE -plan-> READY -submit-> FLIGHT -retired-> READY (more halves) | PAUSED (left at a preemption
-//   point) | GATE (experts are missing) | RESULTS (sampled) -> NONE
-//   GATE -experts there-> READY (re-enters at the gate);  PAUSED -resume-> READY
+//   NONE -plan-> READY -submit-> FLIGHT -retired-> READY (more halves) | PAUSED (left at a
+//   preemption point) | GATE (experts are missing) | RESULTS (sampled) -> NONE GATE -experts
+//   there-> READY (re-enters at the gate);  PAUSED -resume-> READY
 //
-// Invariants: 1. at most one step is current; a paused one is of a less urgent class than every step that
-// runs meanwhile. 2. a segment in flight holds one pool epoch; copies of KV blocks that wait for the next
-// segment hold another. 3. a step that is not PAUSED pins the KV and the adapters of its rows; a paused one
-// pins the KV, and adapters from when they arrive for its resuming. 4. a half-layer is computed once.
+// Invariants: 1. at most one step is current; a paused one is of a less urgent class than every
+// step that runs meanwhile. 2. a segment in flight holds one pool epoch; copies of KV blocks that
+// wait for the next segment hold another. 3. a step that is not PAUSED pins the KV and the adapters
+// of its rows; a paused one pins the KV, and adapters from when they arrive for its resuming. 4. a
+// half-layer is computed once.
 #include <string.h>
 
 #include "base/check.h"
@@ -19,7 +20,7 @@ enum { SEGMENT_TARGET_US = 1500 };
 
 struct step *step_paused_most_urgent(struct engine *engine)
 {
-    for (int class = 0; class < ENGINE_CLASSES; class++) {
+    for (int class = 0; class < ENGINE_CLASSES; class ++) {
         if (engine->steps[class].state == STEP_PAUSED)
             return &engine->steps[class];
     }
@@ -81,8 +82,8 @@ static bool pin_adapter(struct engine *e, struct secured *held, uint32_t slot, u
     return true;
 }
 
-// Copies of KV blocks wait in the stream for the next segment: until that has retired nobody else may get
-// the pages they read and write, so they have an epoch of their own.
+// Copies of KV blocks wait in the stream for the next segment: until that has retired nobody else
+// may get the pages they read and write, so they have an epoch of their own.
 static void copy_block(void *context, void *to, const void *from, size_t bytes)
 {
     struct engine *e = context;
@@ -144,7 +145,8 @@ static bool secure(struct engine *e, const struct plan_run *run, struct secured 
     // Copy-on-write may have taken a block more than was counted.
     if (status || !sequence_pages_allow(e, adapter_pages)) {
         unpin_adapter(e, s);
-        step_run_copies(e); // it may have to leave before the next segment, with what the copies bring
+        step_run_copies(
+            e); // it may have to leave before the next segment, with what the copies bring
         (void)sequence_make_room(e, run->slot, adapter_pages + more_pages(e, s, tokens));
         return false;
     }
@@ -155,8 +157,8 @@ static bool secure(struct engine *e, const struct plan_run *run, struct secured 
     return true;
 }
 
-static void fill_rows(struct engine *e, struct step *step, const struct plan_run *run, uint32_t index,
-                      uint32_t *samples)
+static void fill_rows(struct engine *e, struct step *step, const struct plan_run *run,
+                      uint32_t index, uint32_t *samples)
 {
     struct sequence *s = &e->sequences[run->slot];
     for (uint32_t i = 0; i < run->count; i++) {
@@ -304,9 +306,10 @@ static void fail_step(struct engine *e, struct step *step, enum status status, c
         sequence_end(e, step->runs[i].slot, status, ENGINE_FINISH_ERROR, message);
 }
 
-// Nothing on the device can be relied on any more, page tables and cached KV included: the engine ends all
-// requests and stops; a new process heals.
-static void device_failed(struct engine *e, struct step *step, enum status status, const char *message)
+// Nothing on the device can be relied on any more, page tables and cached KV included: the engine
+// ends all requests and stops; a new process heals.
+static void device_failed(struct engine *e, struct step *step, enum status status,
+                          const char *message)
 {
     fail_step(e, step, status, message);
     e->broken = e->quit = e->draining = true;
@@ -406,7 +409,8 @@ static void gate_bring(struct engine *e, struct step *step)
     enum status status = experts_gate_bring(e->options.experts, moe, e->scratch.moe.state,
                                             (enum copy_class)step->plan.class, &started);
     if (status == STATUS_FULL && !started && copy_is_idle(e->options.copies))
-        fail_step(e, step, STATUS_FULL, "No pool pages are left for an expert; raise --pool-bytes.");
+        fail_step(e, step, STATUS_FULL,
+                  "No pool pages are left for an expert; raise --pool-bytes.");
     else if (status && status != STATUS_FULL)
         fail_step(e, step, status, "An expert could not be brought in.");
 }
@@ -417,7 +421,8 @@ static void at_preemption_point(struct engine *e, struct step *step)
     struct plan_leave_inputs in = {.step_class = step->plan.class,
                                    .waiting_class = sequence_waiting_class(e)};
     if (e->options.force_leave)
-        in.forced = e->options.force_leave(e->options.force_leave_context, step->plan.class, step->half);
+        in.forced =
+            e->options.force_leave(e->options.force_leave_context, step->plan.class, step->half);
     if (plan_should_leave(&in)) {
         log_line(LOG_DEBUG, "step %llu left at half %u: class %u, waiting %u%s",
                  (unsigned long long)step->plan.step, step->half, in.step_class, in.waiting_class,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The search starts where a stop string could reach into the new text, so the work per token is bounded by
-// the stop strings' length, not by the answer's.
+// The search starts where a stop string could reach into the new text, so the work per token is
+// bounded by the stop strings' length, not by the answer's.
 #include "runtime/engine/text.h"
 
 #include <string.h>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From token ids to the text a client may see: streaming decode, stop strings, holding back what could be
-// the start of a stop string. Pure, fixed memory.
+// From token ids to the text a client may see: streaming decode, stop strings, holding back what
+// could be the start of a stop string. Pure, fixed memory.
 #ifndef POLDER_RUNTIME_ENGINE_TEXT_H
 #define POLDER_RUNTIME_ENGINE_TEXT_H
 
@@ -21,8 +21,8 @@ struct text_output {
     uint64_t decode_state[8]; // of the tokenizer's streaming decoder
 };
 
-// Adds text (complete characters). *ready is how many bytes at the start of `held` may be given out now;
-// true when a stop string was found: *ready then ends where it starts and the rest is dropped.
+// Adds text (complete characters). *ready is how many bytes at the start of `held` may be given out
+// now; true when a stop string was found: *ready then ends where it starts and the rest is dropped.
 bool text_add(struct text_output *output, const char *text, size_t bytes, size_t *ready);
 // The first `bytes` of held were given out.
 void text_consume(struct text_output *output, size_t bytes);

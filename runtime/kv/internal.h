@@ -4,8 +4,8 @@
 // A block is used by `refs` sequences, of which `active` are not swapped out. Where it is follows
 // from that alone, and block_settle (blocks.c) is the one function that puts it there:
 //
-//   active > 0             on the device without a host copy, or coming; in no list, or still in the leaving list
-//   active = 0, refs > 0   leaving: a write-back is under way, in the leaving list
+//   active > 0             on the device without a host copy, or coming; in no list, or still in
+//   the leaving list active = 0, refs > 0   leaving: a write-back is under way, in the leaving list
 //                          on the host only, in no list
 //                          still on the device without a host copy (another sequence left it
 //                          behind): in the list KV_HELD, offered to the pool at the full price;

@@ -58,7 +58,7 @@ struct model {
     float *final_norm;
     float *inv_freq; // [head_dim / 2]
     struct model_layer *layers;
-    size_t page_bytes; // of the pool that will serve this model
+    size_t page_bytes;                // of the pool that will serve this model
     struct expert_shape expert_shape; // experts 0 for a dense model
     struct reader *expert_store;      // NULL for a dense model
     struct digest digest; // of config, tokenizer and weights: what adapters and KV keys name

@@ -38,8 +38,9 @@ enum {
     X(hidden)                                                                                      \
     X(layers)                                                                                      \
     X(heads)                                                                                       \
-    X(kv_heads) X(head_dim) X(vocab) X(max_positions) X(intermediate) X(experts) X(top_k)          \
-        X(moe_intermediate) X(sparse_step) X(tied) X(rope_theta) X(shard_mib)
+    X(kv_heads)                                                                                    \
+    X(head_dim) X(vocab) X(max_positions) X(intermediate) X(experts) X(top_k) X(moe_intermediate)  \
+        X(sparse_step) X(tied) X(rope_theta) X(shard_mib)
 
 struct shape {
     const char *name;

@@ -170,8 +170,8 @@ static void start_job(struct call *call, const char *name, int directory)
     random_bytes(&unique, sizeof unique);
     struct worker_job job = {.id = request_id(request, 0), .directory = directory};
     (void)snprintf(request->model, sizeof request->model, "%s", name);
-    (void)snprintf(request->store_path, sizeof request->store_path, "%s/%s-%016" PRIx64 ".adapter.new",
-                   server->options.store_dir, name, unique);
+    (void)snprintf(request->store_path, sizeof request->store_path,
+                   "%s/%s-%016" PRIx64 ".adapter.new", server->options.store_dir, name, unique);
     memcpy(job.store_path, request->store_path, sizeof job.store_path);
     if (!worker_put(server->worker, &job))
         return;
@@ -363,7 +363,8 @@ static void keep_store(const struct request *request)
     char kept[ENGINE_PATH];
     kept_path(request, kept);
     if (rename(request->store_path, kept) != 0)
-        log_line(LOG_WARN, "adapter %s will be gone after a restart: its store file could not be kept",
+        log_line(LOG_WARN,
+                 "adapter %s will be gone after a restart: its store file could not be kept",
                  request->model);
 }
 
