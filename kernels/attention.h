@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // QK-norm + RoPE + KV write, and paged causal attention over KV blocks.
 //
-// A KV block holds block_tokens positions of all layers, [layer][K|V][kv_head][token][dim] in the compute
-// dtype; a layer's part never straddles a page: page = layer / layers_per_page of the block's pages, the
-// part at (layer % layers_per_page) * part_bytes in it.
+// A KV block holds block_tokens positions of all layers, [layer][K|V][kv_head][token][dim] in the
+// compute dtype; a layer's part never straddles a page: page = layer / layers_per_page of the
+// block's pages, the part at (layer % layers_per_page) * part_bytes in it.
 #ifndef POLDER_KERNELS_ATTENTION_H
 #define POLDER_KERNELS_ATTENTION_H
 
@@ -26,9 +26,9 @@ struct kv_view {
     struct kv_shape shape;
 };
 
-// For each row: q and k heads are RMS-normalised over head_dim (weights NULL: skipped), rotated by the
-// row's position (NeoX halves: pairs (i, i + head_dim / 2), angle position * theta^(-2i/head_dim)), k and v
-// written to the row's KV slot. q is rotated in place.
+// For each row: q and k heads are RMS-normalised over head_dim (weights NULL: skipped), rotated by
+// the row's position (NeoX halves: pairs (i, i + head_dim / 2), angle position *
+// theta^(-2i/head_dim)), k and v written to the row's KV slot. q is rotated in place.
 struct qk_args {
     float *q;       // [rows][q_stride], heads * head_dim used
     const float *k; // [rows][k_stride]
@@ -44,7 +44,8 @@ struct qk_args {
 };
 
 // out[row][head] = softmax(q . K[0..position] * scale) V. Rows of one sequence stand together in
-// ascending position (a prefill chunk) or alone (decode). KV of the rows themselves is already written.
+// ascending position (a prefill chunk) or alone (decode). KV of the rows themselves is already
+// written.
 struct attention_args {
     const float *q; // [rows][q_stride]
     size_t q_stride;

@@ -4,25 +4,31 @@
 // Terms
 //   device   one backend instance: memory, a table of operations.
 //   stream   an ordered list of commands. Operations RECORD a command; nothing runs until
-//            stream_submit. What is recorded between two submits is one segment. Argument structs are
-//            copied when recorded; the arrays they point to must live until the segment has retired.
-//   act      an activation operand [rows][cols] in a layout private to the backend (CPU: row-major, rows
+//            stream_submit. What is recorded between two submits is one segment. Argument structs
+//            are copied when recorded; the arrays they point to must live until the segment has
+//            retired.
+//   act      an activation operand [rows][cols] in a layout private to the backend (CPU: row-major,
+//   rows
 //            padded with zeros to act_cols(cols) elements of the compute dtype). Made by rmsnorm,
 //            attention, swiglu and moe_gate_up, consumed by gemm, lora_shrink, moe_*.
-//   miss     moe_map finds an expert that is not resident: it sets the stream's miss state; every later
+//   miss     moe_map finds an expert that is not resident: it sets the stream's miss state; every
+//   later
 //            command of the segment except the moe commands of that same layer (which compute the
-//            resident experts) exits early. The host brings the pages and submits again from that gate.
+//            resident experts) exits early. The host brings the pages and submits again from that
+//            gate.
 //   page     the kernels reach experts, adapters and KV only through page numbers into the arena.
 //
-// Compute dtype: DTYPE_BF16 (shipped: bf16 operands of dot products, fp32 everything else) or DTYPE_F32
-// (the reference path: weights, KV and operands all fp32). One device runs one compute dtype.
+// Compute dtype: DTYPE_BF16 (shipped: bf16 operands of dot products, fp32 everything else) or
+// DTYPE_F32 (the reference path: weights, KV and operands all fp32). One device runs one compute
+// dtype.
 //
-// Determinism (FIXED): a row's bits depend on that row and its KV alone, never on the number of rows,
-// their order, the thread count or page numbers. Reductions have a fixed order that depends on shape
-// alone; KV is reduced in segments of KV_SEGMENT tokens at absolute positions, merged in ascending order.
+// Determinism (FIXED): a row's bits depend on that row and its KV alone, never on the number of
+// rows, their order, the thread count or page numbers. Reductions have a fixed order that depends
+// on shape alone; KV is reduced in segments of KV_SEGMENT tokens at absolute positions, merged in
+// ascending order.
 //
-// Threads: a stream is used by one thread (the engine thread). Sizes are elements unless named _bytes.
-// Shapes are checked when recording: CHECK for bugs. 64-bit offsets throughout.
+// Threads: a stream is used by one thread (the engine thread). Sizes are elements unless named
+// _bytes. Shapes are checked when recording: CHECK for bugs. 64-bit offsets throughout.
 #ifndef POLDER_KERNELS_DEVICE_H
 #define POLDER_KERNELS_DEVICE_H
 
@@ -44,7 +50,7 @@ struct device;
 struct stream;
 
 struct device_info {
-    char name[64];        // "cpu avx512bf16, 2 threads"
+    char name[64]; // "cpu avx512bf16, 2 threads"
     char instruction_set[32];
     uint32_t threads;
     enum dtype dtype;
@@ -138,7 +144,7 @@ struct stream {
 };
 
 struct cpu_options {
-    uint32_t threads;            // 0: one per core this process may use
+    uint32_t threads; // 0: one per core this process may use
     enum dtype dtype;
     const char *instruction_set; // NULL: best; "avx512bf16", "avx2", "portable"
 };

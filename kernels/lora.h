@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// LoRA at true rank (Hu et al., 2021; segments as in Punica's SGMV): y += scale * (x A^T) B^T, where an
-// adapter stores A as `rank` rows of d_in and B transposed as `rank` rows of d_out, in pages.
+// LoRA at true rank (Hu et al., 2021; segments as in Punica's SGMV): y += scale * (x A^T) B^T,
+// where an adapter stores A as `rank` rows of d_in and B transposed as `rank` rows of d_out, in
+// pages.
 //
-// Rows of a step are sorted by adapter; a segment is a run of rows of one adapter. Rows of the base model
-// belong to no segment. A row of a slice is row_bytes long (64-byte multiple, zero-padded), rows follow
-// one another and never straddle a page (see lora_row_at).
+// Rows of a step are sorted by adapter; a segment is a run of rows of one adapter. Rows of the base
+// model belong to no segment. A row of a slice is row_bytes long (64-byte multiple, zero-padded),
+// rows follow one another and never straddle a page (see lora_row_at).
 #ifndef POLDER_KERNELS_LORA_H
 #define POLDER_KERNELS_LORA_H
 
@@ -22,7 +23,8 @@ enum lora_module {
     LORA_MODULES
 };
 
-// One A or B^T: `rank` rows from byte first_byte of page slot first_slot of the adapter. rank 0: absent.
+// One A or B^T: `rank` rows from byte first_byte of page slot first_slot of the adapter. rank 0:
+// absent.
 struct lora_slice {
     uint32_t first_slot, first_byte, row_bytes, rank;
 };

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Mixture of experts: router top-k, the task map with the residency test, expert GEMMs from tiles through
-// the page table, combine in slot order.
+// Mixture of experts: router top-k, the task map with the residency test, expert GEMMs from tiles
+// through the page table, combine in slot order.
 //
-// A pair is (row, slot): pair = row * top_k + slot. Expert outputs are written per pair and combined in
-// slot order, never in arrival order.
+// A pair is (row, slot): pair = row * top_k + slot. Expert outputs are written per pair and
+// combined in slot order, never in arrival order.
 #ifndef POLDER_KERNELS_MOE_H
 #define POLDER_KERNELS_MOE_H
 
@@ -13,9 +13,10 @@
 
 #include "kernels/lora.h"
 
-// logits[row][e] = x[row] . W[e], all fp32; softmax over all experts; the top_k largest in descending
-// order, ties to the lower index; weights renormalised to sum 1 when normalize. A row whose logits are
-// not finite gets experts 0..top_k-1 with weight NaN, so that only that row is lost.
+// logits[row][e] = x[row] . W[e], all fp32; softmax over all experts; the top_k largest in
+// descending order, ties to the lower index; weights renormalised to sum 1 when normalize. A row
+// whose logits are not finite gets experts 0..top_k-1 with weight NaN, so that only that row is
+// lost.
 struct router_args {
     const float *x;      // [rows][dim], the fp32 output of rmsnorm
     const float *weight; // [experts][dim] fp32, row-major
@@ -25,8 +26,9 @@ struct router_args {
     bool normalize;
 };
 
-// The experts of one layer in the pool. Expert e's tiles stand in pages[e * pages_per_expert + i]: first
-// gate+up interleaved (2*intermediate x hidden), then from tile down_tile on down (hidden x intermediate).
+// The experts of one layer in the pool. Expert e's tiles stand in pages[e * pages_per_expert + i]:
+// first gate+up interleaved (2*intermediate x hidden), then from tile down_tile on down (hidden x
+// intermediate).
 struct expert_view {
     const uint8_t *arena;
     size_t page_bytes;
@@ -34,20 +36,21 @@ struct expert_view {
     uint32_t pages_per_expert, experts, down_tile;
 };
 
-// Work areas of one MoE layer in one step; kept while a gate waits, so that what is done stays done.
+// Work areas of one MoE layer in one step; kept while a gate waits, so that what is done stays
+// done.
 struct moe_work {
-    uint32_t *expert;  // [rows][top_k] from router
-    float *gate;       // [rows][top_k] from router
-    uint32_t *begin;   // [experts + 1]: pairs of expert e are order[begin[e] .. begin[e+1])
-    uint32_t *order;   // [rows * top_k] pair numbers, ascending within an expert
-    uint8_t *state;    // [experts]: 0 no pairs, 1 to run now, 2 waiting for pages, 3 done
-    void *hidden;      // act [rows * top_k][intermediate], by pair
-    float *out;        // [rows * top_k][dim], by pair
+    uint32_t *expert; // [rows][top_k] from router
+    float *gate;      // [rows][top_k] from router
+    uint32_t *begin;  // [experts + 1]: pairs of expert e are order[begin[e] .. begin[e+1])
+    uint32_t *order;  // [rows * top_k] pair numbers, ascending within an expert
+    uint8_t *state;   // [experts]: 0 no pairs, 1 to run now, 2 waiting for pages, 3 done
+    void *hidden;     // act [rows * top_k][intermediate], by pair
+    float *out;       // [rows * top_k][dim], by pair
 };
 
-// Sorts pairs by expert; marks experts with pairs 1 (resident) or 2 (missing), and leaves those in state 3
-// alone when `resume`. need[e] = number of pairs, host-visible (activation history, what to bring).
-// When an expert is missing: the miss state of the stream is set with `layer`.
+// Sorts pairs by expert; marks experts with pairs 1 (resident) or 2 (missing), and leaves those in
+// state 3 alone when `resume`. need[e] = number of pairs, host-visible (activation history, what to
+// bring). When an expert is missing: the miss state of the stream is set with `layer`.
 struct moe_map_args {
     struct moe_work work;
     struct expert_view view;
@@ -57,7 +60,8 @@ struct moe_map_args {
 };
 
 // moe_gate_up: hidden[pair] = silu(Wg x[row] + LoRA) * (Wu x[row] + LoRA) for experts in state 1.
-// moe_down:    out[pair] = Wd hidden[pair] + LoRA, then state 1 -> 3. Both run during a miss of this layer.
+// moe_down:    out[pair] = Wd hidden[pair] + LoRA, then state 1 -> 3. Both run during a miss of
+// this layer.
 struct moe_gemm_args {
     struct moe_work work;
     struct expert_view view;

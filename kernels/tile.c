@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packing into tiles, and the one conversion from fp32 to bf16 that every backend agrees on. A row of 16
-// bytes of a core matrix is contiguous in source and target, so packing moves 16 bytes at a time.
+// Packing into tiles, and the one conversion from fp32 to bf16 that every backend agrees on. A row
+// of 16 bytes of a core matrix is contiguous in source and target, so packing moves 16 bytes at a
+// time.
 #include "kernels/tile.h"
 
 #include <string.h>

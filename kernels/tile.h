@@ -2,10 +2,10 @@
 // Tile-major weights: the one format that CPU and GPU kernels read (DESIGN.md 5).
 //
 // A tile is 64 rows x 128 bytes = 8 KiB: 64 columns of bf16, 32 of f32. Tiles stand in order of row
-// block, then column block. Inside a tile: core matrices of 8 rows x 16 bytes (128 contiguous bytes), in
-// the same order (row block of 8, then 16-byte column block). Rows and columns are padded with zeros to
-// whole tiles. Gate and up rows are interleaved in blocks of 8 (8 gate rows, then the same 8 up rows).
-// Any thread; nothing here allocates.
+// block, then column block. Inside a tile: core matrices of 8 rows x 16 bytes (128 contiguous
+// bytes), in the same order (row block of 8, then 16-byte column block). Rows and columns are
+// padded with zeros to whole tiles. Gate and up rows are interleaved in blocks of 8 (8 gate rows,
+// then the same 8 up rows). Any thread; nothing here allocates.
 #ifndef POLDER_KERNELS_TILE_H
 #define POLDER_KERNELS_TILE_H
 
@@ -48,15 +48,16 @@ static inline size_t tile_interleaved_row(size_t row, size_t half)
     return row / 8 * 16 + half * 8 + row % 8;
 }
 
-// Rows of the interleaved gate+up matrix of an MLP with `intermediate` units (padded to blocks of 8).
+// Rows of the interleaved gate+up matrix of an MLP with `intermediate` units (padded to blocks of
+// 8).
 static inline size_t tile_interleaved_rows(size_t intermediate)
 {
     return round_up(intermediate, 8) * 2;
 }
 
 // Packs rows [0, rows) of a row-major source matrix [rows][cols] into tiles at `out`, which holds
-// tile_count(...) * TILE_BYTES bytes, zeroed by the caller. half < 0: plain; else row r of the source
-// goes to tile_interleaved_row(r, half).
+// tile_count(...) * TILE_BYTES bytes, zeroed by the caller. half < 0: plain; else row r of the
+// source goes to tile_interleaved_row(r, half).
 void tile_pack(enum dtype dtype, const void *source, size_t rows, size_t cols, int half, void *out);
 
 // bf16 with round to nearest even; NaN stays NaN.
