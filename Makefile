@@ -3,6 +3,7 @@ BUILD ?= build
 STATE ?= $(BUILD)/state
 JOBS  ?= $(shell nproc)
 CMAKE_FLAGS ?=
+MAKEFLAGS += --no-print-directory
 
 .PHONY: all deps build demo test check strict asan fuzz format clean
 
@@ -28,7 +29,7 @@ test: build
 check:
 	@cmake -S . -B $(BUILD) $(CMAKE_FLAGS) > $(BUILD).log 2>&1 || { cat $(BUILD).log; exit 1; }
 	@cmake --build $(BUILD) --parallel $(JOBS)
-	@cd $(BUILD) && ctest --output-on-failure -L fast --timeout 60
+	@cd $(BUILD) && ctest --output-on-failure -L fast --timeout 60 --parallel $(JOBS)
 
 # gcc with every warning as an error, optimised; then clang likewise.
 strict: deps

@@ -2,7 +2,7 @@
 # Installs the Debian 12 packages that Polder needs and that are missing. Says what it does; needs root
 # (or sudo) only when something is missing.
 set -eu
-packages=(gcc cmake make pkg-config libevent-dev libmsgpack-dev libyaml-dev libjansson-dev libpcre2-dev
+packages=(gcc libc6-dev cmake make pkg-config libevent-dev libmsgpack-dev libyaml-dev libjansson-dev libpcre2-dev
     libutf8proc-dev libsodium-dev libcmocka-dev python3 python3-msgpack)
 if [ "${1:-}" = "--ci" ]; then
     packages+=(clang libclang-rt-14-dev universal-ctags neovim)
