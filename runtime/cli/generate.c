@@ -98,6 +98,10 @@ static int show_done(const struct settings *s, const struct engine_done *done)
     if (!s->token_ids)
         (void)fwrite(done + 1, 1, done->text_bytes, stdout);
     (void)printf("\n");
+    if (done->status == STATUS_NOT_FOUND && s->adapter) {
+        (void)fprintf(stderr, "polder: there is no adapter named \"%s\"; see --lora-modules.\n", s->adapter);
+        return EXIT_FAILED;
+    }
     if (done->status) {
         (void)fprintf(stderr, "polder: %s\n", done->message);
         return EXIT_FAILED;
@@ -167,12 +171,26 @@ static int ask(const struct settings *s, struct wire_text *text, struct stack *s
     return code;
 }
 
+// What can be told before the model is loaded.
+static enum status check_asking(const struct settings *s, struct fault *fault)
+{
+    if (!s->prompt && !s->prompt_file)
+        return fault_set(fault, STATUS_INVALID, "say what to continue: --prompt TEXT or --prompt-file FILE.");
+    if (!s->max_tokens)
+        return fault_set(fault, STATUS_INVALID, "--max-tokens is 0; ask for at least one token.");
+    if (s->temperature > 2.0)
+        return fault_set(fault, STATUS_INVALID, "--temperature is 0 to 2.");
+    if (s->top_p <= 0.0 || s->top_p > 1.0)
+        return fault_set(fault, STATUS_INVALID, "--top-p is above 0 and at most 1.");
+    return STATUS_OK;
+}
+
 int command_generate(const struct settings *settings)
 {
     struct fault fault = {.text = ""};
     struct wire_text text = {0};
     struct stack *stack = NULL;
-    if (wire_text_load(settings, &text, &fault))
+    if (check_asking(settings, &fault) || wire_text_load(settings, &text, &fault))
         return complain(&fault);
     int code = EXIT_FAILED;
     if (wire_stack(settings, text.tokenizer, 1, false, &stack, &fault))

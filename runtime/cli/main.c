@@ -48,6 +48,17 @@ static int hash_key(void)
     return EXIT_DONE;
 }
 
+static int help(const char *word)
+{
+    enum command command = command_find(word);
+    if (!command) {
+        (void)fprintf(stderr, "polder: there is no command \"%.60s\"; see polder help.\n", word);
+        return EXIT_USAGE;
+    }
+    options_help(command, stdout);
+    return EXIT_DONE;
+}
+
 static int run(enum command command, const struct settings *settings)
 {
     switch (command) {
@@ -76,8 +87,7 @@ static int run(enum command command, const struct settings *settings)
         options_completion(stdout);
         return EXIT_DONE;
     case COMMAND_HELP:
-        options_help(settings->words ? command_find(settings->word[0]) : COMMAND_HELP, stdout);
-        return EXIT_DONE;
+        return help(settings->words ? settings->word[0] : "help");
     }
     return EXIT_USAGE;
 }

@@ -17,6 +17,7 @@ enum {
     SERVE = COMMAND_SERVE | COMMAND_CHECK_CONFIG,
     ASK = COMMAND_GENERATE | COMMAND_CHAT,
     REMOTE = COMMAND_CHAT | COMMAND_CALL | COMMAND_STATS | COMMAND_ADAPTER,
+    WORDS = COMMAND_CALL | COMMAND_ADAPTER | COMMAND_HELP, // take words that are not options
     ANY = 0xffff
 };
 
@@ -149,27 +150,27 @@ static bool parse_uint(const char *text, uint64_t *out)
 {
     char *end;
     errno = 0;
-    *out = strtoull(text, &end, 0);
+    *out = strtoull(text, &end, 10);
     return *text >= '0' && *text <= '9' && !errno && !*end;
 }
 
-// 512K, 3M, 2G, 1.5G, 2GiB.
+// 123, 512K, 3M, 2G, 1.5G, 2GiB. A fraction needs a unit.
 static bool parse_size(const char *text, uint64_t *out)
 {
     char *end;
+    if (parse_uint(text, out))
+        return true;
     double value = strtod(text, &end);
     double unit = *end == 'K' || *end == 'k'   ? 1024.0
                   : *end == 'M' || *end == 'm' ? 1048576.0
                   : *end == 'G' || *end == 'g' ? 1073741824.0
                                                : 1.0;
-    if (unit > 1.0) {
-        end++;
-        end += !strcmp(end, "iB") ? 2 : !strcmp(end, "B") ? 1 : 0;
-    }
+    if (unit == 1.0)
+        return false;
+    end++;
+    end += !strcmp(end, "iB") ? 2 : !strcmp(end, "B") ? 1 : 0;
     if (*text < '0' || *text > '9' || *end || !(value * unit <= 9.0e18))
         return false;
-    if (unit == 1.0 && parse_uint(text, out))
-        return true;
     *out = (uint64_t)(value * unit);
     return true;
 }
@@ -357,6 +358,9 @@ enum status settings_parse(enum command command, int count, char **words, char *
     enum status status = read_environment(command, environment, &early, fault);
     for (int i = 0; i < count && !status; i++)
         status = read_word(command, words, count, &i, &early, fault);
+    if (!status && early.words && !(command & WORDS))
+        status = fault_set(fault, STATUS_INVALID, "this command takes no word beside its options%s.",
+                           command == COMMAND_HASH_KEY ? "; the key comes on standard input" : "");
     if (status)
         return status;
     if (early.config) {

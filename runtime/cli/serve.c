@@ -118,6 +118,15 @@ static int dry_run(const struct settings *settings)
 
 // ---- serving ----
 
+static enum status check_listen(const struct settings *s, struct fault *fault)
+{
+    if (s->no_tcp && !s->uds)
+        return fault_set(fault, STATUS_INVALID, "--no-tcp leaves no address to listen on; give --uds PATH.");
+    if (s->port > UINT16_MAX)
+        return fault_set(fault, STATUS_INVALID, "--port %u: TCP ports end at %d.", s->port, UINT16_MAX);
+    return STATUS_OK;
+}
+
 static void fill_listen(const struct settings *s, struct server_options *o, char *tcp, char *uds)
 {
     int n = 0;
@@ -206,6 +215,8 @@ int command_serve(const struct settings *settings)
     struct face face = {0};
     if (settings->dry_run)
         return dry_run(settings);
+    if (check_listen(settings, &fault))
+        return complain(&fault);
     raise_file_limit();
     // A reload may add tenants, so the engine has room for as many as a table may hold.
     uint32_t tenants = settings->tenants ? TENANTS_MAX : 1, listed;
@@ -227,6 +238,8 @@ int command_check_config(const struct settings *settings)
 {
     struct fault fault = {.text = ""};
     uint32_t tenants = 0;
+    if (check_listen(settings, &fault))
+        return complain(&fault);
     if (settings->tenants && count_tenants(settings->tenants, &tenants, &fault))
         return complain(&fault);
     if (settings->model) {

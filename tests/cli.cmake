@@ -1,0 +1,10 @@
+# The real binary on models/demo. Debian's interpreter: python3-msgpack belongs to it. 77: something is not
+# installed, said by the test. Several of these at once would only measure each other, so they take turns.
+function(polder_binary_script name)
+    cmake_parse_arguments(T "" "TIMEOUT;LABEL" "" ${ARGN})
+    add_test(NAME ${name} COMMAND /usr/bin/python3 ${PROJECT_SOURCE_DIR}/tests/${name}.py)
+    set_tests_properties(${name} PROPERTIES TIMEOUT ${T_TIMEOUT} SKIP_RETURN_CODE 77 LABELS "${T_LABEL}"
+        RESOURCE_LOCK polder_binary
+        ENVIRONMENT "POLDER=$<TARGET_FILE:polder>;POLDER_CLIENT_EXAMPLE=$<TARGET_FILE:polder_client_example>;PYTHONDONTWRITEBYTECODE=1")
+endfunction()
+polder_binary_script(test_cli TIMEOUT 180 LABEL cli)
