@@ -54,6 +54,7 @@ struct adapters {
     struct lora_adapter_view *views; // [adapters_max], by slot
     uint32_t *free_slots, free_count;
     uint32_t *order, count; // slots by name
+    uint64_t pool_slots;    // of all pool objects that live
     uint32_t *warm, warm_count;
     uint32_t *graves, graves_count; // slots in state BURIED
     uint64_t fetches, given_back;
@@ -235,6 +236,7 @@ static void bury(struct adapters *adapters, struct adapter *adapter)
                    pool_fetch_status(pool, adapter->object) != STATUS_OK;
     warm_remove(adapters, adapter);
     pool_object_destroy(pool, adapter->object);
+    adapters->pool_slots -= adapter->store.pages;
     adapters->views[slot] = (struct lora_adapter_view){.experts = 0};
     if (is_read) {
         adapter->state = STATE_BURIED;
@@ -308,6 +310,14 @@ static enum status object_create(struct adapters *adapters, struct adapter *adap
     if (adapter->store.pages > stats.device_total)
         return fault_set(fault, STATUS_LIMIT, "adapter \"%s\" needs %u pages; the pool has %u.",
                          adapter->name, adapter->store.pages, stats.device_total);
+    uint64_t wanted = adapters->pool_slots + adapter->store.pages;
+    if (adapters->options.slots_max && wanted > adapters->options.slots_max)
+        return fault_set(fault, STATUS_LIMIT,
+                         "adapter \"%s\" has %u pages; the registered adapters have %llu of at most "
+                         "%llu: remove some or raise --pool-bytes.",
+                         adapter->name, adapter->store.pages,
+                         (unsigned long long)adapters->pool_slots,
+                         (unsigned long long)adapters->options.slots_max);
     struct pool_object_options object = {.kind = PAGE_ADAPTER,
                                          .owner = adapter->owner,
                                          .slots = adapter->store.pages,
@@ -318,6 +328,7 @@ static enum status object_create(struct adapters *adapters, struct adapter *adap
         return fault_set(fault, STATUS_FULL,
                          "the pool's tables have no room for adapter \"%s\" (%u pages).",
                          adapter->name, adapter->store.pages);
+    adapters->pool_slots = wanted;
     return STATUS_OK;
 }
 
@@ -407,6 +418,11 @@ void adapter_release(struct adapters *adapters, adapter_id id)
     CHECK(adapter->users);
     adapter->users--;
     bury_if_done(adapters, adapter);
+}
+
+uint32_t adapter_owner(const struct adapters *adapters, adapter_id id)
+{
+    return adapter_of(adapters, id)->owner;
 }
 
 struct digest adapter_digest(const struct adapters *adapters, adapter_id id)

@@ -74,6 +74,9 @@ struct adapter_options {
     // not used: every registered adapter has its row of the view table (24 bytes)
     uint32_t resident_max;
     float fetch_us_per_byte;
+    // Pages of all registered adapters together, resident or not; 0: what the pool's tables hold. Keeps
+    // registrations from using up the slots that KV needs.
+    uint64_t slots_max;
 };
 MUST_USE enum status adapters_create(const struct adapter_options *options, struct adapters **out);
 void adapters_destroy(struct adapters *adapters);
@@ -93,6 +96,7 @@ MUST_USE enum status adapter_find(const struct adapters *adapters, const char *n
 // A request holds its adapter from admission to its end.
 void adapter_acquire(struct adapters *adapters, adapter_id id);
 void adapter_release(struct adapters *adapters, adapter_id id);
+uint32_t adapter_owner(const struct adapters *adapters, adapter_id id);
 struct digest adapter_digest(const struct adapters *adapters, adapter_id id);
 
 MUST_USE enum status adapter_fetch(struct adapters *adapters, adapter_id id, enum copy_class class,

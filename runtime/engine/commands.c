@@ -185,6 +185,19 @@ enum status engine_register_adapter(struct engine *engine, const char *name, con
                      rank, o->rank_max);
 }
 
+// A tenant removes its own adapters and the operator's; another tenant's do not exist for it.
+static enum status remove_adapter(struct engine *e, const struct engine_adapter_command *c)
+{
+    adapter_id id;
+    enum status status = adapter_find(e->options.adapters, c->name, &id);
+    if (status)
+        return status;
+    uint32_t owner = adapter_owner(e->options.adapters, id);
+    if (owner < e->options.tenants_max && owner != c->owner)
+        return STATUS_NOT_FOUND;
+    return adapter_remove(e->options.adapters, c->name);
+}
+
 static bool take_adapter(struct engine *e, const struct engine_adapter_command *c, size_t bytes)
 {
     struct fault fault = {.text = ""};
@@ -198,7 +211,7 @@ static bool take_adapter(struct engine *e, const struct engine_adapter_command *
     else if (c->kind == ENGINE_ADAPTER_ADD)
         status = engine_register_adapter(e, c->name, c->store_path, c->owner, &fault);
     else
-        status = adapter_remove(e->options.adapters, c->name);
+        status = remove_adapter(e, c);
     if (status == STATUS_NOT_FOUND)
         (void)fault_set(&fault, status, "There is no adapter named \"%.63s\".", c->name);
     return reply(e, c->id, status, status ? fault.text : "", NULL, 0);

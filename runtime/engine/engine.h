@@ -60,7 +60,7 @@ struct engine_options {
     uint32_t queue_max;     // waiting sequences
     uint32_t tenants_max;
     uint32_t rank_max;           // largest adapter rank that may be registered
-    uint32_t segment_halves_max; // half-layers submitted as one unit, 2..12
+    uint32_t segment_halves_max; // half-layers submitted as one unit, 1..12
     struct digest secret;        // prefix keys: tenant salts are derived from it
 
     void (*trace)(void *context, const char *line); // --trace-plan, or NULL
@@ -76,7 +76,7 @@ MUST_USE enum status engine_create(const struct engine_options *options, struct 
 void engine_destroy(struct engine *engine);
 
 // BUSY: call again. WAITING: a copy or a segment is under way, call again soon. IDLE: nothing to do
-// until a command comes. STOPPED: after ENGINE_QUIT or a finished drain.
+// until a command comes. HALTED: after ENGINE_QUIT or a finished drain.
 enum engine_turn { ENGINE_BUSY, ENGINE_WAITING, ENGINE_IDLE, ENGINE_HALTED };
 enum engine_turn engine_turn(struct engine *engine);
 

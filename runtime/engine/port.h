@@ -23,8 +23,7 @@ enum {
     ENGINE_PATH = 1024,
     ENGINE_STOPS_MAX = 8,        // stop strings, and stop tokens
     ENGINE_STOP_BYTES_MAX = 128, // of one stop string
-    ENGINE_TOPS_MAX = 8,
-    ENGINE_TEXT_MAX = 4096 // bytes of one text event
+    ENGINE_TOPS_MAX = 8
 };
 
 enum engine_command_kind {

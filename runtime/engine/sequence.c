@@ -127,9 +127,29 @@ void sequence_flush_ended(struct engine *engine)
 }
 
 // Ends what was cancelled or is past its deadline, unless a step holds it (output.c ends it then).
+static bool is_over(const struct sequence *s, uint64_t now)
+{
+    return s->cancelled || (s->deadline_us && now >= s->deadline_us);
+}
+
+// A paused step may wait for long: when one of its requests is over, the step is given up. Its other
+// rows are planned again from where they stood before it.
+static void abandon_paused(struct engine *e, uint64_t now)
+{
+    for (int class = 0; class < ENGINE_CLASSES; class++) {
+        struct step *step = &e->steps[class];
+        bool over = false;
+        for (uint32_t i = 0; step->state == STEP_PAUSED && i < step->plan.runs; i++)
+            over = over || is_over(&e->sequences[step->runs[i].slot], now);
+        if (over)
+            step_release_rows(e, step);
+    }
+}
+
 void sequence_expire(struct engine *engine)
 {
     uint64_t now = clock_now_us(&engine->options.clock);
+    abandon_paused(engine, now);
     for (int state = SEQUENCE_QUEUED; state <= SEQUENCE_OUT; state++) {
         for (uint32_t slot = engine->lists[state].head; slot != NO_SLOT;) {
             struct sequence *s = &engine->sequences[slot];

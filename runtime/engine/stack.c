@@ -185,6 +185,12 @@ static enum status make_arenas(struct stack *s, struct fault *fault)
     return STATUS_OK;
 }
 
+// Adapters that are registered, resident or not, may have 16 times the pages of the device.
+static uint64_t adapter_slots(const struct stack *s)
+{
+    return 65536 + 16ull * s->device_pages;
+}
+
 static enum status make_pool(struct stack *s, struct fault *fault)
 {
     struct stack_options *o = &s->options;
@@ -210,9 +216,9 @@ static enum status make_pool(struct stack *s, struct fault *fault)
     }
     // KV objects: every device and host page could be a block of its own.
     uint32_t objects = experts + o->adapters_max + s->device_pages + s->host_pages + 64;
-    // Adapters that are registered, resident or not, may have 16 times the pages of the device.
-    uint64_t slots = (uint64_t)experts * shape->pages_per_expert + s->host_pages + 65536 +
-                     17ull * s->device_pages;
+    // Every kind has its own: registered adapters cannot use up what KV needs.
+    uint64_t slots = (uint64_t)experts * shape->pages_per_expert + s->host_pages +
+                     s->device_pages + adapter_slots(s);
     struct pool_options pool = {.page_bytes = s->page_bytes,
                                 .device_pages = s->device_pages,
                                 .host_pages = s->host_pages,
@@ -289,6 +295,7 @@ static enum status make_residents(struct stack *s, struct fault *fault)
                                        .clock = clock_monotonic(),
                                        .adapters_max = o->adapters_max,
                                        .resident_max = o->adapters_max,
+                                       .slots_max = adapter_slots(s),
                                        .fetch_us_per_byte = fetch_price(o)};
     if (adapters_create(&adapters, &s->adapters))
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory for the adapter registry.");
@@ -402,6 +409,8 @@ static void stop(struct stack *s)
     while (engine_send(&s->port, &quit, sizeof quit)) {
         while (ring_peek(s->port.events, &record, &bytes))
             ring_pop(s->port.events);
+        if (pthread_tryjoin_np(s->thread, NULL) == 0)
+            return; // it had halted by itself
     }
     for (bool stopped = false; !stopped;) {
         while (ring_peek(s->port.events, &record, &bytes)) {

@@ -439,6 +439,9 @@ static void measure(struct engine *e, const struct step *step)
     uint32_t halves = step->segment_end - step->half;
     float per = (float)us / (float)(halves * step->plan.rows);
     e->half_us_per_row = e->half_us_per_row > 0 ? 0.8f * e->half_us_per_row + 0.2f * per : per;
+    // What a cached token costs to compute again, for the price of KV.
+    kv_set_recompute(e->options.kv,
+                     e->half_us_per_row * 2 * (float)e->options.model->config.layers);
 }
 
 static void retired(struct engine *e, struct step *step, const struct segment_result *result)
