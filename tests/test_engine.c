@@ -242,8 +242,13 @@ static void test_engine_cancel_and_pause(void **state)
         (void)driver_turn(d);
     driver_control(d, ENGINE_PAUSE, ids[0]);
     driver_control(d, ENGINE_CANCEL, ids[1]);
+    for (int i = 0; i < 20; i++)
+        (void)driver_turn(d);
+    uint32_t stood = driver_answer_of(d, ids[0])->count;
     for (int i = 0; i < 200; i++)
         (void)driver_turn(d);
+    assert_int_equal(driver_answer_of(d, ids[0])->count, stood); // a paused request stands still
+    assert_true(stood < GENERATE);
     driver_control(d, ENGINE_RESUME, ids[0]);
     driver_control(d, ENGINE_CANCEL, 9999);
     driver_finish(d);
@@ -252,7 +257,48 @@ static void test_engine_cancel_and_pause(void **state)
             compare(driver_answer_of(d, ids[i]), &f->truth[i]);
     }
     const struct driver_answer *a = driver_answer_of(d, ids[1]);
-    assert_true(a->status == STATUS_CANCELLED || a->count == GENERATE);
+    assert_int_equal(a->status, STATUS_CANCELLED);
+    assert_true(a->count < GENERATE);
+    driver_destroy(d);
+}
+
+static bool leave_batch(void *context, uint32_t step_class, uint32_t half)
+{
+    (void)context;
+    (void)half;
+    return step_class == 2;
+}
+
+// A batch request whose step was left, and a stream of interactive ones that keep it waiting.
+static void test_engine_ends_a_paused_request_at_once(void **state)
+{
+    const struct fixture *f = *state;
+    struct stack_options o = base_options(f);
+    o.force_leave = leave_batch;
+    struct driver *d = driver_create(&o);
+    struct driver_ask batch = ask_of(f, 2), urgent = ask_of(f, 0);
+    batch.class = 2;
+    urgent.class = 0;
+    urgent.max_tokens = 100;
+    uint64_t slow = driver_submit(d, &batch);
+    struct engine_counters c = {0};
+    while (!c.pauses) {
+        (void)driver_turn(d);
+        engine_counters(stack_engine(d->stack), &c);
+    }
+    uint64_t quick = driver_submit(d, &urgent);
+    for (int i = 0; i < 40; i++)
+        (void)driver_turn(d);
+    assert_false(driver_answer_of(d, slow)->done);
+    assert_false(driver_answer_of(d, quick)->done);
+    driver_control(d, ENGINE_CANCEL, slow);
+    for (int i = 0; i < 3; i++)
+        (void)driver_turn(d);
+    assert_true(driver_answer_of(d, slow)->done);
+    assert_int_equal(driver_answer_of(d, slow)->status, STATUS_CANCELLED);
+    assert_false(driver_answer_of(d, quick)->done);
+    driver_finish(d);
+    assert_int_equal(driver_answer_of(d, quick)->status, STATUS_OK);
     driver_destroy(d);
 }
 
@@ -291,6 +337,7 @@ int main(void)
         cmocka_unit_test(test_engine_tiny_pool_changes_nothing),
         cmocka_unit_test(test_engine_shared_prefixes_change_nothing),
         cmocka_unit_test(test_engine_cancel_and_pause),
+        cmocka_unit_test(test_engine_ends_a_paused_request_at_once),
         cmocka_unit_test(test_engine_refuses_bad_requests),
     };
     return cmocka_run_group_tests(tests, make_fixture, drop_fixture);
