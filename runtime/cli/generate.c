@@ -99,7 +99,8 @@ static int show_done(const struct settings *s, const struct engine_done *done)
         (void)fwrite(done + 1, 1, done->text_bytes, stdout);
     (void)printf("\n");
     if (done->status == STATUS_NOT_FOUND && s->adapter) {
-        (void)fprintf(stderr, "polder: there is no adapter named \"%s\"; see --lora-modules.\n", s->adapter);
+        (void)fprintf(stderr, "polder: there is no adapter named \"%s\"; see --lora-modules.\n",
+                      s->adapter);
         return EXIT_FAILED;
     }
     if (done->status) {
@@ -175,7 +176,8 @@ static int ask(const struct settings *s, struct wire_text *text, struct stack *s
 static enum status check_asking(const struct settings *s, struct fault *fault)
 {
     if (!s->prompt && !s->prompt_file)
-        return fault_set(fault, STATUS_INVALID, "say what to continue: --prompt TEXT or --prompt-file FILE.");
+        return fault_set(fault, STATUS_INVALID,
+                         "say what to continue: --prompt TEXT or --prompt-file FILE.");
     if (!s->max_tokens)
         return fault_set(fault, STATUS_INVALID, "--max-tokens is 0; ask for at least one token.");
     if (s->temperature > 2.0)
@@ -193,7 +195,7 @@ int command_generate(const struct settings *settings)
     if (check_asking(settings, &fault) || wire_text_load(settings, &text, &fault))
         return complain(&fault);
     int code = EXIT_FAILED;
-    if (wire_stack(settings, text.tokenizer, 1, false, &stack, &fault))
+    if (wire_stack(settings, text.tokenizer, NULL, false, &stack, &fault))
         (void)complain(&fault);
     else
         code = ask(settings, &text, stack, &fault);

@@ -36,6 +36,15 @@ static enum status decode(void *context, const int32_t *tokens, size_t count, ch
     return wire_decode(&face->text, tokens, count, out, max, bytes);
 }
 
+// Field names come from the client's file; what would break a JSON text becomes '?'.
+static void report_text(char *text)
+{
+    for (; *text; text++) {
+        if (*text == '"' || *text == '\\' || (unsigned char)*text < 0x20)
+            *text = '?';
+    }
+}
+
 static enum status convert(void *context, const char *directory, const char *store_path,
                            char *report, size_t report_bytes, struct fault *fault)
 {
@@ -43,6 +52,8 @@ static enum status convert(void *context, const char *directory, const char *sto
     struct adapter_report r;
     enum status status = adapter_convert(directory, stack_adapter_base(face->stack),
                                          stack_page_bytes(face->stack), store_path, &r, fault);
+    if (!status)
+        report_text(r.ignored);
     if (!status)
         (void)snprintf(
             report, report_bytes,
@@ -121,9 +132,11 @@ static int dry_run(const struct settings *settings)
 static enum status check_listen(const struct settings *s, struct fault *fault)
 {
     if (s->no_tcp && !s->uds)
-        return fault_set(fault, STATUS_INVALID, "--no-tcp leaves no address to listen on; give --uds PATH.");
+        return fault_set(fault, STATUS_INVALID,
+                         "--no-tcp leaves no address to listen on; give --uds PATH.");
     if (s->port > UINT16_MAX)
-        return fault_set(fault, STATUS_INVALID, "--port %u: TCP ports end at %d.", s->port, UINT16_MAX);
+        return fault_set(fault, STATUS_INVALID, "--port %u: TCP ports end at %d.", s->port,
+                         UINT16_MAX);
     return STATUS_OK;
 }
 
@@ -178,6 +191,7 @@ static int serve_stack(const struct settings *s, struct face *face, struct fault
         .limits = {.connections_max = s->max_connections,
                    .frame_bytes = s->max_frame_bytes,
                    .idle_timeout_ms = s->idle_timeout * 1000,
+                   .slow_reader_timeout_ms = s->slow_reader_timeout * 1000,
                    .shutdown_timeout_ms = s->shutdown_timeout * 1000},
         .ready = ready};
     char roots[SERVER_ADAPTER_DIRS_MAX][ENGINE_PATH];
@@ -218,19 +232,18 @@ int command_serve(const struct settings *settings)
     if (check_listen(settings, &fault))
         return complain(&fault);
     raise_file_limit();
-    // A reload may add tenants, so the engine has room for as many as a table may hold.
-    uint32_t tenants = settings->tenants ? TENANTS_MAX : 1, listed;
-    if (settings->tenants && count_tenants(settings->tenants, &listed, &fault))
-        return complain(&fault);
-    if (wire_text_load(settings, &face.text, &fault))
+    struct tenants *tenants = NULL;
+    if (settings->tenants && tenants_load(settings->tenants, NULL, &tenants, &fault))
         return complain(&fault);
     int code = EXIT_FAILED;
-    if (wire_stack(settings, face.text.tokenizer, tenants, true, &face.stack, &fault))
+    if (wire_text_load(settings, &face.text, &fault) ||
+        wire_stack(settings, face.text.tokenizer, tenants, true, &face.stack, &fault))
         (void)complain(&fault);
     else
         code = serve_stack(settings, &face, &fault);
     stack_destroy(face.stack);
     wire_text_clear(&face.text);
+    tenants_free(tenants);
     return code;
 }
 

@@ -196,8 +196,19 @@ static enum status add_module(struct stack *stack, const char *module, struct fa
     return status;
 }
 
+static uint32_t tenant_number(void *context, const char *name)
+{
+    const struct tenants *tenants = context;
+    for (uint32_t i = 0; i < tenants_count(tenants); i++) {
+        if (!strcmp(tenants_at(tenants, i)->name, name))
+            return i;
+    }
+    return UINT32_MAX;
+}
+
 enum status wire_stack(const struct settings *settings, const struct tokenizer *tokenizer,
-                       uint32_t tenants, bool server, struct stack **out, struct fault *fault)
+                       const struct tenants *tenants, bool server, struct stack **out,
+                       struct fault *fault)
 {
     struct stack_options options;
     char state[ENGINE_PATH], line[400];
@@ -205,7 +216,8 @@ enum status wire_stack(const struct settings *settings, const struct tokenizer *
         wire_stack_options(settings, tokenizer, state, sizeof state, &options, fault);
     if (status)
         return status;
-    options.tenants_max = tenants;
+    // A reload may add tenants, so the engine has room for as many as a table may hold.
+    options.tenants_max = tenants ? TENANTS_MAX : 1;
     options.owns_state = server;
     status = stack_create(&options, out, fault);
     if (status)
@@ -218,7 +230,8 @@ enum status wire_stack(const struct settings *settings, const struct tokenizer *
         *out = NULL;
         return status;
     }
-    uint32_t found = stack_load_adapters(*out);
+    uint32_t found =
+        stack_load_adapters(*out, tenants ? tenant_number : NULL, (void *)(uintptr_t)tenants);
     stack_describe(*out, line, sizeof line);
     log_line(LOG_INFO, "%s", line);
     if (found)

@@ -6,6 +6,7 @@
 #include "runtime/cli/options.h"
 #include "runtime/engine/stack.h"
 #include "runtime/tokenizer/tokenizer.h"
+#include "tenants/tenants.h"
 
 // A tokenizer with the working memory of one thread.
 struct wire_text {
@@ -30,7 +31,7 @@ MUST_USE enum status wire_stack_options(const struct settings *settings,
 // Makes the stack and registers what --lora-modules names, and what the state directory holds. A
 // server owns its state directory.
 MUST_USE enum status wire_stack(const struct settings *settings, const struct tokenizer *tokenizer,
-                                uint32_t tenants, bool server, struct stack **out,
+                                const struct tenants *tenants, bool server, struct stack **out,
                                 struct fault *fault);
 // The name requests use for the base model: --served-model-name, or the directory's last part.
 void wire_model_name(const struct settings *settings, char *out, size_t room);

@@ -217,8 +217,8 @@ static enum status make_pool(struct stack *s, struct fault *fault)
     // KV objects: every device and host page could be a block of its own.
     uint32_t objects = experts + o->adapters_max + s->device_pages + s->host_pages + 64;
     // Every kind has its own: registered adapters cannot use up what KV needs.
-    uint64_t slots = (uint64_t)experts * shape->pages_per_expert + s->host_pages +
-                     s->device_pages + adapter_slots(s);
+    uint64_t slots = (uint64_t)experts * shape->pages_per_expert + s->host_pages + s->device_pages +
+                     adapter_slots(s);
     struct pool_options pool = {.page_bytes = s->page_bytes,
                                 .device_pages = s->device_pages,
                                 .host_pages = s->host_pages,
@@ -532,8 +532,13 @@ enum status stack_convert_adapter(const struct stack *stack, const char *name,
             "\"%.80s\" is not an adapter name; use letters, digits, '.', '_' and '-', at "
             "most %d.",
             name, ADAPTER_NAME_MAX - 1);
-    int n = snprintf(store_path, store_path_room, "%s/adapters/%s.adapter",
-                     stack->options.state_directory, name);
+    // Only a server leaves stores behind under their names.
+    const char *directory_of = stack->options.state_directory;
+    int n =
+        stack->options.owns_state
+            ? snprintf(store_path, store_path_room, "%s/adapters/%s.adapter", directory_of, name)
+            : snprintf(store_path, store_path_room, "%s/adapters/%s-%d.adapter.new", directory_of,
+                       name, (int)getpid());
     if (n < 0 || (size_t)n >= store_path_room)
         return fault_set(fault, STATUS_INVALID, "the state directory's path is too long.");
     return adapter_convert(directory, &stack->base, stack->page_bytes, store_path, report, fault);
@@ -548,39 +553,66 @@ enum status stack_add_adapter(struct stack *stack, const char *name, const char 
     if (!status)
         status =
             engine_register_adapter(stack->engine, name, path, stack->options.tenants_max, fault);
+    if (!stack->options.owns_state)
+        (void)unlink(path); // the registry has it open
     return status;
 }
 
-uint32_t stack_load_adapters(struct stack *stack)
+// "NAME.adapter" or "NAME@TENANT.adapter": cuts the parts out of `name`; tenant NULL: the
+// operator's.
+static bool split_store_name(char *name, char **tenant)
+{
+    size_t length = strlen(name);
+    if (length <= 8 || strcmp(name + length - 8, ".adapter") != 0)
+        return false;
+    name[length - 8] = 0;
+    *tenant = strchr(name, '@');
+    if (*tenant)
+        *(*tenant)++ = 0;
+    return true;
+}
+
+static bool load_store(struct stack *stack, const char *file, const char *name, uint32_t owner)
 {
     char path[ENGINE_PATH];
+    struct fault fault = {.text = ""};
+    adapter_id id;
+    if (!adapter_find(stack->adapters, name, &id))
+        return false; // the command line has just converted it
+    (void)snprintf(path, sizeof path, "%.760s/adapters/%.250s", stack->options.state_directory,
+                   file);
+    if (owner == UINT32_MAX)
+        (void)fault_set(&fault, STATUS_DENIED, "its tenant is not in the tenants file.");
+    else if (!adapter_name_is_valid(name))
+        (void)fault_set(&fault, STATUS_INVALID, "its name is not an adapter's.");
+    else if (!engine_register_adapter(stack->engine, name, path, owner, &fault))
+        return true;
+    log_line(LOG_WARN, "the adapter store %s was left alone: %s", path, fault.text);
+    return false;
+}
+
+uint32_t stack_load_adapters(struct stack *stack,
+                             uint32_t (*owner_of)(void *context, const char *tenant), void *context)
+{
+    char path[ENGINE_PATH], name[256];
     uint32_t count = 0;
-    (void)snprintf(path, sizeof path, "%s/adapters", stack->options.state_directory);
+    (void)snprintf(path, sizeof path, "%.1000s/adapters", stack->options.state_directory);
     DIR *directory = opendir(path);
     for (struct dirent *entry; directory && (entry = readdir(directory));) {
-        char name[ADAPTER_NAME_MAX + 16];
         size_t length = strlen(entry->d_name);
+        char *tenant = NULL;
         if (length > 12 && !strcmp(entry->d_name + length - 12, ".adapter.new")) {
             // A conversion under way, or one that a kill interrupted.
             if (stack->options.owns_state)
                 (void)unlinkat(dirfd(directory), entry->d_name, 0);
             continue;
         }
-        if (length <= 8 || length >= sizeof name || strcmp(entry->d_name + length - 8, ".adapter"))
+        (void)snprintf(name, sizeof name, "%s", entry->d_name);
+        if (!split_store_name(name, &tenant))
             continue;
-        memcpy(name, entry->d_name, length - 8);
-        name[length - 8] = 0;
-        (void)snprintf(path, sizeof path, "%s/adapters/%s", stack->options.state_directory,
-                       entry->d_name);
-        struct fault fault = {.text = ""};
-        adapter_id id;
-        if (adapter_name_is_valid(name) && !adapter_find(stack->adapters, name, &id))
-            continue; // the command line has just converted it
-        if (!adapter_name_is_valid(name) ||
-            engine_register_adapter(stack->engine, name, path, stack->options.tenants_max, &fault))
-            log_line(LOG_WARN, "the adapter store %s was left alone: %s", path, fault.text);
-        else
-            count++;
+        uint32_t owner =
+            tenant && owner_of ? owner_of(context, tenant) : stack->options.tenants_max;
+        count += load_store(stack, entry->d_name, name, owner);
     }
     if (directory)
         (void)closedir(directory);

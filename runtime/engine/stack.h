@@ -70,9 +70,13 @@ MUST_USE enum status stack_convert_adapter(const struct stack *stack, const char
 // Before stack_start: converts and registers.
 MUST_USE enum status stack_add_adapter(struct stack *stack, const char *name, const char *directory,
                                        struct adapter_report *report, struct fault *fault);
-// Before stack_start: registers every store file already in <state>/adapters that fits this base;
-// others are named in the log and left alone. Returns how many.
-uint32_t stack_load_adapters(struct stack *stack);
+// Before stack_start: registers every store file already in <state>/adapters that fits this base,
+// NAME.adapter as the operator's, NAME@TENANT.adapter as that tenant's; others are named in the log
+// and left alone. owner_of (may be NULL: all are the operator's) gives a tenant's number,
+// UINT32_MAX when unknown. Returns how many.
+uint32_t stack_load_adapters(struct stack *stack,
+                             uint32_t (*owner_of)(void *context, const char *tenant),
+                             void *context);
 
 // How the pool would be filled, without loading weights (polder serve --dry-run).
 struct stack_fit {

@@ -350,18 +350,25 @@ static void answer_stats(struct request *request, const json_t *engine)
     reply_send(request->connection);
 }
 
-// Where a registered adapter's store file stands: found there again when the server starts.
-static void kept_path(const struct request *request, char out[ENGINE_PATH])
+// Where a registered adapter's store file stands, found there again when the server starts:
+// NAME@TENANT.adapter, or NAME.adapter for the operator's (tenant NULL).
+static void kept_path(const struct request *request, const char *tenant, char out[ENGINE_PATH])
 {
-    (void)snprintf(out, ENGINE_PATH, "%.900s/%.63s.adapter", request->server->options.store_dir,
-                   request->model);
+    (void)snprintf(out, ENGINE_PATH, "%.850s/%.63s%s%.63s.adapter",
+                   request->server->options.store_dir, request->model, tenant ? "@" : "",
+                   tenant ? tenant : "");
+}
+
+static const char *tenant_name(const struct request *request)
+{
+    return tenants_at(request->server->tenants, request->tenant)->name;
 }
 
 // The engine has the file open; the rename makes the registration survive a restart.
 static void keep_store(const struct request *request)
 {
     char kept[ENGINE_PATH];
-    kept_path(request, kept);
+    kept_path(request, tenant_name(request), kept);
     if (rename(request->store_path, kept) != 0)
         log_line(LOG_WARN,
                  "adapter %s will be gone after a restart: its store file could not be kept",
@@ -401,9 +408,12 @@ static void answer_removed(struct request *request, const struct engine_reply *r
         reply_fault_for(request, &fault);
         return;
     }
-    char kept[ENGINE_PATH];
-    kept_path(request, kept);
-    (void)unlink(kept);
+    char kept[ENGINE_PATH]; // a tenant removes its own or the operator's
+    kept_path(request, tenant_name(request), kept);
+    if (unlink(kept) != 0) {
+        kept_path(request, NULL, kept);
+        (void)unlink(kept);
+    }
     if (request->connection) {
         msgpack_packer *packer = reply_open_for(request);
         put_map(packer, 1);
