@@ -87,6 +87,8 @@ static const struct option TABLE[] = {
      "after SIGTERM, time for running requests"},
     {"idle-timeout", UINT, SERVE, FIELD(idle_timeout), "SECONDS", "600",
      "idle connections are closed"},
+    {"slow-reader-timeout", UINT, SERVE, FIELD(slow_reader_timeout), "SECONDS", "30",
+     "a client that does not read its answers is closed"},
     {"max-connections", UINT, SERVE, FIELD(max_connections), "N", "1024", "connections at once"},
     {"max-frame-bytes", SIZE, SERVE, FIELD(max_frame_bytes), "BYTES", "4M",
      "largest request frame"},
@@ -340,6 +342,7 @@ static void fill_defaults(struct settings *s)
                            .port = 7077,
                            .shutdown_timeout = 30,
                            .idle_timeout = 600,
+                           .slow_reader_timeout = 30,
                            .max_connections = 1024,
                            .max_frame_bytes = 4u << 20,
                            .max_tokens = 128,
@@ -359,8 +362,9 @@ enum status settings_parse(enum command command, int count, char **words, char *
     for (int i = 0; i < count && !status; i++)
         status = read_word(command, words, count, &i, &early, fault);
     if (!status && early.words && !(command & WORDS))
-        status = fault_set(fault, STATUS_INVALID, "this command takes no word beside its options%s.",
-                           command == COMMAND_HASH_KEY ? "; the key comes on standard input" : "");
+        status =
+            fault_set(fault, STATUS_INVALID, "this command takes no word beside its options%s.",
+                      command == COMMAND_HASH_KEY ? "; the key comes on standard input" : "");
     if (status)
         return status;
     if (early.config) {
