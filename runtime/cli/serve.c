@@ -115,8 +115,12 @@ static int dry_run(const struct settings *settings)
                      fit.expert_pages > fit.pool_pages ? " (more than the pool: offloaded)" : "");
         (void)printf("  KV             %10llu tokens beside all experts, %llu bytes each\n",
                      (unsigned long long)fit.kv_tokens, (unsigned long long)fit.kv_bytes_per_token);
+        (void)printf(
+            "  adapters       %10llu of rank 16 on q, k, v, o beside all experts, %.2f MiB each\n",
+            (unsigned long long)fit.adapters_that_fit, mib(fit.adapter_bytes));
         (void)printf("host tier        %10.1f MiB\n", mib(fit.host_bytes));
         (void)printf("work areas       %10.1f MiB\n", mib(fit.work_bytes));
+        (void)printf("tables, queues   %10.1f MiB\n", mib(fit.table_bytes));
         (void)printf("in all           %10.1f MiB of %.1f MiB; context %u tokens\n",
                      mib(fit.total_bytes), mib(memory), fit.context_max);
     }

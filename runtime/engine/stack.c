@@ -621,6 +621,30 @@ uint32_t stack_load_adapters(struct stack *stack,
 
 // ---- dry run ----
 
+// Work areas, tables and queues, as engine.c, pool.c and kv.c size them, to within a few percent.
+static void fit_memory(const struct stack_options *o, const struct model_config *c,
+                       const struct kv_shape *kv, struct stack_fit *out)
+{
+    enum { POOL_SLOT = 16, POOL_PAGE = 32, POOL_OBJECT = 96, KV_BLOCK = 96, RINGS = 16 << 20 };
+    uint64_t rows = o->rows_max, runs = o->sequences_max, pairs = rows * (c->top_k ? c->top_k : 1);
+    uint64_t q = (uint64_t)c->heads * c->head_dim, kv_n = 2ull * c->kv_heads * c->head_dim;
+    uint64_t blocks = div_up(o->context_max, kv->block_tokens);
+    uint64_t row = c->hidden * 4ull * (ENGINE_CLASSES + 2) + (q + kv_n) * 4 + q * 4 +
+                   (c->intermediate ? c->intermediate * 12ull : 0) + 3ull * o->rank_max * 4;
+    out->work_bytes = rows * row + pairs * (c->hidden * 4ull + c->moe_intermediate * 4ull + 16) +
+                      runs * c->vocab * 4ull +
+                      2ull * ENGINE_CLASSES * runs * blocks * kv->pages_per_block * 4 +
+                      (runs + o->queue_max) * o->context_max * 4ull;
+    uint64_t pages = out->pool_pages + out->host_bytes / out->model.page_bytes;
+    out->table_bytes = RINGS + pages * (POOL_PAGE + POOL_OBJECT + KV_BLOCK) +
+                       (out->expert_pages + 17 * out->pool_pages + 65536) * POOL_SLOT +
+                       (runs + o->queue_max) * blocks * 4;
+    uint64_t bytes = o->dtype == DTYPE_BF16 ? 2 : 4;
+    out->adapter_bytes = 16ull * c->layers * bytes * (4ull * c->hidden + 2 * q + kv_n);
+    out->total_bytes = out->model.static_bytes + out->pool_bytes + out->host_bytes +
+                       out->work_bytes + out->table_bytes;
+}
+
 enum status stack_fit(const struct stack_options *options, uint64_t memory_bytes,
                       struct stack_fit *out, struct fault *fault)
 {
@@ -654,11 +678,8 @@ enum status stack_fit(const struct stack_options *options, uint64_t memory_bytes
     out->kv_bytes_per_token = kv.pages_per_block * out->model.page_bytes / kv.block_tokens;
     uint64_t left = out->pool_pages > out->expert_pages ? out->pool_pages - out->expert_pages : 0;
     out->kv_tokens = left / kv.pages_per_block * kv.block_tokens;
-    uint64_t pairs = (uint64_t)o.rows_max * (c->top_k ? c->top_k : 1);
-    out->work_bytes = pairs * c->hidden * 8 + (uint64_t)o.sequences_max * c->vocab * 4 +
-                      (uint64_t)(o.sequences_max + o.queue_max) * o.context_max * 4;
-    out->total_bytes =
-        out->model.static_bytes + out->pool_bytes + out->host_bytes + out->work_bytes;
+    fit_memory(&o, c, &kv, out);
+    out->adapters_that_fit = left * out->model.page_bytes / out->adapter_bytes;
     uint64_t floor = engine_expert_floor(&shape, c->top_k);
     uint64_t one = div_up(o.context_max, kv.block_tokens) * kv.pages_per_block;
     if (one + floor > out->pool_pages)

@@ -82,7 +82,9 @@ uint32_t stack_load_adapters(struct stack *stack,
 struct stack_fit {
     struct model_fit model;
     uint64_t pool_bytes, pool_pages, expert_pages, kv_bytes_per_token, kv_tokens, host_bytes;
-    uint64_t work_bytes, total_bytes;
+    uint64_t work_bytes, table_bytes, total_bytes;
+    uint64_t adapter_bytes;     // a rank-16 adapter of q, k, v and o, as a measure
+    uint64_t adapters_that_fit; // of those, in what all experts leave of the pool
     uint32_t context_max;
 };
 // Refuses with a sentence what cannot fit the pool or the machine's memory. Clear
