@@ -23,6 +23,7 @@ demo: build
 
 # Every test, through ctest.
 test: build
+	@tools/deps.sh --test
 	@cd $(BUILD) && ctest --output-on-failure --timeout 600
 
 # The fast part: under 60 s after a build, no root, no network.

@@ -312,12 +312,12 @@ static enum status object_create(struct adapters *adapters, struct adapter *adap
                          adapter->name, adapter->store.pages, stats.device_total);
     uint64_t wanted = adapters->pool_slots + adapter->store.pages;
     if (adapters->options.slots_max && wanted > adapters->options.slots_max)
-        return fault_set(fault, STATUS_LIMIT,
-                         "adapter \"%s\" has %u pages; the registered adapters have %llu of at most "
-                         "%llu: remove some or raise --pool-bytes.",
-                         adapter->name, adapter->store.pages,
-                         (unsigned long long)adapters->pool_slots,
-                         (unsigned long long)adapters->options.slots_max);
+        return fault_set(
+            fault, STATUS_LIMIT,
+            "adapter \"%s\" has %u pages; the registered adapters have %llu of at most "
+            "%llu: remove some or raise --pool-bytes.",
+            adapter->name, adapter->store.pages, (unsigned long long)adapters->pool_slots,
+            (unsigned long long)adapters->options.slots_max);
     struct pool_object_options object = {.kind = PAGE_ADAPTER,
                                          .owner = adapter->owner,
                                          .slots = adapter->store.pages,

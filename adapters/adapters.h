@@ -74,8 +74,8 @@ struct adapter_options {
     // not used: every registered adapter has its row of the view table (24 bytes)
     uint32_t resident_max;
     float fetch_us_per_byte;
-    // Pages of all registered adapters together, resident or not; 0: what the pool's tables hold. Keeps
-    // registrations from using up the slots that KV needs.
+    // Pages of all registered adapters together, resident or not; 0: what the pool's tables hold.
+    // Keeps registrations from using up the slots that KV needs.
     uint64_t slots_max;
 };
 MUST_USE enum status adapters_create(const struct adapter_options *options, struct adapters **out);

@@ -4,9 +4,10 @@
 set -eu
 packages=(gcc libc6-dev cmake make pkg-config libevent-dev libmsgpack-dev libyaml-dev libjansson-dev libpcre2-dev
     libutf8proc-dev libsodium-dev libcmocka-dev python3 python3-msgpack)
-if [ "${1:-}" = "--ci" ]; then
-    packages+=(clang libclang-rt-14-dev universal-ctags neovim)
-fi
+case "${1:-}" in
+    --test) packages+=(neovim) ;; # the RPC interface is tested with Neovim's client
+    --ci) packages+=(neovim clang libclang-rt-14-dev) ;;
+esac
 missing=()
 for package in "${packages[@]}"; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' ||

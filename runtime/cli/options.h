@@ -34,7 +34,8 @@ struct settings {
     struct option_list lora_modules;
     // serving
     const char *host, *uds, *tenants;
-    uint32_t port, shutdown_timeout, idle_timeout, slow_reader_timeout, max_connections, max_frame_bytes;
+    uint32_t port, shutdown_timeout, idle_timeout, slow_reader_timeout, max_connections,
+        max_frame_bytes;
     struct option_list adapter_dirs;
     bool dry_run, no_tcp;
     // asking

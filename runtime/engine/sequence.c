@@ -132,11 +132,11 @@ static bool is_over(const struct sequence *s, uint64_t now)
     return s->cancelled || (s->deadline_us && now >= s->deadline_us);
 }
 
-// A paused step may wait for long: when one of its requests is over, the step is given up. Its other
-// rows are planned again from where they stood before it.
+// A paused step may wait for long: when one of its requests is over, the step is given up. Its
+// other rows are planned again from where they stood before it.
 static void abandon_paused(struct engine *e, uint64_t now)
 {
-    for (int class = 0; class < ENGINE_CLASSES; class++) {
+    for (int class = 0; class < ENGINE_CLASSES; class ++) {
         struct step *step = &e->steps[class];
         bool over = false;
         for (uint32_t i = 0; step->state == STEP_PAUSED && i < step->plan.runs; i++)
