@@ -176,6 +176,12 @@ static enum status absolute_roots(const struct settings *s,
     return STATUS_OK;
 }
 
+// More than 49 days are as good as for ever.
+static uint32_t milliseconds(uint32_t seconds)
+{
+    return seconds > UINT32_MAX / 1000 ? UINT32_MAX : seconds * 1000;
+}
+
 static int serve_stack(const struct settings *s, struct face *face, struct fault *fault)
 {
     char tcp[ADDRESS_ROOM], uds[ADDRESS_ROOM], store[ENGINE_PATH], state[ENGINE_PATH];
@@ -194,9 +200,9 @@ static int serve_stack(const struct settings *s, struct face *face, struct fault
         .clock = clock_monotonic(),
         .limits = {.connections_max = s->max_connections,
                    .frame_bytes = s->max_frame_bytes,
-                   .idle_timeout_ms = s->idle_timeout * 1000,
-                   .slow_reader_timeout_ms = s->slow_reader_timeout * 1000,
-                   .shutdown_timeout_ms = s->shutdown_timeout * 1000},
+                   .idle_timeout_ms = milliseconds(s->idle_timeout),
+                   .slow_reader_timeout_ms = milliseconds(s->slow_reader_timeout),
+                   .shutdown_timeout_ms = milliseconds(s->shutdown_timeout)},
         .ready = ready};
     char roots[SERVER_ADAPTER_DIRS_MAX][ENGINE_PATH];
     if (absolute_roots(s, roots, &o, fault))
