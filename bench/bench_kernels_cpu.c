@@ -1,54 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 // How near the CPU kernels come to what the machine can do, one JSON line per measurement.
 //
-// The machine is shared and its speed moves, so every repetition measures its ceiling and the operation one
-// after the other, and the line gives the median of their ratios:
-//   ratio = roofline time / measured time, roofline = max(bytes / read rate, operations / dot peak).
-// ratio_cpu is the same in processor time (of all threads, spinning included, divided by their number; the
-// ceilings by the processor time of their threads): what remains when other programs take the cores away.
-// Ceilings: all threads reading a buffer of 2 GiB (well beyond a share of the last-level cache); all threads
-// in a loop of the dot instruction of the instruction set on registers alone. Weights of an operation are
-// spread over 2 GiB too, experts over scattered pages. The answer is checked first, on every path timed.
+// The machine is shared and its speed moves, so every repetition measures its ceiling and the
+// operation one after the other, and the line gives the median of their ratios:
+//   ratio = roofline time / measured time, roofline = max(bytes / read rate, operations / dot
+//   peak).
+// ratio_cpu is the same in processor time (of all threads, spinning included, divided by their
+// number; the ceilings by the processor time of their threads): what remains when other programs
+// take the cores away. Ceilings: all threads reading a buffer of 2 GiB (well beyond a share of the
+// last-level cache); all threads in a loop of the dot instruction of the instruction set on
+// registers alone. Weights of an operation are spread over 2 GiB too, experts over scattered pages.
+// The answer is checked first, on every path timed.
 //
 //   bench_kernels_cpu [--set avx512bf16|avx2|portable] [--threads N] [--reps N] [--only PREFIX]
 #include <math.h>
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include "base/check.h"
 #include "base/rng.h"
+#include "bench/bench_kernels_ceiling.h"
 #include "kernels/device.h"
 
-enum { REPS_MAX = 64, THREADS_MAX = 256 };
+enum { REPS_MAX = 64 };
 
 struct bench {
     struct device *device;
     const struct device_table *t;
     struct stream *s;
     struct device_info info;
+    struct ceiling ceiling;
     const char *only;
     uint32_t reps;
     uint8_t *weights; // 2 GiB of random bf16
     size_t weight_bytes;
     size_t cursor; // next unused byte of weights
-};
-
-static double time_of(clockid_t clock)
-{
-    struct timespec t;
-    clock_gettime(clock, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-// Wall clock and processor time; rates per second of either.
-struct pair {
-    double wall, cpu;
 };
 
 static void *need(struct bench *b, size_t bytes)
@@ -58,146 +46,7 @@ static void *need(struct bench *b, size_t bytes)
     return out;
 }
 
-// ---- ceilings ----------------------------------------------------------------------------------------
-
-struct ceiling_job {
-    const uint8_t *from;
-    size_t bytes;
-    bool dots;
-    double result;
-    struct pair rate;
-};
-
-typedef uint64_t vu64 __attribute__((vector_size(64)));
-
-#if defined(__x86_64__)
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) static double
-dots_avx512(size_t rounds)
-{
-    __m512 a[12];
-    __m512bh x = (__m512bh)_mm512_set1_epi32(0x3c003c00), y = (__m512bh)_mm512_set1_epi32(0x3b803c01);
-    for (int i = 0; i < 12; i++)
-        a[i] = _mm512_set1_ps((float)i);
-    for (size_t r = 0; r < rounds; r++) {
-        _Pragma("GCC unroll 12") for (int i = 0; i < 12; i++) a[i] = _mm512_dpbf16_ps(a[i], x, y);
-        __asm__ volatile("" : "+v"(a[0]));
-    }
-    for (int i = 1; i < 12; i++)
-        a[0] = _mm512_add_ps(a[0], a[i]);
-    return (double)_mm512_reduce_add_ps(a[0]);
-}
-
-__attribute__((target("avx512f"))) static uint64_t read_avx512(const uint8_t *p, size_t bytes)
-{
-    __m512i a[8];
-    for (int i = 0; i < 8; i++)
-        a[i] = _mm512_setzero_si512();
-    for (size_t i = 0; i < bytes; i += 512)
-        _Pragma("GCC unroll 8") for (int k = 0; k < 8; k++) a[k] =
-            _mm512_xor_si512(a[k], _mm512_load_si512((const void *)(p + i + (size_t)k * 64)));
-    for (int i = 1; i < 8; i++)
-        a[0] = _mm512_xor_si512(a[0], a[i]);
-    return (uint64_t)_mm512_reduce_add_epi64(a[0]);
-}
-
-__attribute__((target("avx2,fma"))) static double dots_avx2(size_t rounds)
-{
-    __m256 a[12], x = _mm256_set1_ps(0.5f), y = _mm256_set1_ps(0.25f);
-    for (int i = 0; i < 12; i++)
-        a[i] = _mm256_set1_ps((float)i);
-    for (size_t r = 0; r < rounds; r++) {
-        _Pragma("GCC unroll 12") for (int i = 0; i < 12; i++) a[i] = _mm256_fmadd_ps(x, y, a[i]);
-        __asm__ volatile("" : "+x"(a[0]));
-    }
-    for (int i = 1; i < 12; i++)
-        a[0] = _mm256_add_ps(a[0], a[i]);
-    return (double)a[0][0];
-}
-#endif
-
-static uint64_t read_plain(const uint8_t *p, size_t bytes)
-{
-    vu64 a[4] = {{0}};
-    for (size_t i = 0; i < bytes; i += 256)
-        for (int k = 0; k < 4; k++)
-            a[k] ^= *(const vu64 *)(const void *)(p + i + (size_t)k * 64);
-    a[0] ^= a[1] ^ a[2] ^ a[3];
-    return a[0][0];
-}
-
-static const char *ceiling_set; // what the dot loop uses
-
-static double dots_run(size_t rounds, double *operations)
-{
-#if defined(__x86_64__)
-    if (!strcmp(ceiling_set, "avx512bf16")) {
-        *operations = (double)rounds * 12 * 64;
-        return dots_avx512(rounds);
-    }
-    if (!strcmp(ceiling_set, "avx2")) {
-        *operations = (double)rounds * 12 * 16;
-        return dots_avx2(rounds);
-    }
-#endif
-    typedef float vf __attribute__((vector_size(16)));
-    vf a[8], x = {0.5f, 0.5f, 0.5f, 0.5f};
-    for (int i = 0; i < 8; i++)
-        a[i] = x * (float)i;
-    for (size_t r = 0; r < rounds; r++) {
-        for (int i = 0; i < 8; i++)
-            a[i] = a[i] * x + x;
-        __asm__ volatile("" : "+m"(a[0]));
-    }
-    *operations = (double)rounds * 8 * 8;
-    for (int i = 1; i < 8; i++)
-        a[0] += a[i];
-    return (double)a[0][0];
-}
-
-static void *ceiling_main(void *context)
-{
-    struct ceiling_job *job = context;
-    double wall = time_of(CLOCK_MONOTONIC), cpu = time_of(CLOCK_THREAD_CPUTIME_ID), amount;
-    if (job->dots) {
-        job->result = dots_run(job->bytes, &amount);
-    } else {
-        amount = (double)job->bytes;
-#if defined(__x86_64__)
-        if (__builtin_cpu_supports("avx512f"))
-            job->result = (double)read_avx512(job->from, job->bytes);
-        else
-#endif
-            job->result = (double)read_plain(job->from, job->bytes);
-    }
-    job->rate.wall = amount / (time_of(CLOCK_MONOTONIC) - wall);
-    job->rate.cpu = amount / (time_of(CLOCK_THREAD_CPUTIME_ID) - cpu);
-    return NULL;
-}
-
-// The sum of the threads' rates, per second.
-static struct pair ceiling(struct bench *b, bool dots)
-{
-    struct ceiling_job job[THREADS_MAX];
-    pthread_t thread[THREADS_MAX];
-    static size_t turn;
-    uint32_t n = b->info.threads;
-    size_t part = (size_t)16 << 20, all = b->weight_bytes / part;
-    struct pair rate = {0, 0};
-    for (uint32_t i = 0; i < n; i++) {
-        job[i] = (struct ceiling_job){.from = b->weights + turn++ % all * part,
-                                      .bytes = dots ? 150000 : part,
-                                      .dots = dots};
-        CHECK(!pthread_create(&thread[i], NULL, ceiling_main, &job[i]));
-    }
-    for (uint32_t i = 0; i < n; i++) {
-        pthread_join(thread[i], NULL);
-        rate.wall += job[i].rate.wall;
-        rate.cpu += job[i].rate.cpu;
-    }
-    return rate;
-}
-
-// ---- measuring ---------------------------------------------------------------------------------------
+// ---- measuring ----
 
 static int double_compare(const void *a, const void *b)
 {
@@ -239,12 +88,13 @@ static void measure(struct bench *b, struct measure *m)
     m->record(b, m->context); // warm
     run(b);
     for (uint32_t i = 0; i < n; i++) {
-        struct pair reads = ceiling(b, false), dots = ceiling(b, true);
+        struct rate reads = ceiling_rate(&b->ceiling, false),
+                    dots = ceiling_rate(&b->ceiling, true);
         m->record(b, m->context);
-        double wall = time_of(CLOCK_MONOTONIC), cpu = time_of(CLOCK_PROCESS_CPUTIME_ID);
+        double wall = bench_time(CLOCK_MONOTONIC), cpu = bench_time(CLOCK_PROCESS_CPUTIME_ID);
         run(b);
-        seconds[i] = time_of(CLOCK_MONOTONIC) - wall;
-        cpu = (time_of(CLOCK_PROCESS_CPUTIME_ID) - cpu) / b->info.threads;
+        seconds[i] = bench_time(CLOCK_MONOTONIC) - wall;
+        cpu = (bench_time(CLOCK_PROCESS_CPUTIME_ID) - cpu) / b->info.threads;
         ratio[i] = roofline(m, reads.wall, dots.wall) / seconds[i];
         busy[i] = roofline(m, reads.cpu, dots.cpu) / cpu;
         read[i] = reads.wall;
@@ -257,7 +107,8 @@ static void measure(struct bench *b, struct measure *m)
     sorted(dot, n);
     double median = seconds[n / 2];
     bool bytes = m->bytes / read[n / 2] > m->operations / dot[n / 2];
-    printf("{\"bench\":\"kernels_cpu\",\"commit\":\"%s\",\"device\":\"%s\",\"op\":\"%s\",\"shape\":\"%s\","
+    printf("{\"bench\":\"kernels_cpu\",\"commit\":\"%s\",\"device\":\"%s\",\"op\":\"%s\",\"shape\":"
+           "\"%s\","
            "\"median_us\":%.1f,\"fastest_us\":%.1f,\"gbytes_per_s\":%.2f,\"gflops\":%.1f,"
            "\"read_ceiling_gbytes_per_s\":%.2f,\"dot_ceiling_gflops\":%.1f,\"bound\":\"%s\","
            "\"ratio\":%.3f,\"ratio_low\":%.3f,\"ratio_high\":%.3f,\"ratio_cpu\":%.3f}\n",
@@ -293,7 +144,7 @@ static float *random_floats(struct bench *b, size_t n)
     return out;
 }
 
-// ---- gemm --------------------------------------------------------------------------------------------
+// ---- gemm ----
 
 struct gemm_bench {
     uint32_t rows, n, k, times;
@@ -316,14 +167,14 @@ static void gemm_record(struct bench *b, void *context)
 {
     struct gemm_bench *g = context;
     for (uint32_t i = 0; i < g->times; i++)
-        b->t->gemm(b->s, &(struct gemm_args){.x = g->x,
-                                             .weight = fresh(b, tile_count(b->info.dtype, g->n, g->k) *
-                                                                    TILE_BYTES),
-                                             .y = g->y,
-                                             .y_stride = g->n,
-                                             .rows = g->rows,
-                                             .n = g->n,
-                                             .k = g->k});
+        b->t->gemm(b->s, &(struct gemm_args){
+                             .x = g->x,
+                             .weight = fresh(b, tile_count(b->info.dtype, g->n, g->k) * TILE_BYTES),
+                             .y = g->y,
+                             .y_stride = g->n,
+                             .rows = g->rows,
+                             .n = g->n,
+                             .k = g->k});
 }
 
 static void gemm_check(struct bench *b, const struct gemm_bench *g)
@@ -373,11 +224,21 @@ static void bench_gemm(struct bench *b, uint32_t n, uint32_t k)
     }
 }
 
-// ---- a whole step of a Qwen3-MoE-shaped model ----------------------------------------------------------
+// ---- a whole step of a Qwen3-MoE-shaped model ----
 
 enum {
-    LAYERS = 16, DIM = 1024, HEADS = 16, KV_HEADS = 4, HEAD_DIM = 128, EXPERTS = 40, TOP_K = 8,
-    UNITS = 512, VOCAB = 32768, BLOCK = 16, PAGE_BYTES = 512 << 10, ROWS_MAX = 512,
+    LAYERS = 16,
+    DIM = 1024,
+    HEADS = 16,
+    KV_HEADS = 4,
+    HEAD_DIM = 128,
+    EXPERTS = 40,
+    TOP_K = 8,
+    UNITS = 512,
+    VOCAB = 32768,
+    BLOCK = 16,
+    PAGE_BYTES = 512 << 10,
+    ROWS_MAX = 512,
 };
 
 struct layer {
@@ -428,19 +289,16 @@ static void experts_place(struct bench *b, struct model *m)
     }
     m->expert_pages = numbers;
     for (uint32_t l = 0; l < LAYERS; l++)
-        m->layer[l].experts = (struct expert_view){b->weights,
-                                                   PAGE_BYTES,
-                                                   numbers + l * per * EXPERTS,
-                                                   per,
-                                                   EXPERTS,
-                                                   (uint32_t)up_tiles};
+        m->layer[l].experts = (struct expert_view){
+            b->weights, PAGE_BYTES, numbers + l * per * EXPERTS, per, EXPERTS, (uint32_t)up_tiles};
 }
 
 static void model_make(struct bench *b, struct model *m)
 {
     memset(m, 0, sizeof *m);
     experts_place(b, m);
-    size_t attention = tiles_bytes(HEADS * HEAD_DIM, DIM) * 2 + tiles_bytes(KV_HEADS * HEAD_DIM, DIM) * 2;
+    size_t attention =
+        tiles_bytes(HEADS * HEAD_DIM, DIM) * 2 + tiles_bytes(KV_HEADS * HEAD_DIM, DIM) * 2;
     uint8_t *dense = need(b, attention * LAYERS + tiles_bytes(VOCAB, DIM));
     memcpy(dense, b->weights, attention * LAYERS + tiles_bytes(VOCAB, DIM));
     m->norm = random_floats(b, DIM);
@@ -469,13 +327,11 @@ static void model_make(struct bench *b, struct model *m)
     m->attended = need(b, b->t->act_bytes(b->device, rows, HEADS * HEAD_DIM));
     m->last = need(b, 64 * DIM * 4);
     m->logits = need(b, (size_t)64 * VOCAB * 4);
-    m->work = (struct moe_work){need(b, pairs * 4),
-                                need(b, pairs * 4),
-                                need(b, (EXPERTS + 1) * 4),
-                                need(b, pairs * 4),
-                                need(b, EXPERTS),
-                                need(b, b->t->act_bytes(b->device, pairs, UNITS)),
-                                need(b, pairs * DIM * 4)};
+    m->work = (struct moe_work){
+        need(b, pairs * 4),         need(b, pairs * 4),
+        need(b, (EXPERTS + 1) * 4), need(b, pairs * 4),
+        need(b, EXPERTS),           need(b, b->t->act_bytes(b->device, pairs, UNITS)),
+        need(b, pairs * DIM * 4)};
     m->need = need(b, EXPERTS * 4 * LAYERS);
     m->sequence = need(b, rows * 4);
     m->position = need(b, rows * 4);
@@ -494,8 +350,8 @@ static void kv_make(struct bench *b, struct model *m, uint32_t sequences, uint32
     m->kv_pages = need(b, all * 4);
     for (uint32_t i = 0; i < all; i++) // an order that is not ascending
         m->kv_pages[i] = all % 7 ? (uint32_t)((uint64_t)i * 7 % all) : all - 1 - i;
-    m->kv = (struct kv_view){arena, page, m->kv_pages, blocks,
-                             {LAYERS, KV_HEADS, HEAD_DIM, BLOCK, 1, LAYERS, part}};
+    m->kv = (struct kv_view){
+        arena, page, m->kv_pages, blocks, {LAYERS, KV_HEADS, HEAD_DIM, BLOCK, 1, LAYERS, part}};
     m->sequences = sequences;
     m->context = context;
 }
@@ -525,18 +381,25 @@ static void layer_record(struct bench *b, struct model *m, uint32_t l)
     b->t->gemm(b->s, &(struct gemm_args){m->act, y->q, m->q, wide, rows, wide, DIM, false});
     b->t->gemm(b->s, &(struct gemm_args){m->act, y->k, m->k, narrow, rows, narrow, DIM, false});
     b->t->gemm(b->s, &(struct gemm_args){m->act, y->v, m->v, narrow, rows, narrow, DIM, false});
-    b->t->qk_norm_rope_kv(b->s, &(struct qk_args){m->q, m->k, m->v, wide, narrow, narrow,
-                                                  y->head_norm, y->head_norm, m->inv_freq,
-                                                  m->sequence, m->position, m->kv, rows, HEADS, l,
-                                                  1e-6f});
-    b->t->attention(b->s, &(struct attention_args){m->q, wide, m->attended, m->sequence, m->position,
-                                                   m->kv, rows, HEADS, l, 0.08838834764f});
+    b->t->qk_norm_rope_kv(b->s,
+                          &(struct qk_args){m->q, m->k, m->v, wide, narrow, narrow, y->head_norm,
+                                            y->head_norm, m->inv_freq, m->sequence, m->position,
+                                            m->kv, rows, HEADS, l, 1e-6f});
+    b->t->attention(b->s,
+                    &(struct attention_args){m->q, wide, m->attended, m->sequence, m->position,
+                                             m->kv, rows, HEADS, l, 0.08838834764f});
     b->t->gemm(b->s, &(struct gemm_args){m->attended, y->o, m->x, DIM, rows, DIM, wide, true});
     b->t->rmsnorm(b->s, &(struct rmsnorm_args){m->x, y->norm, m->act, m->x32, rows, DIM, 1e-6f});
     b->t->router(b->s, &(struct router_args){m->x32, y->router, m->work.expert, m->work.gate, rows,
                                              DIM, EXPERTS, TOP_K, true});
-    struct moe_gemm_args moe = {.work = m->work, .view = y->experts, .x = m->act, .rows = rows,
-                                .dim = DIM, .intermediate = UNITS, .top_k = TOP_K, .layer = l};
+    struct moe_gemm_args moe = {.work = m->work,
+                                .view = y->experts,
+                                .x = m->act,
+                                .rows = rows,
+                                .dim = DIM,
+                                .intermediate = UNITS,
+                                .top_k = TOP_K,
+                                .layer = l};
     b->t->moe_map(b->s, &(struct moe_map_args){m->work, y->experts, m->need + l * EXPERTS, rows,
                                                TOP_K, l, false});
     b->t->moe_gate_up(b->s, &moe);
@@ -556,9 +419,14 @@ static void step_record(struct bench *b, void *context)
     uint32_t outs = m->sequences;
     b->t->gather(b->s, &(struct gather_args){m->x, m->last_row, m->last, outs, DIM});
     b->t->rmsnorm(b->s, &(struct rmsnorm_args){m->last, m->norm, m->act, NULL, outs, DIM, 1e-6f});
-    b->t->gemm(b->s, &(struct gemm_args){m->act, m->head, m->logits, VOCAB, outs, VOCAB, DIM, false});
-    b->t->sample(b->s, &(struct sample_args){.logits = m->logits, .stride = VOCAB, .vocab = VOCAB,
-                                             .rows = outs, .params = m->params, .token = m->token});
+    b->t->gemm(b->s,
+               &(struct gemm_args){m->act, m->head, m->logits, VOCAB, outs, VOCAB, DIM, false});
+    b->t->sample(b->s, &(struct sample_args){.logits = m->logits,
+                                             .stride = VOCAB,
+                                             .vocab = VOCAB,
+                                             .rows = outs,
+                                             .params = m->params,
+                                             .token = m->token});
 }
 
 // Bytes and operations of a step, with the experts it really took.
@@ -585,7 +453,7 @@ static void step_cost(struct bench *b, struct model *m, struct measure *out)
 static void bench_step(struct bench *b, struct model *m)
 {
     static const uint32_t cases[][3] = {// rows, sequences, context
-                                        {1, 1, 128},  {2, 2, 128},   {4, 4, 128},  {8, 8, 128},
+                                        {1, 1, 128},   {2, 2, 128},   {4, 4, 128},  {8, 8, 128},
                                         {32, 32, 128}, {128, 1, 128}, {512, 1, 512}};
     for (size_t i = 0; i < ARRAY_COUNT(cases); i++) {
         const uint32_t *c = cases[i];
@@ -600,7 +468,7 @@ static void bench_step(struct bench *b, struct model *m)
     }
 }
 
-// ---- the parts of a step, alone ------------------------------------------------------------------------
+// ---- the parts of a step, alone ----
 
 struct part {
     struct model *m;
@@ -617,9 +485,14 @@ static void part_record(struct bench *b, void *context)
     turn++;
     for (uint32_t l = 0; l < LAYERS; l++) {
         const struct layer *y = &m->layer[l];
-        struct moe_gemm_args moe = {.work = m->work, .view = y->experts, .x = m->act,
-                                    .rows = m->rows, .dim = DIM, .intermediate = UNITS,
-                                    .top_k = TOP_K, .layer = l};
+        struct moe_gemm_args moe = {.work = m->work,
+                                    .view = y->experts,
+                                    .x = m->act,
+                                    .rows = m->rows,
+                                    .dim = DIM,
+                                    .intermediate = UNITS,
+                                    .top_k = TOP_K,
+                                    .layer = l};
         switch (p->what) {
         case PART_EXPERTS:
             if (l % (LAYERS / 2) != turn % (LAYERS / 2))
@@ -638,10 +511,11 @@ static void part_record(struct bench *b, void *context)
                                                            HEADS, l, 0.08838834764f});
             break;
         default:
-            b->t->rmsnorm(b->s,
-                          &(struct rmsnorm_args){m->x, y->norm, m->act, m->x32, m->rows, DIM, 1e-6f});
-            b->t->router(b->s, &(struct router_args){m->x32, y->router, m->work.expert, m->work.gate,
-                                                     m->rows, DIM, EXPERTS, TOP_K, true});
+            b->t->rmsnorm(
+                b->s, &(struct rmsnorm_args){m->x, y->norm, m->act, m->x32, m->rows, DIM, 1e-6f});
+            b->t->router(b->s,
+                         &(struct router_args){m->x32, y->router, m->work.expert, m->work.gate,
+                                               m->rows, DIM, EXPERTS, TOP_K, true});
             b->t->moe_map(b->s, &(struct moe_map_args){m->work, y->experts, m->need, m->rows, TOP_K,
                                                        l, false});
             b->t->moe_combine(b->s, &(struct moe_combine_args){m->work, m->x, m->rows, DIM, TOP_K});
@@ -703,13 +577,14 @@ static void bench_small(struct bench *b, struct model *m)
         m->rows = rows[i];
         struct measure out = {.record = part_record, .context = &p};
         snprintf(out.name, sizeof out.name, "small");
-        snprintf(out.shape, sizeof out.shape, "rows=%u norm+router+map+combine x%d", rows[i], LAYERS);
+        snprintf(out.shape, sizeof out.shape, "rows=%u norm+router+map+combine x%d", rows[i],
+                 LAYERS);
         out.bytes = (double)EXPERTS * DIM * 4 * LAYERS;
         measure(b, &out);
     }
 }
 
-// ---- LoRA --------------------------------------------------------------------------------------------
+// ---- LoRA ----
 
 struct lora_bench {
     struct lora_batch batch;
@@ -723,8 +598,8 @@ static void lora_record(struct bench *b, void *context)
 {
     struct lora_bench *l = context;
     for (uint32_t i = 0; i < l->times; i++) {
-        b->t->lora_shrink(b->s, &(struct lora_shrink_args){&l->batch, l->x, l->hidden, i, l->dim,
-                                                           LORA_Q});
+        b->t->lora_shrink(
+            b->s, &(struct lora_shrink_args){&l->batch, l->x, l->hidden, i, l->dim, LORA_Q});
         b->t->lora_expand(b->s, &(struct lora_expand_args){&l->batch, l->hidden, l->y, l->dim, i,
                                                            l->dim, LORA_Q, -1});
     }
@@ -766,14 +641,15 @@ static void bench_lora(struct bench *b, uint32_t rows, uint32_t dim, uint32_t ti
     l.x = act_make(b, rows, dim);
     l.hidden = need(b, rows * 64 * 4);
     l.y = need(b, (size_t)rows * dim * 4);
-    struct measure m = {.bytes = bytes, .operations = operations, .record = lora_record, .context = &l};
+    struct measure m = {
+        .bytes = bytes, .operations = operations, .record = lora_record, .context = &l};
     snprintf(m.name, sizeof m.name, "lora");
     snprintf(m.shape, sizeof m.shape, "rows=%u adapters=%u ranks 8..64 dim=%u x%u", rows, rows, dim,
              times);
     measure(b, &m);
 }
 
-// ---- sampling ----------------------------------------------------------------------------------------
+// ---- sampling ----
 
 struct sample_bench {
     struct sample_args a;
@@ -843,9 +719,11 @@ int main(int argc, char **argv)
     }
     b.t = b.device->table;
     b.t->info(b.device, &b.info);
-    CHECK(b.info.threads <= THREADS_MAX && b.t->stream_create(b.device, 1024, &b.s) == STATUS_OK);
-    ceiling_set = b.info.instruction_set;
+    CHECK(b.info.threads <= CEILING_THREADS &&
+          b.t->stream_create(b.device, 1024, &b.s) == STATUS_OK);
     weights_make(&b);
+    b.ceiling =
+        (struct ceiling){b.info.instruction_set, b.info.threads, b.weights, b.weight_bytes, 0};
     bench_gemm(&b, 2048, 2048);
     static struct model m;
     model_make(&b, &m);

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // out[row][head] = softmax(q . K[0..position] * scale) V over paged blocks.
 //
-// KV is reduced in segments of KV_SEGMENT tokens at absolute positions: scores, their maximum m, p = exp(s -
-// m), sum l, part = p V. Segments are merged in ascending order:
+// KV is reduced in segments of KV_SEGMENT tokens at absolute positions: scores, their maximum m, p
+// = exp(s - m), sum l, part = p V. Segments are merged in ascending order:
 //   m' = max(m, ms), l = l e^(m - m') + ls e^(ms - m'), acc = acc e^(m - m') + part e^(ms - m').
-// What is computed for one (row, head) depends on its position alone, so decode and prefill, and any
-// chunking, give the same bits. q is rounded to the compute dtype for the dot; p and all sums are fp32.
+// What is computed for one (row, head) depends on its position alone, so decode and prefill, and
+// any chunking, give the same bits. q is rounded to the compute dtype for the dot; p and all sums
+// are fp32.
 //
-// Task: `split` rows x one KV head. Rows of one sequence in ascending order share the pass over K and V
-// with the heads / kv_heads query heads of that KV head, QUERIES at a time. Bound by the bytes of the KV
-// at decode, by fp32 multiply-adds (p V) at prefill.
+// Task: `split` rows x one KV head. Rows of one sequence in ascending order share the pass over K
+// and V with the heads / kv_heads query heads of that KV head, QUERIES at a time. Bound by the
+// bytes of the KV at decode, by fp32 multiply-adds (p V) at prefill.
 #include <math.h>
 #include <string.h>
 
@@ -55,28 +56,40 @@ static void tokens_find(struct cpu_stream *s, struct slot *slot, const struct at
     }
 }
 
+// Fetches the rows of the pass that begins at `first` while the one before it is computed. A macro,
+// because GCC drops calls of a function that only fetches.
+#define PASS_FETCH(rows, first, last, row_bytes)                                                   \
+    for (size_t row_ = (first); row_ < min_size((first) + TOKENS_PASS, last); row_++)              \
+        for (size_t byte_ = 0; byte_ < (row_bytes); byte_ += 64)                                   \
+    __builtin_prefetch((rows)[row_] + byte_, 0, 2)
+
 // scores = q . K, TOKENS_PASS tokens for all queries at a time, so that K comes from memory once.
 static void segment_scores(struct cpu_stream *s, struct slot *slot, const struct group *g,
                            const uint32_t *seen, size_t dim)
 {
     uint32_t queries = g->rows * g->heads, last = seen[queries - 1]; // the last row sees most
-    for (uint32_t t = 0; t < last; t += TOKENS_PASS)
+    size_t row_bytes = dim * cpu__element(s);
+    for (uint32_t t = 0; t < last; t += TOKENS_PASS) {
+        PASS_FETCH(slot->rows, t + TOKENS_PASS, last, row_bytes);
         for (uint32_t q = 0; q < queries; q++)
             if (seen[q] > t)
-                cpu__kernel(s)->dots(slot->query + q * dim * cpu__element(s), slot->rows + t,
+                cpu__kernel(s)->dots(slot->query + q * row_bytes, slot->rows + t,
                                      min_size(TOKENS_PASS, seen[q] - t), dim,
                                      slot->scores + q * KV_SEGMENT + t);
+    }
+    PASS_FETCH(slot->values, 0, last, row_bytes);
 }
 
-// part[query] = p V over one segment, in the same passes: four queries together over what all of them see,
-// then the rest of each.
+// part[query] = p V over one segment, in the same passes: four queries together over what all of
+// them see, then the rest of each.
 static void segment_mix(struct cpu_stream *s, struct slot *slot, const struct group *g,
                         const uint32_t *seen, size_t dim, size_t stride)
 {
     const struct micro_dtype *kernel = cpu__kernel(s);
     uint32_t queries = g->rows * g->heads, last = seen[queries - 1];
     memset(slot->part, 0, queries * stride * sizeof(float));
-    for (uint32_t t = 0; t < last; t += TOKENS_PASS)
+    for (uint32_t t = 0; t < last; t += TOKENS_PASS) {
+        PASS_FETCH(slot->values, t + TOKENS_PASS, last, dim * cpu__element(s));
         for (uint32_t q = 0, n; q < queries; q += n) {
             n = queries - q < 4 ? queries - q : 4;
             uint32_t end = t + TOKENS_PASS, common = seen[q] < end ? seen[q] : end;
@@ -91,6 +104,7 @@ static void segment_mix(struct cpu_stream *s, struct slot *slot, const struct gr
                                 slot->part + i * stride, stride, 1);
             }
         }
+    }
 }
 
 static void segment_merge(struct slot *slot, struct softmax_state *state, uint32_t q, float max,
@@ -129,10 +143,9 @@ static void segment_run(struct cpu_stream *s, struct slot *slot, const struct at
         float *scores = slot->scores + q * KV_SEGMENT;
         if (!seen[q])
             continue;
-        for (uint32_t t = 0; t < seen[q]; t++)
-            scores[t] *= a->scale;
         max[q] = cpu__micro(s)->max(scores, seen[q]);
-        sum[q] = cpu__micro(s)->exp_sum(scores, scores, seen[q], max[q], 1.0f);
+        sum[q] = cpu__micro(s)->exp_sum(scores, scores, seen[q], max[q], a->scale);
+        max[q] *= a->scale;
     }
     segment_mix(s, slot, g, seen, dim, stride);
     for (uint32_t q = 0; q < queries; q++)
@@ -194,11 +207,11 @@ void cpu__attention(struct stream *s, const struct attention_args *a)
     if (!a->rows)
         return;
     cpu__kv_check(s, &a->kv, a->layer);
-    CHECK(a->heads && a->heads % a->kv.shape.kv_heads == 0);
+    CHECK(a->heads && a->heads % a->kv.shape.kv_heads == 0 && a->scale > 0);
     // Few rows: one per task, for balance; many: enough to fill a pass.
     uint32_t split = a->rows >= 64 ? 16 : a->rows >= 16 ? 4 : 1;
-    struct command *c = cpu__record(
-        s, &attention_operation, (uint32_t)div_up(a->rows, split) * a->kv.shape.kv_heads);
+    struct command *c = cpu__record(s, &attention_operation,
+                                    (uint32_t)div_up(a->rows, split) * a->kv.shape.kv_heads);
     c->a.attention = *a;
     c->split = split;
     size_t cols = (size_t)a->heads * a->kv.shape.head_dim;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the files of this folder share: the device, its compute slots, the stream and its commands.
 //
-// Scratch is bounded at creation: one struct slot per thread (below), and per stream the command list and
-// the work areas named in struct cpu_stream. No operation allocates. Limits that follow are CHECKed when
-// recording: columns of a weight <= TILES_MAX tiles, head_dim <= HEAD_DIM_MAX, experts <= EXPERTS_MAX, rank
+// Scratch is bounded at creation: one struct slot per thread (below), and per stream the command
+// list and the work areas named in struct cpu_stream. No operation allocates. Limits that follow
+// are CHECKed when recording: columns of a weight <= TILES_MAX tiles, head_dim <= HEAD_DIM_MAX,
+// experts <= EXPERTS_MAX, rank
 // <= RANK_MAX.
 #ifndef POLDER_KERNELS_CPU_CPU_H
 #define POLDER_KERNELS_CPU_CPU_H
@@ -15,22 +16,23 @@
 #include "kernels/device.h"
 
 enum {
-    WINDOW = 16,       // commands looked at for overlap
+    WINDOW = 16,        // commands looked at for overlap
     TOKENS_CHUNK = 126, // tokens of one GEMM task at most: 21 groups of 6
-    TILES_MAX = 2048,  // 131072 columns of bf16, 65536 of fp32
+    TILES_MAX = 2048,   // 131072 columns of bf16, 65536 of fp32
     HEAD_DIM_MAX = 512,
     QUERIES = 32, // (row, head) pairs that share one pass over K and V
     EXPERTS_MAX = 4096,
     RANK_MAX = 1024,
     STREAMS_MAX = 32,
     THREADS_MAX = 1024,
-    ROUTER_ROWS = 16,            // up to here the logits of a router are split over threads
-    ADAPTER_HIDDEN = 4 << 20,    // floats of expert LoRA hidden states kept between commands
-    COLUMNS_CHUNK = 512,         // columns of a row-wise task
-    COPY_CHUNK = 256 * 1024,     // bytes of a copy task
-    SPIN_LIMIT = 2000,           // looks for work inside a segment before a thread sleeps
-    LINGER_LIMIT = 1000,         // looks for the next segment before a worker sleeps
-    SAMPLE_BUCKETS = 2048,        // buckets of the sampler's radix selection
+    ROUTER_ROWS = 16,          // up to here the logits of a router are split over threads
+    ADAPTER_HIDDEN = 4 << 20,  // floats of expert LoRA hidden states kept between commands
+    COLUMNS_CHUNK = 512,       // columns of a row-wise task
+    COPY_CHUNK = 256 * 1024,   // bytes of a copy task
+    SPIN_LIMIT = 2000,         // looks for work inside a segment before a thread sleeps
+    LINGER_LIMIT = 1000,       // looks for the next segment before a worker sleeps
+    SAMPLE_BUCKETS = 2048,     // buckets of the sampler's radix selection
+    SAMPLE_CANDIDATES = 65536, // ids of one bucket that are listed instead of looked for
 };
 
 // One compute slot: scratch of whoever computes, a worker or the thread that waits.
@@ -48,6 +50,8 @@ struct slot {
     _Alignas(64) float logits[EXPERTS_MAX];
     double bucket_mass[2][SAMPLE_BUCKETS]; // the first level, a deeper one
     uint32_t bucket_count[2][SAMPLE_BUCKETS];
+    uint32_t candidates[SAMPLE_CANDIDATES], candidate_count; // ids of one first-level bucket
+    uint32_t candidate_bucket;                               // SAMPLE_BUCKETS: of none
 };
 
 struct cpu_device {
@@ -62,8 +66,9 @@ struct cpu_device {
 struct cpu_stream;
 struct command;
 
-// An operation: prepare counts the tasks (one thread, when all it depends on is complete), task runs one,
-// finish runs once after the last. prepare and finish may be NULL (tasks as recorded; nothing).
+// An operation: prepare counts the tasks (one thread, when all it depends on is complete), task
+// runs one, finish runs once after the last. prepare and finish may be NULL (tasks as recorded;
+// nothing).
 struct operation {
     uint32_t (*prepare)(struct cpu_stream *s, struct command *c);
     void (*task)(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task);
@@ -108,9 +113,9 @@ struct command {
     } a;
     struct span reads[SPANS], writes[SPANS];
     uint32_t read_count, write_count;
-    uint32_t after;     // commands [0, after) must be complete
-    uint32_t parts;     // of gemm: tasks per row block
-    uint32_t split;     // how tasks are counted: columns or chunks per row block, by operation
+    uint32_t after;      // commands [0, after) must be complete
+    uint32_t parts;      // of gemm: tasks per row block
+    uint32_t split;      // how tasks are counted: columns or chunks per row block, by operation
     uint32_t miss_layer; // of moe commands
     uint32_t tasks;
     bool skipped;
@@ -129,9 +134,9 @@ struct cpu_stream {
     struct command *commands;
     uint32_t capacity, count, fence; // fence: commands [0, fence) precede the next one
     // Shared with the workers.
-    _Atomic uint32_t active; // a segment is in flight
-    _Atomic uint32_t users;  // slots looking at the commands
-    _Atomic uint32_t head;   // commands [0, head) are complete
+    _Atomic uint32_t active;    // a segment is in flight
+    _Atomic uint32_t users;     // slots looking at the commands
+    _Atomic uint32_t head;      // commands [0, head) are complete
     _Atomic uint32_t submitted; // commands of the segment in flight
     bool missed;
     uint32_t miss_layer;
@@ -140,7 +145,7 @@ struct cpu_stream {
     struct active_expert *experts; // [EXPERTS_MAX]
     uint32_t expert_count;
     float *adapter_hidden; // [ADAPTER_HIDDEN], see moe_gemm.c
-    uint32_t *cursor; // [EXPERTS_MAX] counting sort of moe_map
+    uint32_t *cursor;      // [EXPERTS_MAX] counting sort of moe_map
 };
 
 static inline struct cpu_device *cpu__device(const struct cpu_stream *s)
@@ -169,8 +174,8 @@ static inline size_t cpu__chunk_size(size_t rows, size_t chunks)
     return round_up(div_up(rows, chunks), 6);
 }
 
-// Into how many tasks a row block is cut, so that few of them keep all threads busy to the end; never
-// below 32 KiB of weights.
+// Into how many tasks a row block is cut, so that few of them keep all threads busy to the end;
+// never below 32 KiB of weights.
 static inline uint32_t cpu__parts(const struct device *device, size_t blocks, size_t k_tiles)
 {
     size_t enough = (size_t)16 * ((const struct cpu_device *)device)->info.threads;
@@ -186,7 +191,8 @@ static inline size_t cpu__act_row_bytes(enum dtype dtype, size_t cols)
     return div_up(cols, tile_cols(dtype)) * TILE_ROW_BYTES;
 }
 
-// stream.c: starts a command; `tasks` stands when the operation has no prepare. Spans follow, then end.
+// stream.c: starts a command; `tasks` stands when the operation has no prepare. Spans follow, then
+// end.
 struct command *cpu__record(struct stream *stream, const struct operation *op, uint32_t tasks);
 void cpu__reads(struct command *c, const void *base, size_t width, size_t stride, size_t rows);
 void cpu__writes(struct command *c, const void *base, size_t width, size_t stride, size_t rows);
@@ -197,8 +203,8 @@ enum status cpu__submit(struct stream *stream);
 bool cpu__poll(struct stream *stream, struct segment_result *result);
 enum status cpu__wait(struct stream *stream, struct segment_result *result);
 
-// stream.c, called by the pool: computes on the stream until it has retired or nothing could be done for
-// SPIN_LIMIT looks. Returns whether any task was run.
+// stream.c, called by the pool: computes on the stream until it has retired or nothing could be
+// done for SPIN_LIMIT looks. Returns whether any task was run.
 bool cpu__stream_work(struct cpu_stream *s, struct slot *slot);
 bool cpu__stream_has_work(struct cpu_stream *s);
 bool cpu__stream_retired(struct cpu_stream *s);
@@ -208,17 +214,21 @@ enum status cpu__pool_create(uint32_t threads, struct pool **out);
 void cpu__pool_destroy(struct pool *pool);
 bool cpu__pool_add(struct pool *pool, struct cpu_stream *s); // false: STREAMS_MAX are there
 void cpu__pool_remove(struct pool *pool, struct cpu_stream *s);
-void cpu__pool_submitted(struct pool *pool); // wakes the workers but one: the waiter takes its place
-// A command is open or complete: wakes sleepers, if any; `retired`: also those who wait for the end.
+void cpu__pool_submitted(
+    struct pool *pool); // wakes the workers but one: the waiter takes its place
+// A command is open or complete: wakes sleepers, if any; `retired`: also those who wait for the
+// end.
 void cpu__pool_progress(struct pool *pool, bool retired);
-void cpu__pool_help(struct pool *pool);      // poll found the segment unfinished: wakes the last one
-void cpu__pool_wait(struct pool *pool, struct cpu_stream *s); // computes, else sleeps, until retired
+void cpu__pool_help(struct pool *pool); // poll found the segment unfinished: wakes the last one
+void cpu__pool_wait(struct pool *pool,
+                    struct cpu_stream *s); // computes, else sleeps, until retired
 
 // memory.c
 enum status cpu__alloc(struct device *device, size_t bytes, void **out);
 void cpu__release(struct device *device, void *memory);
 
-// norm.c: writes fp32 values [first, first + n) of an act row, and zeros behind them when they are its last.
+// norm.c: writes fp32 values [first, first + n) of an act row, and zeros behind them when they are
+// its last.
 void cpu__act_store(struct cpu_stream *s, void *act, size_t row, size_t cols, size_t first,
                     size_t n, const float *from);
 
@@ -229,8 +239,8 @@ const struct lora_adapter_view *cpu__lora_view(const struct lora_batch *b, uint3
 void cpu__lora_rows(const struct lora_batch *b, const struct lora_adapter_view *view,
                     const struct lora_slice *slice, uint32_t first, uint32_t count,
                     const uint8_t **rows);
-// y[r][to ..] += scale * hidden[r] B^T[first ..] for `rows` rows of one adapter; uses slot->mixed and
-// slot->values.
+// y[r][to ..] += scale * hidden[r] B^T[first ..] for `rows` rows of one adapter; uses slot->mixed
+// and slot->values.
 struct expand_rows {
     const struct lora_batch *batch;
     const struct lora_adapter_view *view;

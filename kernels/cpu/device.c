@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU device: the choice of the instruction set and of the number of threads, and the table. The
-// choice is made once, here; what was chosen is named in device_info.
+// The CPU device: the choice of the instruction set and of the number of threads, and the table.
+// The choice is made once, here; what was chosen is named in device_info.
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -64,7 +64,8 @@ struct choice {
     bool usable;
 };
 
-// The instruction sets this binary has, best first. The compiler's check includes the operating system's.
+// The instruction sets this binary has, best first. The compiler's check includes the operating
+// system's.
 static void choices_fill(struct choice out[3])
 {
     memset(out, 0, 3 * sizeof *out);
@@ -135,8 +136,8 @@ enum status device_create_cpu(const struct cpu_options *options, struct device *
     d->info.threads = threads_choose(options->threads);
     d->info.dtype = options->dtype;
     snprintf(d->info.instruction_set, sizeof d->info.instruction_set, "%s", micro->name);
-    snprintf(d->info.name, sizeof d->info.name, "cpu %s, %u thread%s", micro->name,
-             d->info.threads, d->info.threads == 1 ? "" : "s");
+    snprintf(d->info.name, sizeof d->info.name, "cpu %s, %u thread%s", micro->name, d->info.threads,
+             d->info.threads == 1 ? "" : "s");
     status = cpu__pool_create(d->info.threads, &d->pool);
     if (status != STATUS_OK) {
         (void)fault_set(fault, status, "cannot start %u compute threads", d->info.threads);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// y[row][j] = sum_k x[row][k] * W[j][k], W tile-major and contiguous. Task: one row block of 64 weight rows
-// (or a half or a quarter of it, when there are few) x at most TOKENS_CHUNK tokens. Bound by memory up to about 8 tokens (every weight is read once), by the
-// dot unit above. Bits of one result: 4 lanes over ascending columns (micro.h), whatever the split.
+// y[row][j] = sum_k x[row][k] * W[j][k], W tile-major and contiguous. Task: one row block of 64
+// weight rows (or a half or a quarter of it, when there are few) x at most TOKENS_CHUNK tokens.
+// Bound by memory up to about 8 tokens (every weight is read once), by the dot unit above. Bits of
+// one result: 4 lanes over ascending columns (micro.h), whatever the split.
 #include <string.h>
 
 #include "kernels/cpu/cpu.h"

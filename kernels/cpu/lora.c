@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// LoRA at true rank: shrink hidden = A x (dots over rows of A), expand y += scale * B^T hidden (mix over
-// rows of B^T, j ascending). Rows of one adapter stand together, so that a task reads a row of A or B once
-// for up to ROWS_TASK rows of the batch. Bound by the bytes of the distinct adapters at decode. Adapters
-// without the module, rank 0 and base rows cost a look.
+// LoRA at true rank: shrink hidden = A x (dots over rows of A), expand y += scale * B^T hidden (mix
+// over rows of B^T, j ascending). Rows of one adapter stand together, so that a task reads a row of
+// A or B once for up to ROWS_TASK rows of the batch. Bound by the bytes of the distinct adapters at
+// decode. Adapters without the module, rank 0 and base rows cost a look.
 //
 // Tasks: shrink ROWS_TASK rows x RANK_TASK ranks, expand ROWS_TASK rows x COLUMNS_CHUNK columns.
 #include <string.h>
@@ -119,8 +119,8 @@ void cpu__lora_expand_rows(struct cpu_stream *s, struct slot *slot, const struct
     cpu__kernel(s)->mix(e->hidden, e->hidden_stride, slot->values, count, e->first, e->cols,
                         slot->mixed, stride, e->rows);
     for (size_t r = 0; r < e->rows; r++)
-        expand_add(e->y + r * e->y_stride, slot->mixed + r * stride, e->pair->scale, e->to,
-                   e->cols, e->half);
+        expand_add(e->y + r * e->y_stride, slot->mixed + r * stride, e->pair->scale, e->to, e->cols,
+                   e->half);
 }
 
 static void expand_task(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task)
@@ -136,19 +136,20 @@ static void expand_task(struct cpu_stream *s, struct slot *slot, struct command 
         const struct lora_pair *pair = view ? lora_pair_at(view, a->layer, a->module, 0) : NULL;
         if (!view || !pair->b.rank)
             continue;
-        cpu__lora_expand_rows(s, slot,
-                              &(struct expand_rows){.batch = b,
-                                                    .view = view,
-                                                    .pair = pair,
-                                                    .hidden = a->hidden + (size_t)row * b->rank_max,
-                                                    .hidden_stride = b->rank_max,
-                                                    .rows = last - row,
-                                                    .first = first,
-                                                    .cols = min_size(COLUMNS_CHUNK, a->d_out - first),
-                                                    .y = a->y + row * a->y_stride,
-                                                    .y_stride = a->y_stride,
-                                                    .to = first,
-                                                    .half = a->interleave_half});
+        cpu__lora_expand_rows(
+            s, slot,
+            &(struct expand_rows){.batch = b,
+                                  .view = view,
+                                  .pair = pair,
+                                  .hidden = a->hidden + (size_t)row * b->rank_max,
+                                  .hidden_stride = b->rank_max,
+                                  .rows = last - row,
+                                  .first = first,
+                                  .cols = min_size(COLUMNS_CHUNK, a->d_out - first),
+                                  .y = a->y + row * a->y_stride,
+                                  .y_stride = a->y_stride,
+                                  .to = first,
+                                  .half = a->interleave_half});
     }
 }
 

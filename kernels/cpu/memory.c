@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Device memory: zeroed, in huge pages when large. A block of 2 MiB or more is its own mapping, aligned to
-// 2 MiB and advised to be huge (random tile reads over small pages lose a tenth of the bandwidth to the
-// TLB); smaller ones come from the heap, so that AddressSanitizer sees their ends. 64 bytes before every
-// block say what it is.
+// Device memory: zeroed, in huge pages when large. A block of 2 MiB or more is its own mapping,
+// aligned to 2 MiB and advised to be huge (random tile reads over small pages lose a tenth of the
+// bandwidth to the TLB); smaller ones come from the heap, so that AddressSanitizer sees their ends.
+// 64 bytes before every block say what it is.
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>

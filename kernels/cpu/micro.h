@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The microkernels: all that differs between instruction sets. Operations are written once, above this
-// table; each instruction set fills it from micro_body.h with its own vector width and dot step.
+// The microkernels: all that differs between instruction sets. Operations are written once, above
+// this table; each instruction set fills it from micro_body.h with its own vector width and dot
+// step.
 //
-// Contract of every entry: the bits of one result depend on the values it is computed from alone, not on
-// how many results are asked for in one call. Accumulation orders are fixed:
+// Contract of every entry: the bits of one result depend on the values it is computed from alone,
+// not on how many results are asked for in one call. Accumulation orders are fixed:
 //   strip  4 lanes per (weight row, token), columns ascending; lanes (0+1)+(2+3)
 //   dots   WIDTH lanes per (vector, row), columns ascending; a fixed tree over the lanes
 //   mix    one accumulator per (query, column), rows ascending
@@ -19,7 +20,8 @@ enum { MIX_PAD = 16 }; // accumulators of mix are padded to a multiple of this m
 
 // One row block of 64 weight rows: its tiles in column order, not necessarily contiguous.
 struct strip {
-    const uint8_t *const *tiles; // [2 * k_tiles]: of this row block, then of the next, to fetch ahead
+    const uint8_t *const
+        *tiles; // [2 * k_tiles]: of this row block, then of the next, to fetch ahead
     size_t k_tiles;
     const uint8_t *const *x; // [tokens] act rows, padded with zeros to whole tiles
     uint32_t tokens;
@@ -51,7 +53,8 @@ struct micro {
     // out[i] = x[i] * scale * weight[i]
     void (*scale_mul)(const float *x, const float *weight, float scale, float *out, size_t n);
     void (*axpy)(float *y, const float *x, float a, size_t n); // y += a * x
-    // out[i] = silu(gate[i]) * up[i]; gate_up interleaved in blocks of 8 (tile.h), units multiple of 8.
+    // out[i] = silu(gate[i]) * up[i]; gate_up interleaved in blocks of 8 (tile.h), units multiple
+    // of 8.
     void (*swiglu)(const float *gate_up, float *out, size_t units);
 };
 

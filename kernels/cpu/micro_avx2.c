@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// AVX2 + FMA microkernels. bf16 operands are widened in registers: the even elements by a shift, the odd
-// ones by a mask, each then one fused multiply-add.
+// AVX2 + FMA microkernels. bf16 operands are widened in registers: the even elements by a shift,
+// the odd ones by a mask, each then one fused multiply-add.
 #include <immintrin.h>
 #include <string.h>
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// AVX-512 microkernels with vdpbf16ps: one register holds 4 weight rows x 8 columns of bf16, four lanes of
-// a row are added at the end. vdpbf16ps takes the odd product first and flushes denormals; its results
-// are the same on every CPU that has it.
+// AVX-512 microkernels with vdpbf16ps: one register holds 4 weight rows x 8 columns of bf16, four
+// lanes of a row are added at the end. vdpbf16ps takes the odd product first and flushes denormals;
+// its results are the same on every CPU that has it.
 #include <immintrin.h>
 #include <string.h>
 

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bodies of the microkernels, included once by each micro_<instruction set>.c, which defines before:
-//   WIDTH (fp32 lanes), STREAM_T and BLOCK_T (tokens that share loads of weights), DOT_GROUP, MICRO_NAME,
-//   MICRO_ENTRY, types vf, vu, vi, and v_fma, v_spread (16 bytes to every 128-bit lane),
-//   v_fold_rows (one sum per 128-bit lane
-//   of 4 registers, in row order), v_fold, v_fold_group (all lanes; the same tree), v_raw_part
-//   (bytes, zero-filled), v_dot_bf16, v_widen (bf16 -> fp32), v_narrow (fp32 -> bf16),
-//   v_gate_up (WIDTH gates and ups of an interleaved row).
+// The bodies of the microkernels, included once by each micro_<instruction set>.c, which defines
+// before:
+//   WIDTH (fp32 lanes), STREAM_T and BLOCK_T (tokens that share loads of weights), DOT_GROUP,
+//   MICRO_NAME, MICRO_ENTRY, types vf, vu, vi, and v_fma, v_spread (16 bytes to every 128-bit
+//   lane), v_fold_rows (one sum per 128-bit lane of 4 registers, in row order), v_fold,
+//   v_fold_group (all lanes; the same tree), v_raw_part (bytes, zero-filled), v_dot_bf16, v_widen
+//   (bf16 -> fp32), v_narrow (fp32 -> bf16), v_gate_up (WIDTH gates and ups of an interleaved row).
 //
-// strip: a tile is 8 x 8 core matrices of 8 rows x 16 bytes; a register holds WIDTH / 4 weight rows x 16
-// bytes, and 16 bytes of a token are spread over its 128-bit lanes. Up to STREAM_T tokens (bound by memory):
-// tile after tile in memory order. More (bound by the dot unit): 4 registers of rows x BLOCK_T tokens over
-// all columns. The order of accumulation of one (row, token) is the same in both.
+// strip: a tile is 8 x 8 core matrices of 8 rows x 16 bytes; a register holds WIDTH / 4 weight rows
+// x 16 bytes, and 16 bytes of a token are spread over its 128-bit lanes. Up to STREAM_T tokens
+// (bound by memory): tile after tile in memory order. More (bound by the dot unit): 4 registers of
+// rows x BLOCK_T tokens over all columns. The order of accumulation of one (row, token) is the same
+// in both.
 #ifndef POLDER_KERNELS_CPU_MICRO_BODY_H
 #define POLDER_KERNELS_CPU_MICRO_BODY_H
 
@@ -47,8 +48,7 @@ INLINE vu v_raw(const uint8_t *p)
 
 INLINE vf v_set(float a)
 {
-    vf v = {0};
-    return v + a;
+    return a - (vf){0}; // x - 0 is x: no instruction
 }
 
 INLINE vf v_part(const float *p, size_t n, float fill)
@@ -68,20 +68,20 @@ INLINE vf v_dot(enum dtype d, vf acc, vu w, vu x)
     return d == DTYPE_BF16 ? v_dot_bf16(acc, w, x) : v_fma((vf)w, (vf)x, acc);
 }
 
-// ---- strip -----------------------------------------------------------------------------------------
+// ---- strip ----
 
-// The first lines of 4 KiB (half a tile). A macro: GCC takes a function that only fetches for one that does
-// nothing, and drops its calls.
+// The first lines of 4 KiB (half a tile). A macro: GCC takes a function that only fetches for one
+// that does nothing, and drops its calls.
 #define PAGE_BEGIN(page)                                                                           \
-    UNROLL for (size_t line = 0; line < 8; line++)                                                 \
-        __builtin_prefetch((page) + line * 64, 0, 2)
+    UNROLL for (size_t line = 0; line < 8; line++) __builtin_prefetch((page) + line * 64, 0, 2)
 
-// One tile after the other, each read once and in the order it lies in memory, so that the processor's own
-// prefetcher follows; the accumulators of all its rows are kept in `sums` between tiles. That prefetcher
-// starts anew in every 4 KiB, which costs a latency each time when there is work between the loads: so the
-// first 8 lines of the next 4 KiB are fetched by hand. Only at T = 1 fetching all of the next tile is
-// better. Measured on a Sapphire Rapids core, share of the rate of a plain read loop, without and with:
-// T = 2 0.88 1.03, T = 4 0.75 0.97, T = 6 0.70 0.83, T = 8 0.65 0.76; T = 1 0.86, all of the next tile 0.94.
+// One tile after the other, each read once and in the order it lies in memory, so that the
+// processor's own prefetcher follows; the accumulators of all its rows are kept in `sums` between
+// tiles. That prefetcher starts anew in every 4 KiB, which costs a latency each time when there is
+// work between the loads: so the first 8 lines of the next 4 KiB are fetched by hand. Only at T = 1
+// fetching all of the next tile is better. Measured on a Sapphire Rapids core, share of the rate of
+// a plain read loop, without and with: T = 2 0.88 1.03, T = 4 0.75 0.97, T = 6 0.70 0.83, T = 8
+// 0.65 0.76; T = 1 0.86, all of the next tile 0.94.
 #define STREAM_PART(T)                                                                             \
     INLINE void stream_##T(enum dtype d, const struct strip *s, size_t token)                      \
     {                                                                                              \
@@ -91,8 +91,7 @@ INLINE vf v_dot(enum dtype d, vf acc, vu w, vu x)
         memset(sums, 0, sizeof sums);                                                              \
         for (size_t i = 0; i < s->k_tiles; i++) {                                                  \
             const uint8_t *x[T];                                                                   \
-            UNROLL for (size_t t = 0; t < T; t++)                                                  \
-                x[t] = s->x[token + t] + i * TILE_ROW_BYTES;                                       \
+            UNROLL for (size_t t = 0; t < T; t++) x[t] = s->x[token + t] + i * TILE_ROW_BYTES;     \
             for (size_t b = begin; b < end; b++) {                                                 \
                 const uint8_t *core = s->tiles[i] + b * STRIP_BLOCKS * CORE_BYTES;                 \
                 const uint8_t *ahead = s->tiles[i + 1] + b * STRIP_BLOCKS * CORE_BYTES;            \
@@ -102,9 +101,8 @@ INLINE vf v_dot(enum dtype d, vf acc, vu w, vu x)
                     PAGE_BEGIN(page);                                                              \
                 }                                                                                  \
                 vf acc[T][PER_CORE];                                                               \
-                UNROLL for (size_t t = 0; t < T; t++)                                              \
-                    UNROLL for (size_t r = 0; r < PER_CORE; r++)                                   \
-                        acc[t][r] = v_load(sums[b][t][r]);                                         \
+                UNROLL for (size_t t = 0; t < T; t++) UNROLL for (size_t r = 0; r < PER_CORE; r++) \
+                    acc[t][r] = v_load(sums[b][t][r]);                                             \
                 UNROLL for (size_t k = 0; k < STRIP_BLOCKS; k++)                                   \
                 {                                                                                  \
                     if (T == 1) {                                                                  \
@@ -112,31 +110,31 @@ INLINE vf v_dot(enum dtype d, vf acc, vu w, vu x)
                         __builtin_prefetch(ahead + k * CORE_BYTES + 64, 0, 2);                     \
                     }                                                                              \
                     vu w[PER_CORE];                                                                \
-                    UNROLL for (size_t r = 0; r < PER_CORE; r++)                                   \
-                        w[r] = v_raw(core + k * CORE_BYTES + r * VECTOR_BYTES);                    \
+                    UNROLL for (size_t r = 0; r < PER_CORE; r++) w[r] =                            \
+                        v_raw(core + k * CORE_BYTES + r * VECTOR_BYTES);                           \
                     UNROLL for (size_t t = 0; t < T; t++)                                          \
                     {                                                                              \
                         vu v = v_spread(x[t] + k * 16);                                            \
-                        UNROLL for (size_t r = 0; r < PER_CORE; r++)                               \
-                            acc[t][r] = v_dot(d, acc[t][r], w[r], v);                              \
+                        UNROLL for (size_t r = 0; r < PER_CORE; r++) acc[t][r] =                   \
+                            v_dot(d, acc[t][r], w[r], v);                                          \
                     }                                                                              \
                 }                                                                                  \
-                UNROLL for (size_t t = 0; t < T; t++)                                              \
-                    UNROLL for (size_t r = 0; r < PER_CORE; r++)                                   \
-                        v_store(sums[b][t][r], acc[t][r]);                                         \
+                UNROLL for (size_t t = 0; t < T; t++) UNROLL for (size_t r = 0; r < PER_CORE; r++) \
+                    v_store(sums[b][t][r], acc[t][r]);                                             \
             }                                                                                      \
         }                                                                                          \
         for (size_t t = 0; t < T; t++)                                                             \
             for (size_t v = begin * PER_CORE; v < end * PER_CORE; v += 4) {                        \
                 vf four[4];                                                                        \
-                UNROLL for (size_t j = 0; j < 4; j++)                                              \
-                    four[j] = v_load(sums[(v + j) / PER_CORE][t][(v + j) % PER_CORE]);             \
+                UNROLL for (size_t j = 0; j < 4; j++) four[j] =                                    \
+                    v_load(sums[(v + j) / PER_CORE][t][(v + j) % PER_CORE]);                       \
                 v_fold_rows(four, s->out + (token + t) * TILE_ROWS + v * (WIDTH / 4));             \
             }                                                                                      \
     }
 
-// WIDTH rows from `first` on (4 registers) x T tokens, over all tiles: a load serves several dot steps. The
-// WIDTH rows after them are fetched meanwhile: group g of `groups` of tokens fetches its share of each tile.
+// WIDTH rows from `first` on (4 registers) x T tokens, over all tiles: a load serves several dot
+// steps. The WIDTH rows after them are fetched meanwhile: group g of `groups` of tokens fetches its
+// share of each tile.
 #define BLOCK_PART(T)                                                                              \
     INLINE void block_##T(enum dtype d, const struct strip *s, size_t first, size_t token,         \
                           const uint8_t *const *after, size_t after_base, size_t line, size_t end) \
@@ -150,14 +148,14 @@ INLINE vf v_dot(enum dtype d, vf acc, vu w, vu x)
             UNROLL for (size_t k = 0; k < STRIP_BLOCKS; k++)                                       \
             {                                                                                      \
                 vu w[4];                                                                           \
-                UNROLL for (size_t r = 0; r < 4; r++)                                              \
-                    w[r] = v_raw(tile + r / PER_CORE * (STRIP_BLOCKS * CORE_BYTES) +               \
-                                 k * CORE_BYTES + r % PER_CORE * VECTOR_BYTES);                    \
+                UNROLL for (size_t r = 0; r < 4; r++) w[r] =                                       \
+                    v_raw(tile + r / PER_CORE * (STRIP_BLOCKS * CORE_BYTES) + k * CORE_BYTES +     \
+                          r % PER_CORE * VECTOR_BYTES);                                            \
                 UNROLL for (size_t t = 0; t < T; t++)                                              \
                 {                                                                                  \
                     vu x = v_spread(s->x[token + t] + i * TILE_ROW_BYTES + k * 16);                \
-                    UNROLL for (size_t r = 0; r < 4; r++)                                          \
-                        acc[t][r] = v_dot(d, acc[t][r], w[r], x);                                  \
+                    UNROLL for (size_t r = 0; r < 4; r++) acc[t][r] =                              \
+                        v_dot(d, acc[t][r], w[r], x);                                              \
                 }                                                                                  \
             }                                                                                      \
         }                                                                                          \
@@ -171,7 +169,7 @@ INLINE vf v_dot(enum dtype d, vf acc, vu w, vu x)
         break;
 #define CASE_BLOCK(T)                                                                              \
     case T:                                                                                        \
-        block_##T(d, s, r, t, after, base, line, line + share);                                                                  \
+        block_##T(d, s, r, t, after, base, line, line + share);                                    \
         break;
 
 STREAM_PART(1)
@@ -237,31 +235,41 @@ INLINE void strip_any(enum dtype d, const struct strip *s)
         }
 }
 
-// ---- dots ------------------------------------------------------------------------------------------
+// ---- dots ----
 
-// Long rows are walked side by side (independent sums), short ones one after the other (memory order).
-enum { DOTS_SHORT = 512 };
+// Rows of exactly CHUNKS registers, x kept in registers: the heads of attention.
+#define DOTS_CHUNKS(CHUNKS)                                                                        \
+    INLINE void dots_chunks_##CHUNKS(enum dtype d, const uint8_t *x, const uint8_t *const *rows,   \
+                                     float *out)                                                   \
+    {                                                                                              \
+        vu v[CHUNKS];                                                                              \
+        vf acc[DOT_GROUP];                                                                         \
+        UNROLL for (size_t i = 0; i < CHUNKS; i++) v[i] = v_raw(x + i * VECTOR_BYTES);             \
+        UNROLL for (size_t r = 0; r < DOT_GROUP; r++)                                              \
+        {                                                                                          \
+            acc[r] = (vf){0};                                                                      \
+            UNROLL for (size_t i = 0; i < CHUNKS; i++) acc[r] =                                    \
+                v_dot(d, acc[r], v_raw(rows[r] + i * VECTOR_BYTES), v[i]);                         \
+        }                                                                                          \
+        v_fold_group(acc, out);                                                                    \
+    }
+DOTS_CHUNKS(2)
+DOTS_CHUNKS(4)
 
 INLINE void dots_group(enum dtype d, const uint8_t *x, const uint8_t *const *rows, size_t bytes,
                        float *out)
 {
     vf acc[DOT_GROUP] = {{0}};
     size_t i = 0, whole = bytes / VECTOR_BYTES * VECTOR_BYTES;
-    if (bytes <= DOTS_SHORT) {
-        UNROLL for (size_t r = 0; r < DOT_GROUP; r++)
-            for (i = 0; i < whole; i += VECTOR_BYTES)
-                acc[r] = v_dot(d, acc[r], v_raw(rows[r] + i), v_raw(x + i));
-    } else {
-        for (; i < whole; i += VECTOR_BYTES) {
-            vu v = v_raw(x + i);
-            UNROLL for (size_t r = 0; r < DOT_GROUP; r++)
-                acc[r] = v_dot(d, acc[r], v_raw(rows[r] + i), v);
-        }
+    for (; i < whole; i += VECTOR_BYTES) {
+        vu v = v_raw(x + i);
+        UNROLL for (size_t r = 0; r < DOT_GROUP; r++) acc[r] =
+            v_dot(d, acc[r], v_raw(rows[r] + i), v);
     }
     if (whole < bytes) {
         vu v = v_raw_part(x + whole, bytes - whole);
-        UNROLL for (size_t r = 0; r < DOT_GROUP; r++)
-            acc[r] = v_dot(d, acc[r], v_raw_part(rows[r] + whole, bytes - whole), v);
+        UNROLL for (size_t r = 0; r < DOT_GROUP; r++) acc[r] =
+            v_dot(d, acc[r], v_raw_part(rows[r] + whole, bytes - whole), v);
     }
     v_fold_group(acc, out);
 }
@@ -272,7 +280,12 @@ INLINE void dots_any(enum dtype d, const void *vector, const uint8_t *const *row
     const uint8_t *x = vector;
     size_t bytes = dim * dtype_bytes(d), r = 0;
     for (; r + DOT_GROUP <= n; r += DOT_GROUP)
-        dots_group(d, x, rows + r, bytes, out + r);
+        if (bytes == 4 * VECTOR_BYTES)
+            dots_chunks_4(d, x, rows + r, out + r);
+        else if (bytes == 2 * VECTOR_BYTES)
+            dots_chunks_2(d, x, rows + r, out + r);
+        else
+            dots_group(d, x, rows + r, bytes, out + r);
     for (; r < n; r++) {
         vf acc = {0};
         size_t i = 0;
@@ -284,7 +297,7 @@ INLINE void dots_any(enum dtype d, const void *vector, const uint8_t *const *row
     }
 }
 
-// ---- mix -------------------------------------------------------------------------------------------
+// ---- mix ----
 
 INLINE vf mix_row(enum dtype d, const uint8_t *row, size_t c)
 {
@@ -305,24 +318,21 @@ INLINE vf mix_row_part(enum dtype d, const uint8_t *row, size_t c, size_t n)
                               float *acc, size_t acc_stride)                                       \
     {                                                                                              \
         vf a[Q][V];                                                                                \
-        UNROLL for (size_t q = 0; q < Q; q++)                                                      \
-            UNROLL for (size_t v = 0; v < V; v++)                                                  \
-                a[q][v] = v_load(acc + q * acc_stride + v * WIDTH);                                \
+        UNROLL for (size_t q = 0; q < Q; q++) UNROLL for (size_t v = 0; v < V; v++) a[q][v] =      \
+            v_load(acc + q * acc_stride + v * WIDTH);                                              \
         for (size_t i = 0; i < n; i++) {                                                           \
             vf w[V];                                                                               \
-            UNROLL for (size_t v = 0; v < V; v++)                                                  \
-                w[v] = part ? mix_row_part(d, rows[i], column + v * WIDTH, part)                   \
-                            : mix_row(d, rows[i], column + v * WIDTH);                             \
+            UNROLL for (size_t v = 0; v < V; v++) w[v] =                                           \
+                part ? mix_row_part(d, rows[i], column + v * WIDTH, part)                          \
+                     : mix_row(d, rows[i], column + v * WIDTH);                                    \
             UNROLL for (size_t q = 0; q < Q; q++)                                                  \
             {                                                                                      \
                 vf p = v_set(weight[q * weight_stride + i]);                                       \
-                UNROLL for (size_t v = 0; v < V; v++)                                              \
-                    a[q][v] = v_fma(p, w[v], a[q][v]);                                             \
+                UNROLL for (size_t v = 0; v < V; v++) a[q][v] = v_fma(p, w[v], a[q][v]);           \
             }                                                                                      \
         }                                                                                          \
-        UNROLL for (size_t q = 0; q < Q; q++)                                                      \
-            UNROLL for (size_t v = 0; v < V; v++)                                                  \
-                v_store(acc + q * acc_stride + v * WIDTH, a[q][v]);                                \
+        UNROLL for (size_t q = 0; q < Q; q++) UNROLL for (size_t v = 0; v < V; v++)                \
+            v_store(acc + q * acc_stride + v * WIDTH, a[q][v]);                                    \
     }
 
 MIX_PART(1, 1)
@@ -370,7 +380,7 @@ INLINE void mix_any(enum dtype d, const float *weight, size_t weight_stride,
     }
 }
 
-// ---- conversions -----------------------------------------------------------------------------------
+// ---- conversions ----
 
 static void store_bf16(const float *from, void *to, size_t n)
 {
@@ -407,7 +417,7 @@ static void load_f32(const void *from, float *to, size_t n)
     memcpy(to, from, n * sizeof(float));
 }
 
-// ---- plain fp32 ------------------------------------------------------------------------------------
+// ---- plain fp32 ----
 
 static float max_f32(const float *x, size_t n)
 {
@@ -443,12 +453,12 @@ static float sum_squares_f32(const float *x, size_t n)
     return v_fold(a + b);
 }
 
-// exp by 2^n * e^r, |r| <= ln 2 / 2, degree 6 (the polynomial of Cephes expf, Moshier 1989): at most 2
-// ulp. Below -87.33 the result is 0, above 88.37 inf; NaN stays NaN.
+// exp by 2^n * e^r, |r| <= ln 2 / 2, degree 6 (the polynomial of Cephes expf, Moshier 1989): at
+// most 2 ulp. Below -87.33 the result is 0, above 88.37 inf; NaN stays NaN.
 INLINE vf v_exp(vf x)
 {
     const float low = -87.33654f, high = 88.72284f, magic = 12582912.0f; // 1.5 * 2^23
-    vi under = x < v_set(low), over = x > v_set(high);
+    vi under = x<v_set(low), over = x> v_set(high);
     x = v_select(under, v_set(low), x);
     x = v_select(over, v_set(high), x);
     vf t = v_fma(x, v_set(1.44269504088896341f), v_set(magic)), n = t - magic;
@@ -527,7 +537,7 @@ static void swiglu_f32(const float *gate_up, float *out, size_t units)
     }
 }
 
-// ---- the table -------------------------------------------------------------------------------------
+// ---- the table ----
 
 #define MICRO_DTYPE(name, d)                                                                       \
     static void strip_##name(const struct strip *s)                                                \

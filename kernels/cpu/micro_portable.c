@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Portable microkernels: C with 16-byte vector types of GCC and Clang (SSE2 on x86-64, NEON on aarch64,
-// scalars elsewhere). No fused multiply-add: the product is rounded.
+// Portable microkernels: C with 16-byte vector types of GCC and Clang (SSE2 on x86-64, NEON on
+// aarch64, scalars elsewhere). No fused multiply-add: the product is rounded.
 #include <string.h>
 
 #include "kernels/cpu/micro.h"

@@ -2,9 +2,9 @@
 // The MoE map (pairs sorted by expert, residency test) and the combine in slot order.
 //
 // state[e]: 0 no pairs --map--> 1 resident | 2 missing;  2 --map again, resident now--> 1;
-//           1 --moe_down complete--> 3 done (moe_gemm.c). A resumed map leaves 3 alone and does not sort
-//           again. The map is one task (bound by nothing: rows * top_k steps) and a fence, so that no
-//           later command can begin before the miss is known.
+//           1 --moe_down complete--> 3 done (moe_gemm.c). A resumed map leaves 3 alone and does not
+//           sort again. The map is one task (bound by nothing: rows * top_k steps) and a fence, so
+//           that no later command can begin before the miss is known.
 #include "kernels/cpu/cpu.h"
 
 static void pairs_sort(struct cpu_stream *s, const struct moe_map_args *a)

@@ -3,14 +3,16 @@
 //
 //   gate_up: hidden[pair] = silu(Wg x[row] + LoRA) * (Wu x[row] + LoRA)
 //   down:    out[pair] = Wd hidden[pair] + LoRA
-// for experts in state 1. Task: one expert x one row block of 64 weight rows x at most TOKENS_CHUNK of its
-// pairs; all pairs of an expert in a task share one pass over the tiles, which is what makes a batch cheap:
-// at decode the bytes of the distinct experts are read once. `prepare` lists the experts that have work.
+// for experts in state 1. Task: one expert x one row block of 64 weight rows x at most TOKENS_CHUNK
+// of its pairs; all pairs of an expert in a task share one pass over the tiles, which is what makes
+// a batch cheap: at decode the bytes of the distinct experts are read once. `prepare` lists the
+// experts that have work.
 //
-// Expert LoRA: the shrinks of a layer are a command before the GEMM (a task per expert and chunk of pairs),
-// kept in the stream's adapter_hidden as [pair][modules][rank_max]; when that does not fit, each task
-// computes the shrinks it needs again, with the same bits. The expansion is added to the 64 columns of
-// a task before SwiGLU, per run of pairs of one adapter (pairs ascend, so do rows, so do adapters).
+// Expert LoRA: the shrinks of a layer are a command before the GEMM (a task per expert and chunk of
+// pairs), kept in the stream's adapter_hidden as [pair][modules][rank_max]; when that does not fit,
+// each task computes the shrinks it needs again, with the same bits. The expansion is added to the
+// 64 columns of a task before SwiGLU, per run of pairs of one adapter (pairs ascend, so do rows, so
+// do adapters).
 #include <string.h>
 
 #include "kernels/cpu/cpu.h"
@@ -30,9 +32,9 @@ struct side {
 static struct side side_of(const struct moe_gemm_args *a, bool down)
 {
     if (down)
-        return (struct side){a->work.hidden, 1,         a->intermediate, a->dim,
+        return (struct side){a->work.hidden,    1,      a->intermediate, a->dim,
                              a->view.down_tile, a->dim, LORA_DOWN,       1};
-    return (struct side){a->x, a->top_k,         a->dim,    tile_interleaved_rows(a->intermediate),
+    return (struct side){a->x, a->top_k,        a->dim,    tile_interleaved_rows(a->intermediate),
                          0,    a->intermediate, LORA_GATE, 2};
 }
 
@@ -75,8 +77,8 @@ static struct expert_task expert_task_at(const struct cpu_stream *s, const struc
                                 first < pairs ? (uint32_t)min_size(size, pairs - first) : 0};
 }
 
-// The addresses of tiles [first, first + 2 * k_tiles) of an expert: those of a row block, and those of the
-// next, to fetch ahead.
+// The addresses of tiles [first, first + 2 * k_tiles) of an expert: those of a row block, and those
+// of the next, to fetch ahead.
 static void tiles_find(struct slot *slot, const struct expert_view *view, uint32_t expert,
                        size_t first, size_t k_tiles)
 {
@@ -115,7 +117,7 @@ static void expert_strip(struct cpu_stream *s, struct slot *slot, const struct m
                         .out = slot->out});
 }
 
-// ---- expert LoRA -------------------------------------------------------------------------------------
+// ---- expert LoRA ----
 
 // How many of pairs order[first + i ..] of the task use the adapter of the first one.
 static uint32_t adapter_run(const struct moe_gemm_args *a, const struct expert_task *t, uint32_t i,
@@ -225,7 +227,7 @@ static void expert_lora(struct cpu_stream *s, struct slot *slot, const struct mo
     }
 }
 
-// ---- the GEMMs ---------------------------------------------------------------------------------------
+// ---- the GEMMs ----
 
 static void gate_up_task(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task)
 {
@@ -238,8 +240,8 @@ static void gate_up_task(struct cpu_stream *s, struct slot *slot, struct command
     float out[UNITS];
     for (uint32_t i = 0; i < t.count; i++) {
         cpu__micro(s)->swiglu(slot->out + i * TILE_ROWS, out, round_up(units, 8));
-        cpu__act_store(s, a->work.hidden, a->work.order[t.first + i], a->intermediate, first,
-                       units, out);
+        cpu__act_store(s, a->work.hidden, a->work.order[t.first + i], a->intermediate, first, units,
+                       out);
     }
 }
 

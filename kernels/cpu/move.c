@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Copies and look-ups, bound by bytes: copy, zero, scatter (fences: they may change page tables, KV pages
-// and anything else the spans of other commands do not name), gather and embed (a task per row).
+// Copies and look-ups, bound by bytes: copy, zero, scatter (fences: they may change page tables, KV
+// pages and anything else the spans of other commands do not name), gather and embed (a task per
+// row).
 #include <math.h>
 #include <string.h>
 

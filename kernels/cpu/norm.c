@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// RMSNorm and SwiGLU, a task per row, bound by bytes. The sum of squares has a fixed order (micro.h), the
-// rest is element-wise. What becomes an operand is rounded once, at the end.
+// RMSNorm and SwiGLU, a task per row, bound by bytes. The sum of squares has a fixed order
+// (micro.h), the rest is element-wise. What becomes an operand is rounded once, at the end.
 #include <math.h>
 #include <string.h>
 

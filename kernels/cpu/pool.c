@@ -1,18 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// The compute threads of a CPU device. It owns the workers and their scratch; what there is to do, and in
-// which order, is the stream's (stream.c).
+// The compute threads of a CPU device. It owns the workers and their scratch; what there is to do,
+// and in which order, is the stream's (stream.c).
 //
-// There are `threads` slots and as many workers, but slot 0 is shared: the thread that waits for a segment
-// computes in it, so that an engine that submits and waits keeps `threads` cores busy with threads - 1
-// woken. Worker 0 is woken only when the engine polls (and so does something else meanwhile).
+// There are `threads` slots and as many workers, but slot 0 is shared: the thread that waits for a
+// segment computes in it, so that an engine that submits and waits keeps `threads` cores busy with
+// threads - 1 woken. Worker 0 is woken only when the engine polls, and so does other work
+// meanwhile.
 //
 //   asleep --pulse changes--> looking --work--> computing --SPIN_LIMIT looks without work--> asleep
 //
 // Invariants
 //   1. A thread touches a slot's scratch only while it holds the slot.
-//   2. A thread that is about to sleep counts itself in `sleepers`, reads `pulse`, looks once more, then
-//      sleeps only if pulse still has that value; who makes work changes state first, then reads
-//      `sleepers`. Both in sequentially consistent order: no wake-up is lost.
+//   2. A thread that is about to sleep counts itself in `sleepers`, reads `pulse`, looks once more,
+//      then sleeps only if pulse still has that value. Who makes work changes state first, then
+//      reads `sleepers`. Both in sequentially consistent order: no wake-up is lost.
 //   3. With nothing in flight all workers sleep in the kernel, after LINGER_LIMIT looks.
 //   4. Worker 0 sleeps on `help` alone, so that a command that completes wakes nobody in vain.
 #include <linux/futex.h>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// QK-norm, RoPE and the write of K and V into the paged cache; a task per row. Angles are position *
-// inv_freq in fp32 with the C library's cosf and sinf, as transformers computes them. q stays fp32 in
-// place; k and v are rounded once, to the compute dtype, when they enter the cache.
+// QK-norm, RoPE and the write of K and V into the paged cache; a task per row. Angles are position
+// * inv_freq in fp32 with the C library's cosf and sinf, as transformers computes them. q stays
+// fp32 in place; k and v are rounded once, to the compute dtype, when they enter the cache.
 #include <math.h>
 
 #include "kernels/cpu/cpu.h"
@@ -57,8 +57,8 @@ static void qk_task(struct cpu_stream *s, struct slot *slot, struct command *c, 
     for (uint32_t h = 0; h < a->kv.shape.kv_heads; h++) {
         head_turn(micro, a->k + row * a->k_stride + h * dim, a->k_weight, a->epsilon, slot->angle,
                   dim, slot->out);
-        kernel->store(slot->out,
-                      cpu__kv_at(&a->kv, element, a->layer, sequence, position, 0, h), dim);
+        kernel->store(slot->out, cpu__kv_at(&a->kv, element, a->layer, sequence, position, 0, h),
+                      dim);
         kernel->store(a->v + row * a->v_stride + h * dim,
                       cpu__kv_at(&a->kv, element, a->layer, sequence, position, 1, h), dim);
     }

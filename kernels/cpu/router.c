@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The MoE router: logits = x W^T in fp32, softmax over all experts, top-k in descending order (ties: lower
-// index), renormalised on demand. A few rows: the logits are a command of their own, a task per 16
-// experts, so that all threads share the bytes of W; many rows: a task per row does everything. The dot
-// and the rest are the same code, so the bits are the same.
+// The MoE router: logits = x W^T in fp32, softmax over all experts, top-k in descending order
+// (ties: lower index), renormalised on demand. A few rows: the logits are a command of their own, a
+// task per 16 experts, so that all threads share the bytes of W; many rows: a task per row does
+// everything. The dot and the rest are the same code, so the bits are the same.
 #include <math.h>
 #include <string.h>
 
@@ -91,8 +91,8 @@ void cpu__router(struct stream *stream, const struct router_args *a)
     size_t x_bytes = (size_t)a->rows * a->dim * sizeof(float);
     size_t chosen = (size_t)a->rows * a->top_k, logits_bytes = (size_t)ROUTER_ROWS * EXPERTS_MAX;
     if (a->rows <= ROUTER_ROWS) {
-        struct command *c = cpu__record(stream, &logits_operation,
-                                        (uint32_t)div_up(a->experts, EXPERTS_TASK));
+        struct command *c =
+            cpu__record(stream, &logits_operation, (uint32_t)div_up(a->experts, EXPERTS_TASK));
         c->a.router = *a;
         cpu__reads(c, a->x, x_bytes, 0, 1);
         cpu__writes(c, s->router_logits, logits_bytes * sizeof(float), 0, 1);

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sampling, a task per row, bound by a few passes over the logits. Nothing is sorted.
 //
-// top_k, top_p and the draw all ask the same question: in the order (logit descending, id ascending), where
-// does a running count or a running mass reach a target? It is answered by radix selection on an
-// order-preserving 32-bit key of the logit: histograms of 11, 11 and 10 bits with count and mass (double)
-// per bucket, each level within the bucket where the target is reached. The first histogram serves all
-// three questions. Masses are added in id order within a bucket, buckets in descending order, so the result
-// is a function of the row alone.
+// top_k, top_p and the draw all ask the same question: in the order (logit descending, id
+// ascending), where does a running count or a running mass reach a target? It is answered by radix
+// selection on an order-preserving 32-bit key of the logit: histograms of 11, 11 and 10 bits with
+// count and mass (double) per bucket, each level within the bucket where the target is reached. The
+// first histogram serves all three questions. Masses are added in id order within a bucket, buckets
+// in descending order, so the result is a function of the row alone.
 #include <math.h>
 #include <string.h>
 
@@ -47,6 +47,7 @@ static float mass_of(const struct row_view *r, float logit)
 static void histogram_first(struct slot *slot, const struct row_view *r)
 {
     float mass[CHUNK];
+    slot->candidate_bucket = SAMPLE_BUCKETS;
     memset(slot->bucket_count[0], 0, sizeof slot->bucket_count[0]);
     memset(slot->bucket_mass[0], 0, sizeof slot->bucket_mass[0]);
     for (uint32_t first = 0; first < r->vocab; first += CHUNK) {
@@ -60,24 +61,52 @@ static void histogram_first(struct slot *slot, const struct row_view *r)
     }
 }
 
+// Lists the ids of a first-level bucket, when they fit, so that deeper levels need not look at all
+// others.
+static bool candidates_list(struct slot *slot, const struct row_view *r, uint32_t bucket)
+{
+    if (slot->candidate_bucket == bucket)
+        return true;
+    if (slot->bucket_count[0][bucket] > SAMPLE_CANDIDATES)
+        return false;
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < r->vocab; i++) {
+        slot->candidates[n < SAMPLE_CANDIDATES ? n : 0] = i; // kept when the next line counts it
+        n += key_of(r->logits[i]) >> level_shift[0] == bucket;
+    }
+    slot->candidate_count = n;
+    slot->candidate_bucket = bucket;
+    return true;
+}
+
+static void histogram_add(struct slot *slot, const struct row_view *r, uint32_t level,
+                          uint32_t prefix, uint32_t id)
+{
+    uint32_t above = level_shift[level - 1], shift = level_shift[level];
+    uint32_t key = key_of(r->logits[id]), bucket = key >> shift & ((1u << (above - shift)) - 1u);
+    if (key >> above != prefix)
+        return;
+    slot->bucket_count[1][bucket]++;
+    slot->bucket_mass[1][bucket] += (double)mass_of(r, r->logits[id]);
+}
+
 // The histogram of keys whose bits above the level's are `prefix`.
 static void histogram_within(struct slot *slot, const struct row_view *r, uint32_t level,
                              uint32_t prefix)
 {
-    uint32_t above = level_shift[level - 1], shift = level_shift[level];
     memset(slot->bucket_count[1], 0, sizeof slot->bucket_count[1]);
     memset(slot->bucket_mass[1], 0, sizeof slot->bucket_mass[1]);
-    for (uint32_t i = 0; i < r->vocab; i++) {
-        uint32_t key = key_of(r->logits[i]);
-        if (key >> above != prefix)
-            continue;
-        uint32_t bucket = key >> shift & ((1u << (above - shift)) - 1u);
-        slot->bucket_count[1][bucket]++;
-        slot->bucket_mass[1][bucket] += (double)mass_of(r, r->logits[i]);
+    if (candidates_list(slot, r, prefix >> (level == 1 ? 0 : level_shift[0] - level_shift[1]))) {
+        for (uint32_t i = 0; i < slot->candidate_count; i++)
+            histogram_add(slot, r, level, prefix, slot->candidates[i]);
+        return;
     }
+    for (uint32_t i = 0; i < r->vocab; i++)
+        histogram_add(slot, r, level, prefix, i);
 }
 
-// What is looked for: the count reaches `count`, or the mass reaches (passes, when `beyond`) `mass`.
+// What is looked for: the count reaches `count`, or the mass reaches (passes, when `beyond`)
+// `mass`.
 struct target {
     uint32_t count; // 0: by mass
     double mass;
@@ -91,8 +120,9 @@ static bool reached(const struct target *t, uint64_t count, double mass)
     return t->beyond ? mass > t->mass : mass >= t->mass;
 }
 
-// The bucket where the target is reached, after `count` and `mass` above it, which are advanced to what
-// stands before that bucket. Rounding may leave a mass just short: then the last bucket with mass.
+// The bucket where the target is reached, after `count` and `mass` above it, which are advanced to
+// what stands before that bucket. Rounding may leave a mass just short: then the last bucket with
+// mass.
 static uint32_t bucket_find(const uint32_t *counts, const double *masses, const struct target *t,
                             uint64_t *count, double *mass)
 {
@@ -138,9 +168,15 @@ static bool cut_before(const struct cut *a, const struct cut *b)
     return a->key > b->key || (a->key == b->key && a->ties < b->ties);
 }
 
-static int32_t cut_token(const struct row_view *r, const struct cut *cut)
+static int32_t cut_token(struct slot *slot, const struct row_view *r, const struct cut *cut)
 {
     uint32_t seen = 0;
+    if (candidates_list(slot, r, cut->key >> level_shift[0])) {
+        for (uint32_t i = 0; i < slot->candidate_count; i++)
+            if (key_of(r->logits[slot->candidates[i]]) == cut->key && ++seen == cut->ties)
+                return (int32_t)slot->candidates[i];
+        return SAMPLE_NOT_A_NUMBER;
+    }
     for (uint32_t i = 0; i < r->vocab; i++)
         if (key_of(r->logits[i]) == cut->key && ++seen == cut->ties)
             return (int32_t)i;
@@ -164,7 +200,7 @@ static int32_t draw(struct slot *slot, const struct row_view *r, const struct sa
     double uniform = (double)rng_uniform(p->seed, 0, p->counter);
     struct cut chosen =
         cut_find(slot, r, &(struct target){.mass = uniform * kept.mass, .beyond = true});
-    return cut_token(r, cut_before(&kept, &chosen) ? &kept : &chosen);
+    return cut_token(slot, r, cut_before(&kept, &chosen) ? &kept : &chosen);
 }
 
 static int32_t greedy(const struct row_view *r)
@@ -233,9 +269,8 @@ static void sample_task(struct cpu_stream *s, struct slot *slot, struct command 
 {
     const struct sample_args *a = &c->a.sample;
     const struct sample_params *p = &a->params[row];
-    struct row_view r = {.micro = cpu__micro(s),
-                         .logits = a->logits + (size_t)row * a->stride,
-                         .vocab = a->vocab};
+    struct row_view r = {
+        .micro = cpu__micro(s), .logits = a->logits + (size_t)row * a->stride, .vocab = a->vocab};
     if (!row_usable(&r)) {
         row_lose(a, row);
         return;
@@ -247,8 +282,7 @@ static void sample_task(struct cpu_stream *s, struct slot *slot, struct command 
         return;
     double log_total = log_sum(&r);
     if (a->logprob)
-        a->logprob[row] =
-            (float)((double)r.logits[a->token[row]] - (double)r.max - log_total);
+        a->logprob[row] = (float)((double)r.logits[a->token[row]] - (double)r.max - log_total);
     if (a->tops)
         tops_fill(&r, log_total, a->tops, a->top_token + (size_t)row * a->tops,
                   a->top_logprob + (size_t)row * a->tops);

@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // Streams: recording, what may overlap, and how threads work through a segment.
 //
-// A command is complete when all its tasks are; `head` is the number of leading commands that are. A
-// command may begin when head >= after: `after` comes from the memory it touches (spans) compared with the
-// commands before it, at most WINDOW back, so that q, k and v projections, LoRA shrinks and gate/up
-// overlap without a barrier, and a thread that finds no task of one command takes one of the next.
+// A command is complete when all its tasks are; `head` is the number of leading commands that are.
+// A command may begin when head >= after: `after` comes from the memory it touches (spans) compared
+// with the commands before it, at most WINDOW back, so that q, k and v projections, LoRA shrinks
+// and gate/up overlap without a barrier, and a thread that finds no task of one command takes one
+// of the next.
 //
-//   WAITING --head >= after, one thread wins--> PREPARING --tasks counted--> OPEN --last task--> COMPLETE
-//                                                   \--no tasks, or skipped by a miss------------^
+//   WAITING --head >= after, one thread wins--> PREPARING --tasks counted--> OPEN
+//   OPEN --last task--> COMPLETE        PREPARING --no tasks, or skipped by a miss--> COMPLETE
 //
 // Invariants
-//   1. Threads claim tasks by `next`, count them off by `done`; the one that counts the last finishes.
-//   2. Between active = 0 and the next submit only the engine thread touches the commands: a thread counts
-//      itself in `users`, then reads `active`; the engine clears `active`, then waits for users == 0.
-//   3. After moe_map (a fence) nothing begins before it is complete, so every later command sees a miss.
+//   1. Threads claim tasks by `next` and count them off by `done`; who counts the last finishes.
+//   2. Between active = 0 and the next submit only the engine thread touches the commands: a thread
+//      counts itself in `users`, then reads `active`; the engine clears `active`, then waits for
+//      users == 0.
+//   3. After moe_map (a fence) nothing begins before it is complete: later commands see a miss.
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,7 +34,7 @@ static inline void relax(void)
 #endif
 }
 
-// ---- recording ---------------------------------------------------------------------------------------
+// ---- recording ----
 
 struct command *cpu__record(struct stream *stream, const struct operation *op, uint32_t tasks)
 {
@@ -78,7 +80,8 @@ static bool spans_touch(const struct span *a, const struct span *b)
     return shift < a->width || shift + b->width > a->stride;
 }
 
-static bool any_touch(const struct span *a, uint32_t a_count, const struct span *b, uint32_t b_count)
+static bool any_touch(const struct span *a, uint32_t a_count, const struct span *b,
+                      uint32_t b_count)
 {
     for (uint32_t i = 0; i < a_count; i++)
         for (uint32_t j = 0; j < b_count; j++)
@@ -108,7 +111,7 @@ void cpu__record_end(struct stream *stream, struct command *c)
         c->after--;
 }
 
-// ---- running -----------------------------------------------------------------------------------------
+// ---- running ----
 
 static void command_complete(struct cpu_stream *s, struct command *c)
 {
@@ -223,7 +226,7 @@ bool cpu__stream_work(struct cpu_stream *s, struct slot *slot)
     return any;
 }
 
-// ---- life --------------------------------------------------------------------------------------------
+// ---- life ----
 
 enum status cpu__stream_create(struct device *device, uint32_t commands, struct stream **out)
 {
@@ -238,8 +241,8 @@ enum status cpu__stream_create(struct device *device, uint32_t commands, struct 
         s->commands = aligned_alloc(64, bytes);
     s->experts = calloc(EXPERTS_MAX, sizeof *s->experts);
     s->cursor = calloc(EXPERTS_MAX, sizeof *s->cursor);
-    enum status status = cpu__alloc(device, sizeof(float) * ROUTER_ROWS * EXPERTS_MAX,
-                                    (void **)&s->router_logits);
+    enum status status =
+        cpu__alloc(device, sizeof(float) * ROUTER_ROWS * EXPERTS_MAX, (void **)&s->router_logits);
     if (status == STATUS_OK)
         status = cpu__alloc(device, sizeof(float) * ADAPTER_HIDDEN, (void **)&s->adapter_hidden);
     if (status == STATUS_OK && (!s->commands || !s->experts || !s->cursor))
