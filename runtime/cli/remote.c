@@ -5,6 +5,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include <jansson.h>
+
 #include "base/reader.h"
 #include "clients/c/polder_client.h"
 #include "clients/c/polder_client_json.h"
@@ -152,38 +154,40 @@ static int adapter_call(const struct settings *s, const char *method, const char
     return call_once(s, method, params);
 }
 
-static bool text_is(const msgpack_object *value, const char *text)
+// The list's entry of that name, out of the same answer `list` gives.
+// Prints it, as JSON like the list.
+static bool print_entry(const char *list_text, const char *name)
 {
-    return value && value->type == MSGPACK_OBJECT_STR && value->via.str.size == strlen(text) &&
-           !memcmp(value->via.str.ptr, text, strlen(text));
+    bool found = false;
+    json_t *list = json_loads(list_text, 0, NULL), *item;
+    size_t i;
+    json_array_foreach(list, i, item)
+    {
+        const char *own = json_string_value(json_object_get(item, "name"));
+        if (found || !own || strcmp(own, name) != 0)
+            continue;
+        found = json_dumpf(item, stdout, JSON_INDENT(2)) == 0;
+        (void)printf("\n");
+    }
+    json_decref(list);
+    return found;
 }
 
-// The list's entry of that name, out of the same answer `list` gives.
 static int adapter_show(const struct settings *s, const char *name)
 {
     struct polder_error error;
-    const msgpack_object *result = NULL;
+    char *list = NULL;
     struct polder_client *client = open_client(s);
     if (!client)
         return EXIT_FAILED;
     int code = EXIT_FAILED;
-    if (polder_call(client, "adapters.list", NULL, NULL, NULL, &result, &error)) {
+    if (polder_call_json(client, "adapters.list", NULL, 0, NULL, NULL, &list, &error))
         (void)complain_remote(&error);
-    } else {
-        const msgpack_object *list =
-            result->type == MSGPACK_OBJECT_MAP ? polder_get(result, "adapters") : result;
-        uint32_t count = list && list->type == MSGPACK_OBJECT_ARRAY ? list->via.array.size : 0;
-        for (uint32_t i = 0; i < count && code; i++) {
-            const msgpack_object *item = &list->via.array.ptr[i];
-            if (text_is(polder_get(item, "name"), name)) {
-                msgpack_object_print(stdout, *item);
-                (void)printf("\n");
-                code = EXIT_DONE;
-            }
-        }
-        if (code)
-            (void)fprintf(stderr, "polder: there is no adapter named \"%s\".\n", name);
-    }
+    else if (print_entry(list, name))
+        code = EXIT_DONE;
+    else
+        (void)fprintf(stderr, "polder: there is no adapter named \"%s\".\n", name);
+    free(list);
     polder_close(client);
     return code;
 }
