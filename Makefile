@@ -33,7 +33,8 @@ check:
 	@cd $(BUILD) && ctest --output-on-failure -L fast --timeout 60 --parallel $(JOBS)
 
 # gcc with every warning as an error, optimised; then clang likewise.
-strict: deps
+strict:
+	@tools/deps.sh --ci
 	@cmake -S . -B $(BUILD)-strict -DPOLDER_WERROR=ON -DCMAKE_BUILD_TYPE=Release -DCMAKE_C_COMPILER=clang > $(BUILD)-strict.log 2>&1 \
 	    || { cat $(BUILD)-strict.log; exit 1; }
 	@cmake --build $(BUILD)-strict --parallel $(JOBS)
@@ -44,7 +45,8 @@ asan: deps
 	@cd $(BUILD)-asan && ctest --output-on-failure -LE "slow|timing" --timeout 600
 
 # A short run of each fuzzer (FUZZ_SECONDS each).
-fuzz: deps
+fuzz:
+	@tools/deps.sh --ci
 	@tools/fuzz.sh $(BUILD)-fuzz
 
 format:
