@@ -36,7 +36,8 @@ enum status ring_create(size_t capacity_bytes, struct ring **out)
         free(ring);
         return STATUS_NO_MEMORY;
     }
-    memset(ring->bytes, 0, capacity); // all its pages now, not one by one over the first thousands of records
+    memset(ring->bytes, 0,
+           capacity); // all its pages now, not one by one over the first thousands of records
     *out = ring;
     return STATUS_OK;
 }
