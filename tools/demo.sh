@@ -28,8 +28,8 @@ for _ in $(seq 1 600); do
 done
 "$python" "$here/tools/demo.py" --ask "$here/models/demo" "$work"
 kill -TERM "$server"
-wait "$server"
-code=$?
+code=0
+wait "$server" || code=$?
 server=
 [ $code -eq 0 ] || { echo "the server ended with exit $code" >&2; exit 1; }
 echo "the server drained and ended with exit 0"
