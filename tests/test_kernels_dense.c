@@ -38,7 +38,7 @@ static void gemm_all(struct rig *rig)
 {
     static const uint32_t shapes[][2] = {{40, 96},  {96, 40},   {200, 200}, {1, 1},
                                          {64, 64},  {24, 72},   {130, 33},  {257, 300},
-                                         {8, 1000}, {500, 130}, {16, 2048}};
+                                         {8, 1000}, {500, 130}, {16, 2048}, {200, 1100}};
     static const uint32_t rows[] = {0, 1, 2, 3, 4, 5, 6, 7, 13, 96, 97};
     for (size_t i = 0; i < ARRAY_COUNT(shapes); i++)
         for (size_t r = 0; r < ARRAY_COUNT(rows); r++)
