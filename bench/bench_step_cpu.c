@@ -212,7 +212,8 @@ static void collect(struct bench *b)
         uint32_t kind;
         memcpy(&kind, record, sizeof kind);
         if (kind == ENGINE_DONE) {
-            CHECK(((const struct engine_done *)record)->status == STATUS_OK);
+            const struct engine_done *done = record;
+            CHECK(done->status == STATUS_OK || done->status == STATUS_CANCELLED);
             b->open--;
         }
         ring_pop(stack_port(b->stack)->events);
@@ -302,6 +303,10 @@ static void bench_decode(struct bench *b, uint32_t batch, uint32_t context)
                        (double)distinct_experts(b) * expert_bytes(c);
         experts += (double)distinct_experts(b);
         ratios[steps] = bytes / (b->read_gbytes_per_s * 1e9) / times[steps];
+    }
+    for (uint64_t id = b->next_id - batch; id < b->next_id; id++) {
+        struct engine_control cancel = {.kind = ENGINE_CANCEL, .id = id};
+        CHECK(!engine_send(stack_port(b->stack), &cancel, sizeof cancel));
     }
     run_out(b);
     double mid = median(times, steps);
