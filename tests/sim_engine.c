@@ -283,7 +283,9 @@ static void run_forced(struct sim_model *model, const struct arguments *a, struc
         engine_counters(sim->world.engine, &counters);
     } while (counters.steps < a->steps / a->seeds);
     close_sim(sim, false, totals);
-    CHECK(totals->engine.drops == 0 && totals->engine.rows_recomputed == 0);
+    // Leaving recomputes nothing; what memory pressure dropped is another matter, and rare.
+    CHECK(totals->engine.rows_recomputed == 0 || totals->engine.drops);
+    CHECK(totals->engine.drops * 100 <= totals->engine.steps);
     CHECK(totals->engine.half_rows_run == totals->engine.half_rows_due);
     CHECK(totals->engine.pauses >= totals->engine.steps * (2 * model->model.config.layers - 1));
     CHECK(totals->book.failed == 0 && totals->book.refused == 0);
