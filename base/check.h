@@ -4,7 +4,7 @@
 #ifndef POLDER_BASE_CHECK_H
 #define POLDER_BASE_CHECK_H
 
-_Noreturn void check_failed(const char *file, int line, const char *what);
+__attribute__((noreturn)) void check_failed(const char *file, int line, const char *what);
 
 #define CHECK(condition)                                                                           \
     do {                                                                                           \

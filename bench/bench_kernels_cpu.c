@@ -400,8 +400,8 @@ static void layer_record(struct bench *b, struct model *m, uint32_t l)
                                 .intermediate = UNITS,
                                 .top_k = TOP_K,
                                 .layer = l};
-    b->t->moe_map(b->s, &(struct moe_map_args){m->work, y->experts, m->need + l * EXPERTS, rows,
-                                               TOP_K, l, false});
+    b->t->moe_map(b->s, &(struct moe_map_args){m->work, y->experts, m->need + l * EXPERTS, NULL,
+                                               rows, TOP_K, l, false});
     b->t->moe_gate_up(b->s, &moe);
     b->t->moe_down(b->s, &moe);
     b->t->moe_combine(b->s, &(struct moe_combine_args){m->work, m->x, rows, DIM, TOP_K});
@@ -501,7 +501,7 @@ static void part_record(struct bench *b, void *context)
                 for (uint32_t k = 0; k < TOP_K; k++)
                     m->work.expert[r * TOP_K + k] = (r * 3 + k * 5 + (uint32_t)turn) % EXPERTS;
             b->t->moe_map(b->s, &(struct moe_map_args){m->work, y->experts, m->need + l * EXPERTS,
-                                                       m->rows, TOP_K, l, false});
+                                                       NULL, m->rows, TOP_K, l, false});
             b->t->moe_gate_up(b->s, &moe);
             b->t->moe_down(b->s, &moe);
             break;
@@ -516,8 +516,8 @@ static void part_record(struct bench *b, void *context)
             b->t->router(b->s,
                          &(struct router_args){m->x32, y->router, m->work.expert, m->work.gate,
                                                m->rows, DIM, EXPERTS, TOP_K, true});
-            b->t->moe_map(b->s, &(struct moe_map_args){m->work, y->experts, m->need, m->rows, TOP_K,
-                                                       l, false});
+            b->t->moe_map(b->s, &(struct moe_map_args){m->work, y->experts, m->need, NULL, m->rows,
+                                                       TOP_K, l, false});
             b->t->moe_combine(b->s, &(struct moe_combine_args){m->work, m->x, m->rows, DIM, TOP_K});
         }
     }

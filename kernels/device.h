@@ -58,6 +58,10 @@ struct device_info {
     char instruction_set[32];
     uint32_t threads;
     enum dtype dtype;
+    // How gemm wants its weights: true: tiles (tile.h); false: row-major, each row rounded up to
+    // whole tiles of columns and padded with zeros. Gate and up rows are interleaved either way.
+    bool dense_tiles;
+    bool host_access; // device memory is plain memory that the host may read and write
 };
 
 // What a submitted segment came to.
@@ -67,10 +71,11 @@ struct segment_result {
     enum status status;  // DEVICE: the segment failed; nothing it wrote can be trusted
 };
 
-// y[rows][n] (fp32) = x[rows][k] * W[n][k]^T (+ y when add). W is tile-major and contiguous.
+// y[rows][n] (fp32) = x[rows][k] * W[n][k]^T (+ y when add). W is contiguous, laid out as
+// device_info.dense_tiles says.
 struct gemm_args {
     const void *x;      // act [rows][k]
-    const void *weight; // tiles, n x k
+    const void *weight; // n x k
     float *y;
     size_t y_stride; // elements between rows of y
     uint32_t rows, n, k;
@@ -100,6 +105,18 @@ struct scatter_args {
     uint32_t count;
 };
 
+enum copy_direction { COPY_TO_DEVICE, COPY_TO_HOST };
+
+// Arrays with a row for each row of a step are allocated for row_bucket(rows) rows: backends that
+// replay captured segments round row counts up to it. A power of two, or three quarters of one.
+static inline uint32_t row_bucket(uint32_t rows)
+{
+    uint32_t bucket = 1;
+    while (bucket < rows)
+        bucket *= 2;
+    return bucket >= 32 && bucket / 4 * 3 >= rows ? bucket / 4 * 3 : bucket;
+}
+
 struct device_table {
     void (*destroy)(struct device *device);
     void (*info)(const struct device *device, struct device_info *out);
@@ -108,6 +125,22 @@ struct device_table {
     enum status (*alloc)(struct device *device, size_t bytes, void **out);
     void (*release)(struct device *device, void *memory);
     size_t (*act_bytes)(const struct device *device, size_t rows, size_t cols);
+    // Host memory that recorded operations may read and write at its own address (pinned; zeroed).
+    enum status (*alloc_host)(struct device *device, size_t bytes, void **out);
+    void (*release_host)(struct device *device, void *memory);
+    // At once, before anything that is submitted later; not for memory that a segment in flight
+    // touches. upload and download wait until it is done; zero_now need not.
+    enum status (*upload)(struct device *device, void *to, const void *from, size_t bytes);
+    enum status (*download)(struct device *device, void *to, const void *from, size_t bytes);
+    enum status (*zero_now)(struct device *device, void *to, size_t bytes);
+    // Bytes free for alloc now; SIZE_MAX when the device does not know.
+    size_t (*free_bytes)(const struct device *device);
+
+    // One copy at a time per direction, beside the segments (unified_pool/link_device.c): between
+    // alloc_host memory and device memory. copy_poll: true when it is done or none was started.
+    enum status (*copy_start)(struct device *device, enum copy_direction direction, void *to,
+                              const void *from, size_t bytes);
+    bool (*copy_poll)(struct device *device, enum copy_direction direction, enum status *status);
 
     // A stream holds at most `commands` recorded commands per segment.
     enum status (*stream_create)(struct device *device, uint32_t commands, struct stream **out);
@@ -117,6 +150,14 @@ struct device_table {
     // True when the segment has retired (or none is in flight); fills *result.
     bool (*poll)(struct stream *stream, struct segment_result *result);
     enum status (*wait)(struct stream *stream, struct segment_result *result);
+
+    // What is recorded from here to the next unit (or submit) may be replayed as a whole for later
+    // steps: within a unit the same operations on the same arrays differ in row counts and in the
+    // scalars of lora_batch only. CUDA captures each unit once per bucket of rows. Without a unit
+    // operations are launched one by one. copy, zero and scatter stand before the first unit.
+    void (*unit)(struct stream *s);
+    // Units captured since the stream was made.
+    uint64_t (*captures)(const struct stream *s);
 
     // Recorded operations.
     void (*copy)(struct stream *s, void *to, const void *from, size_t bytes);
@@ -155,5 +196,15 @@ struct cpu_options {
 
 MUST_USE enum status device_create_cpu(const struct cpu_options *options, struct device **out,
                                        struct fault *fault);
+
+struct cuda_options {
+    int ordinal;          // cuda:N
+    enum dtype dtype;     // bf16 only
+    bool batch_invariant; // a row's bits do not depend on the other rows of the step
+};
+
+// UNSUPPORTED, with a sentence: a build without CUDA, no driver, no such GPU, not sm_90.
+MUST_USE enum status device_create_cuda(const struct cuda_options *options, struct device **out,
+                                        struct fault *fault);
 
 #endif

@@ -43,9 +43,11 @@ struct moe_work {
     float *gate;      // [rows][top_k] from router
     uint32_t *begin;  // [experts + 1]: pairs of expert e are order[begin[e] .. begin[e+1])
     uint32_t *order;  // [rows * top_k] pair numbers, ascending within an expert
-    uint8_t *state;   // [experts]: 0 no pairs, 1 to run now, 2 waiting for pages, 3 done
-    void *hidden;     // act [rows * top_k][intermediate], by pair
-    float *out;       // [rows * top_k][dim], by pair
+    // [experts]: 0 no pairs, 1 to run now, 2 waiting for pages, 3 done (a backend may leave 1 until
+    // the next map says 3)
+    uint8_t *state;
+    void *hidden; // act [rows * top_k][intermediate], by pair
+    float *out;   // [rows * top_k][dim], by pair
 };
 
 // Sorts pairs by expert; marks experts with pairs 1 (resident) or 2 (missing), and leaves those in
@@ -54,7 +56,8 @@ struct moe_work {
 struct moe_map_args {
     struct moe_work work;
     struct expert_view view;
-    uint32_t *need; // [experts], host-visible
+    uint32_t *need;      // [experts], host-visible
+    uint8_t *host_state; // [experts], host-visible, or NULL: state as the map left it
     uint32_t rows, top_k, layer;
     bool resume; // false: state is rebuilt
 };

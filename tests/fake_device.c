@@ -11,6 +11,7 @@
 #include <stdlib.h>
 
 #include "base/check.h"
+#include "kernels/plain.h"
 #include "sim_fingerprint.h"
 
 enum command_kind {
@@ -333,12 +334,14 @@ static void run_map(struct fake_stream *s, const struct moe_map_args *a)
                 w->order[at++] = p;
         }
         a->need[e] = at - w->begin[e];
-        if (a->resume && w->state[e] == 3)
-            continue;
-        CHECK(!a->resume || (w->state[e] != 0) == (a->need[e] != 0));
-        w->state[e] = 0;
-        if (a->need[e])
-            w->state[e] = expert_is_here(device_of(s), &a->view, e) ? 1 : 2;
+        bool done = a->resume && w->state[e] == 3;
+        CHECK(done || !a->resume || (w->state[e] != 0) == (a->need[e] != 0));
+        if (!done) {
+            w->state[e] = 0;
+            if (a->need[e])
+                w->state[e] = expert_is_here(device_of(s), &a->view, e) ? 1 : 2;
+        }
+        a->host_state[e] = w->state[e];
         if (w->state[e] == 2 && !s->result.missed)
             s->result = (struct segment_result){.missed = true, .miss_layer = a->layer};
     }
@@ -685,6 +688,16 @@ static const struct device_table table = {
     .alloc = fake_alloc,
     .release = fake_release,
     .act_bytes = fake_act_bytes,
+    .alloc_host = fake_alloc,
+    .release_host = fake_release,
+    .upload = plain_move,
+    .download = plain_move,
+    .zero_now = plain_zero,
+    .free_bytes = plain_free_bytes,
+    .copy_start = plain_copy_start,
+    .copy_poll = plain_copy_poll,
+    .unit = plain_unit,
+    .captures = plain_captures,
     .stream_create = fake_stream_create,
     .stream_destroy = fake_stream_destroy,
     .submit = fake_submit,

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "kernels/cpu/cpu.h"
+#include "kernels/plain.h"
 
 static void device_destroy(struct device *device)
 {
@@ -33,6 +34,16 @@ static const struct device_table table = {
     .alloc = cpu__alloc,
     .release = cpu__release,
     .act_bytes = act_bytes,
+    .alloc_host = cpu__alloc,
+    .release_host = cpu__release,
+    .upload = plain_move,
+    .download = plain_move,
+    .zero_now = plain_zero,
+    .free_bytes = plain_free_bytes,
+    .copy_start = plain_copy_start,
+    .copy_poll = plain_copy_poll,
+    .unit = plain_unit,
+    .captures = plain_captures,
     .stream_create = cpu__stream_create,
     .stream_destroy = cpu__stream_destroy,
     .submit = cpu__submit,
@@ -135,6 +146,7 @@ enum status device_create_cpu(const struct cpu_options *options, struct device *
     d->kernel = &micro->dtype[options->dtype];
     d->info.threads = threads_choose(options->threads);
     d->info.dtype = options->dtype;
+    d->info.dense_tiles = d->info.host_access = true;
     snprintf(d->info.instruction_set, sizeof d->info.instruction_set, "%s", micro->name);
     snprintf(d->info.name, sizeof d->info.name, "cpu %s, %u thread%s", micro->name, d->info.threads,
              d->info.threads == 1 ? "" : "s");

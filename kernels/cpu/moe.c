@@ -50,13 +50,14 @@ static void map_task(struct cpu_stream *s, struct slot *slot, struct command *c,
         uint32_t pairs = w->begin[e + 1] - w->begin[e];
         if (a->need)
             a->need[e] = pairs;
-        if (!pairs || w->state[e] == 3)
-            continue;
-        w->state[e] = expert_resident(&a->view, e) ? 1 : 2;
+        if (pairs && w->state[e] != 3)
+            w->state[e] = expert_resident(&a->view, e) ? 1 : 2;
         if (w->state[e] == 2) {
             s->missed = true;
             s->miss_layer = a->layer;
         }
+        if (a->host_state)
+            a->host_state[e] = w->state[e];
     }
 }
 

@@ -31,6 +31,16 @@ static enum status device_area(struct engine *e, void *out, size_t bytes)
     return status;
 }
 
+// Memory that the host reads too: what a step tells it.
+static enum status host_area(struct engine *e, void *out, size_t bytes)
+{
+    void *memory = NULL;
+    enum status status = e->table->alloc_host(e->options.device, bytes ? bytes : 64, &memory);
+    if (!status)
+        memcpy(out, &memory, sizeof memory);
+    return status;
+}
+
 static enum status act_area(struct engine *e, void **out, size_t rows, size_t cols)
 {
     return device_area(e, out, e->table->act_bytes(e->options.device, rows, cols));
@@ -39,7 +49,7 @@ static enum status act_area(struct engine *e, void **out, size_t rows, size_t co
 static enum status make_moe_scratch(struct engine *e)
 {
     const struct model_config *c = &e->options.model->config;
-    size_t rows = e->options.rows_max, pairs = rows * c->top_k, f = sizeof(float);
+    size_t rows = row_bucket(e->options.rows_max), pairs = rows * c->top_k, f = sizeof(float);
     struct moe_work *w = &e->scratch.moe;
     size_t moe_layers = e->options.model->expert_shape.layers;
     if (device_area(e, &w->expert, pairs * sizeof(uint32_t)) ||
@@ -49,7 +59,8 @@ static enum status make_moe_scratch(struct engine *e)
         device_area(e, &w->state, c->experts) ||
         act_area(e, &w->hidden, pairs, c->moe_intermediate) ||
         device_area(e, &w->out, pairs * c->hidden * f) ||
-        device_area(e, &e->scratch.need, moe_layers * c->experts * sizeof(uint32_t)))
+        host_area(e, &e->scratch.need, moe_layers * c->experts * sizeof(uint32_t)) ||
+        host_area(e, &e->scratch.expert_state, c->experts))
         return STATUS_NO_MEMORY;
     return STATUS_OK;
 }
@@ -58,7 +69,8 @@ static enum status make_scratch(struct engine *e)
 {
     const struct model_config *c = &e->options.model->config;
     struct scratch *s = &e->scratch;
-    size_t rows = e->options.rows_max, f = sizeof(float), samples = e->options.sequences_max;
+    size_t rows = row_bucket(e->options.rows_max), f = sizeof(float);
+    size_t samples = row_bucket(e->options.sequences_max);
     size_t q = (size_t)c->heads * c->head_dim, qkv = q + 2 * (size_t)c->kv_heads * c->head_dim;
     size_t gate_up = c->intermediate ? tile_interleaved_rows(c->intermediate) : 0;
     if (act_area(e, &s->act, rows, c->hidden) || act_area(e, &s->attention, rows, q) ||
@@ -69,10 +81,10 @@ static enum status make_scratch(struct engine *e)
         device_area(e, &s->last, samples * c->hidden * f) ||
         act_area(e, &s->last_act, samples, c->hidden) ||
         device_area(e, &s->logits, samples * c->vocab * f) ||
-        device_area(e, &s->token, samples * sizeof(int32_t)) ||
-        device_area(e, &s->logprob, samples * f) ||
-        device_area(e, &s->top_token, samples * ENGINE_TOPS_MAX * sizeof(int32_t)) ||
-        device_area(e, &s->top_logprob, samples * ENGINE_TOPS_MAX * f))
+        host_area(e, &s->token, samples * sizeof(int32_t)) ||
+        host_area(e, &s->logprob, samples * f) ||
+        host_area(e, &s->top_token, samples * ENGINE_TOPS_MAX * sizeof(int32_t)) ||
+        host_area(e, &s->top_logprob, samples * ENGINE_TOPS_MAX * f))
         return STATUS_NO_MEMORY;
     for (int i = 0; i < 3; i++) {
         if (device_area(e, &s->lora_hidden[i], rows * e->options.rank_max * f))
@@ -107,14 +119,15 @@ static enum status make_step(struct engine *e, struct step *step)
 {
     const struct engine_options *o = &e->options;
     step->block.bytes = place_arrays(o, NULL, &step->host);
-    step->block.host = calloc(1, step->block.bytes);
     step->runs = calloc(o->sequences_max, sizeof *step->runs);
-    if (!step->block.host || !step->runs)
+    if (!step->runs)
         return STATUS_NO_MEMORY;
-    enum status status = device_area(e, &step->block.device, step->block.bytes);
+    size_t row = o->model->config.hidden * sizeof(float);
+    enum status status = host_area(e, &step->block.host, step->block.bytes);
     if (!status)
-        status =
-            device_area(e, &step->x, (size_t)o->rows_max * o->model->config.hidden * sizeof(float));
+        status = device_area(e, &step->block.device, step->block.bytes);
+    if (!status)
+        status = device_area(e, &step->x, row_bucket(o->rows_max) * row);
     if (status)
         return status;
     (void)place_arrays(o, step->block.host, &step->host);
@@ -236,11 +249,6 @@ static void release_scratch(struct engine *e)
                      s->last,
                      s->last_act,
                      s->logits,
-                     s->token,
-                     s->logprob,
-                     s->top_token,
-                     s->top_logprob,
-                     s->need,
                      s->moe.expert,
                      s->moe.gate,
                      s->moe.begin,
@@ -255,6 +263,11 @@ static void release_scratch(struct engine *e)
         if (areas[i])
             e->table->release(e->options.device, areas[i]);
     }
+    void *host[] = {s->token, s->logprob, s->top_token, s->top_logprob, s->need, s->expert_state};
+    for (size_t i = 0; i < ARRAY_COUNT(host); i++) {
+        if (host[i])
+            e->table->release_host(e->options.device, host[i]);
+    }
 }
 
 void engine_destroy(struct engine *engine)
@@ -267,7 +280,8 @@ void engine_destroy(struct engine *engine)
             engine->table->release(engine->options.device, step->block.device);
         if (step->x)
             engine->table->release(engine->options.device, step->x);
-        free(step->block.host);
+        if (step->block.host)
+            engine->table->release_host(engine->options.device, step->block.host);
         free(step->runs);
     }
     release_scratch(engine);

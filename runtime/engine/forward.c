@@ -177,6 +177,7 @@ static void moe_half(struct engine *e, struct step *step, uint32_t layer, bool f
     struct moe_map_args map = {.work = s->moe,
                                .view = view,
                                .need = s->need + (size_t)moe * c->experts,
+                               .host_state = s->expert_state,
                                .rows = rows,
                                .top_k = c->top_k,
                                .layer = layer,

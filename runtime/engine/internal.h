@@ -111,11 +111,12 @@ struct scratch {
     float *normed, *qkv, *gate_up;
     float *lora_hidden[3];
     struct moe_work moe;
-    uint32_t *need; // [moe layers][experts]
-    float *last;    // [sequences_max][hidden]
+    uint32_t *need;        // [moe layers][experts], host-visible
+    uint8_t *expert_state; // [experts] of the gate that fired, host-visible
+    float *last;           // [sequences_max][hidden]
     void *last_act;
     float *logits;
-    int32_t *token;
+    int32_t *token; // from here on host-visible
     float *logprob;
     int32_t *top_token;
     float *top_logprob;

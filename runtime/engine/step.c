@@ -406,7 +406,7 @@ static void account_experts(struct engine *e, uint32_t from, uint32_t to)
 static void gate_bring(struct engine *e, struct step *step)
 {
     uint32_t started = 0, moe = e->moe_index[step->half / 2];
-    enum status status = experts_gate_bring(e->options.experts, moe, e->scratch.moe.state,
+    enum status status = experts_gate_bring(e->options.experts, moe, e->scratch.expert_state,
                                             (enum copy_class)step->plan.class, &started);
     if (status == STATUS_FULL && !started && copy_is_idle(e->options.copies))
         fail_step(e, step, STATUS_FULL,
