@@ -148,6 +148,7 @@ enum status wire_stack_options(const struct settings *settings, const struct tok
     *out = (struct stack_options){.model = settings->model,
                                   .state_directory = state,
                                   .device = settings->device,
+                                  .batch_invariant = settings->batch_invariant,
                                   .dtype = dtype,
                                   .instruction_set = isa && strcmp(isa, "best") != 0 ? isa : NULL,
                                   .threads = settings->threads,

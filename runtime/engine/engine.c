@@ -4,6 +4,7 @@
 #include "runtime/engine/engine.h"
 
 #include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -208,6 +209,7 @@ static enum status check_options(const struct engine_options *o, struct fault *f
 enum status engine_create(const struct engine_options *options, struct engine **out,
                           struct fault *fault)
 {
+    struct device_info info = {0};
     enum status status = check_options(options, fault);
     if (status)
         return status;
@@ -217,6 +219,7 @@ enum status engine_create(const struct engine_options *options, struct engine **
     e->options = *options;
     e->table = options->device->table;
     e->want.slot = e->want_next.slot = NO_SLOT;
+    options->device->table->info(options->device, &info);
     uint32_t commands = options->model->config.layers * 32 + 64 + options->sequences_max;
     status = e->table->stream_create(options->device, commands, &e->stream);
     if (!status)
@@ -225,6 +228,8 @@ enum status engine_create(const struct engine_options *options, struct engine **
         status = make_sequences(e);
     if (!status)
         status = make_scratch(e);
+    if (!status && !info.host_access)
+        status = host_area(e, &e->logits, options->model->config.vocab * sizeof(float));
     for (int class = 0; class < ENGINE_CLASSES && !status; class ++)
         status = make_step(e, &e->steps[class]);
     if (status) {
@@ -263,7 +268,8 @@ static void release_scratch(struct engine *e)
         if (areas[i])
             e->table->release(e->options.device, areas[i]);
     }
-    void *host[] = {s->token, s->logprob, s->top_token, s->top_logprob, s->need, s->expert_state};
+    void *host[] = {s->token, s->logprob,      s->top_token, s->top_logprob,
+                    s->need,  s->expert_state, e->logits};
     for (size_t i = 0; i < ARRAY_COUNT(host); i++) {
         if (host[i])
             e->table->release_host(e->options.device, host[i]);
@@ -383,6 +389,8 @@ void engine_run(struct engine *engine)
             return;
         if (turn == ENGINE_BUSY) {
             waits = 0;
+        } else if (engine->current && engine->current->state == STEP_FLIGHT) {
+            (void)sched_yield(); // a device that computes by itself: its end is looked for
         } else if (turn == ENGINE_WAITING) {
             // A copy ends within microseconds to milliseconds: yield first, then sleep a little.
             if (++waits < 200)
@@ -398,7 +406,13 @@ void engine_run(struct engine *engine)
 const float *engine_logits(const struct engine *engine, uint32_t index)
 {
     CHECK(index < engine->options.sequences_max);
-    return engine->scratch.logits + (size_t)index * engine->options.model->config.vocab;
+    size_t vocab = engine->options.model->config.vocab;
+    const float *logits = engine->scratch.logits + (size_t)index * vocab;
+    if (!engine->logits) // the host can read them where they are
+        return logits;
+    CHECK(!engine->table->download(engine->options.device, engine->logits, logits,
+                                   vocab * sizeof(float)));
+    return engine->logits;
 }
 
 const uint32_t *engine_need(const struct engine *engine)

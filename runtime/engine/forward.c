@@ -210,6 +210,7 @@ void forward_begin(struct engine *engine, struct step *step)
     if (step->places_changed)
         engine->table->copy(engine->stream, step->block.device, step->block.host, fixed + table);
     step->places_changed = false;
+    engine->table->unit(engine->stream);
     if (step->half == 0 && !step->resume_gate) {
         struct embed_args a = {.token = step->device.token,
                                .table = o->model->embedding,

@@ -131,6 +131,7 @@ struct engine {
     bool copies_recorded; // copies of KV blocks stand in the stream, under copies_epoch
     uint64_t copies_epoch;
     struct scratch scratch;
+    float *logits;       // [vocab] where engine_logits brings them to, or NULL
     uint32_t *moe_index; // [layers] number of the layer among MoE layers, or NO_SLOT
 
     struct sequence *sequences;

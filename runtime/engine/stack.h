@@ -15,7 +15,8 @@
 struct stack_options {
     const char *model;           // Hugging Face directory
     const char *state_directory; // expert store, converted adapters; made when missing
-    const char *device;          // "cpu" (NULL: cpu)
+    const char *device;          // "cpu" (NULL: cpu), "cuda:N"
+    bool batch_invariant;        // of a GPU: bits of a row do not depend on the other rows
     enum dtype dtype;
     const char *instruction_set; // NULL: the best this processor has
     uint32_t threads;            // 0: all cores

@@ -356,12 +356,22 @@ static bool resume(struct engine *e, struct step *step)
 
 // ---- running ----
 
+// All experts are on the device: no gate will fire, so that several units may be sent at once.
+static bool nothing_can_miss(const struct engine *e)
+{
+    struct expert_stats stats = {0};
+    if (e->options.experts)
+        experts_stats(e->options.experts, &stats);
+    return stats.resident == stats.total;
+}
+
 static uint32_t segment_length(const struct engine *e, const struct step *step)
 {
     if (e->options.force_leave)
         return 1;
-    if (step->plan.class == ENGINE_INTERACTIVE)
-        return e->options.segment_halves_max; // nobody may overtake it
+    if (step->plan.class == ENGINE_INTERACTIVE) // nobody may overtake it
+        return nothing_can_miss(e) ? 2 * e->options.model->config.layers
+                                   : e->options.segment_halves_max;
     if (sequence_waiting_class(e) < step->plan.class)
         return 1; // it is left at the next preemption point
     float half_us = e->half_us_per_row * (float)step->plan.rows;
@@ -369,6 +379,16 @@ static uint32_t segment_length(const struct engine *e, const struct step *step)
     uint32_t n = halves >= (float)e->options.segment_halves_max ? e->options.segment_halves_max
                                                                 : (uint32_t)halves;
     return n ? n : 1;
+}
+
+// Half-layers of the unit that begins at `half`: whole units begin at multiples of the longest
+// segment, so that few different ones are ever captured; what lies between is taken one by one.
+static uint32_t unit_length(const struct engine *e, uint32_t half, uint32_t end)
+{
+    uint32_t whole = e->options.segment_halves_max, all = 2 * e->options.model->config.layers;
+    if (half % whole == 0 && (half + whole <= end || end == all))
+        return whole;
+    return 1;
 }
 
 static enum status submit(struct engine *e, struct step *step)
@@ -379,11 +399,19 @@ static enum status submit(struct engine *e, struct step *step)
     if (e->options.experts)
         experts_flush(e->options.experts, e->stream);
     forward_begin(e, step);
-    for (uint32_t h = step->half; h < step->segment_end; h++)
+    for (uint32_t h = step->half, unit_end = h; h < step->segment_end; h++) {
+        if (h == unit_end) {
+            if (h != step->half)
+                e->table->unit(e->stream);
+            unit_end = h + unit_length(e, h, step->segment_end);
+        }
         forward_half(e, step, h, h == step->half && step->resume_gate);
+    }
     step->segment_head = step->segment_end == halves && step->plan.samples;
-    if (step->segment_head)
+    if (step->segment_head) {
+        e->table->unit(e->stream);
         forward_head(e, step);
+    }
     step->epoch = pool_epoch_open(e->options.pool);
     e->submitted_us = clock_now_us(&e->options.clock);
     step->state = STEP_FLIGHT;
