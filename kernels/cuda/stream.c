@@ -14,9 +14,9 @@
 //
 // Graphs. A unit is looked up by the hash (two independent 64-bit lanes) of its commands:
 // operation, slot and arguments, with rows as the bucket and the step's scalars of lora_batch left
-// out, padding cleared. A unit never seen is captured from a stream of its own, while nothing waits, and kept
-// until the stream is destroyed; when GRAPHS_MAX are kept all are dropped (never seen: layers x
-// buckets x 3 classes are some thousands).
+// out, padding cleared. A unit never seen is captured from a stream of its own, while nothing
+// waits, and kept until the stream is destroyed; when GRAPHS_MAX are kept all are dropped (never
+// seen: layers x buckets x 3 classes are some thousands).
 //
 // Invariants: 1. one segment is in flight at most; commands are not touched meanwhile, because they
 // are consumed by submit: recording for the next segment may begin at once. 2. after an error every
