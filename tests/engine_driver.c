@@ -15,6 +15,27 @@ static void give_up(const char *what)
     abort();
 }
 
+const char *driver_device(void)
+{
+    const char *name = getenv("POLDER_TEST_DEVICE");
+    return name ? name : "cpu";
+}
+
+void driver_skip_without_device(void)
+{
+    struct device *device = NULL;
+    struct fault fault = {.text = ""};
+    if (!strcmp(driver_device(), "cpu"))
+        return;
+    struct cuda_options options = {.dtype = DTYPE_BF16};
+    if (!device_create_cuda(&options, &device, &fault)) {
+        device->table->destroy(device);
+        return;
+    }
+    (void)printf("SKIPPED: %s\n", fault.text);
+    exit(DRIVER_SKIP);
+}
+
 struct driver *driver_create(const struct stack_options *options)
 {
     struct fault fault = {.text = ""};

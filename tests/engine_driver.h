@@ -32,6 +32,12 @@ struct driver {
     uint32_t open;
 };
 
+// POLDER_TEST_DEVICE, or "cpu". A test that honours it calls driver_skip_without_device first: where
+// that device cannot be had it prints a skip and ends with the code that ctest counts as one.
+const char *driver_device(void);
+void driver_skip_without_device(void);
+enum { DRIVER_SKIP = 77 };
+
 struct driver *driver_create(const struct stack_options *options); // fails the test when it cannot
 void driver_destroy(struct driver *driver);
 uint64_t driver_submit(struct driver *driver, const struct driver_ask *ask);

@@ -32,6 +32,8 @@ static struct stack_options options_of(const struct fixture *f)
 {
     return (struct stack_options){.model = MODEL,
                                   .state_directory = f->state,
+                                  .device = driver_device(),
+                                  .batch_invariant = true,
                                   .context_max = 768,
                                   .sequences_max = 32,
                                   .rows_max = 256,
@@ -240,6 +242,7 @@ static void test_engine_demo_kv_waste_is_under_4_percent(void **state)
 
 int main(void)
 {
+    driver_skip_without_device();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_engine_demo_all_adapters_in_one_batch),
         cmocka_unit_test(test_engine_demo_kinds_trade_pages),

@@ -163,6 +163,7 @@ static struct sums check_file(struct driver *d, const char *name, bool greedy)
 static struct driver *open_demo(const char *state, enum dtype dtype)
 {
     struct stack_options o = {.model = MODEL,
+                              .device = dtype == DTYPE_BF16 ? driver_device() : "cpu",
                               .state_directory = state,
                               .dtype = dtype,
                               .context_max = 512,
@@ -223,6 +224,7 @@ static void test_goldens_demo_base_and_every_adapter(void **state)
 
 int main(void)
 {
+    driver_skip_without_device();
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_goldens_demo_base_and_every_adapter)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

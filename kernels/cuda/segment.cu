@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The two kernels around a segment: open writes the control block that all others read (row
-// counts, adapters, "no miss"), close tells the host what it came to. One thread block each; bound by launch
-// latency. The result's sequence number is written last: with the event after it, it proves that
-// the segment ran to its end.
+// counts, adapters, "no miss"), close tells the host what it came to. One thread block each; bound
+// by launch latency. The result's sequence number is written last: with the event after it, it
+// proves that the segment ran to its end.
 #include "kernels/cuda/common.cuh"
 
 static_assert(offsetof(struct cuda_control, rows) == 16, "segment_enter reads word 4 on");
