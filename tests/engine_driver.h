@@ -32,8 +32,8 @@ struct driver {
     uint32_t open;
 };
 
-// POLDER_TEST_DEVICE, or "cpu". A test that honours it calls driver_skip_without_device first: where
-// that device cannot be had it prints a skip and ends with the code that ctest counts as one.
+// POLDER_TEST_DEVICE, or "cpu". A test that honours it calls driver_skip_without_device first:
+// where that device cannot be had it prints a skip and ends with the code that ctest counts as one.
 const char *driver_device(void);
 void driver_skip_without_device(void);
 enum { DRIVER_SKIP = 77 };
