@@ -41,6 +41,8 @@ static const struct option TABLE[] = {
      "expert store, converted adapters"},
     {"device", STRING, STACK, FIELD(device), "NAME", "cpu",
      "where to run: cpu, cuda:0, cuda:1, ..."},
+    {"gpu-memory-utilization", REAL, STACK, FIELD(gpu_memory_utilization), "SHARE", "as needed",
+     "share of the GPU's free memory for the pool, when --pool-bytes is not given"},
     {"batch-invariant", FLAG, STACK, FIELD(batch_invariant), "", "",
      "on a GPU: the same bits whatever else runs (slower)"},
     {"dtype", STRING, STACK, FIELD(dtype), "TYPE", "bfloat16",

@@ -139,6 +139,9 @@ enum status wire_stack_options(const struct settings *settings, const struct tok
         return fault_set(fault, STATUS_INVALID, "say which model: --model DIR.");
     if (settings->segment_halves > 12)
         return fault_set(fault, STATUS_INVALID, "--segment-halves is at most 12 (six layers).");
+    if (settings->gpu_memory_utilization > 1)
+        return fault_set(fault, STATUS_INVALID,
+                         "--gpu-memory-utilization is a share of the free memory, at most 1.");
     enum status status = dtype_of(settings->dtype, &dtype, fault);
     if (!status)
         status = state_directory(settings, state, state_room, fault);
@@ -148,6 +151,7 @@ enum status wire_stack_options(const struct settings *settings, const struct tok
     *out = (struct stack_options){.model = settings->model,
                                   .state_directory = state,
                                   .device = settings->device,
+                                  .gpu_memory_utilization = settings->gpu_memory_utilization,
                                   .batch_invariant = settings->batch_invariant,
                                   .dtype = dtype,
                                   .instruction_set = isa && strcmp(isa, "best") != 0 ? isa : NULL,

@@ -355,6 +355,8 @@ static enum status build(struct stack *s, struct fault *fault)
         return status;
     choose_sizes(&s->options, c, &s->model->expert_shape, s->page_bytes, &s->kv_shape,
                  &s->pool_bytes, &s->host_bytes);
+    if (!s->options.pool_bytes)
+        stack__fit_pool(&s->options, s->device, s->page_bytes, &s->pool_bytes);
     random_bytes(&s->secret, sizeof s->secret);
     status = make_arenas(s, fault);
     if (!status)

@@ -13,10 +13,11 @@
 #include "runtime/engine/engine.h"
 
 struct stack_options {
-    const char *model;           // Hugging Face directory
-    const char *state_directory; // expert store, converted adapters; made when missing
-    const char *device;          // "cpu" (NULL: cpu), "cuda:N"
-    bool batch_invariant;        // of a GPU: bits of a row do not depend on the other rows
+    const char *model;             // Hugging Face directory
+    const char *state_directory;   // expert store, converted adapters; made when missing
+    const char *device;            // "cpu" (NULL: cpu), "cuda:N"
+    double gpu_memory_utilization; // share of the GPU's free memory for the pool; 0: as needed
+    bool batch_invariant;          // of a GPU: bits of a row do not depend on the other rows
     enum dtype dtype;
     const char *instruction_set; // NULL: the best this processor has
     uint32_t threads;            // 0: all cores

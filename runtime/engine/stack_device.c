@@ -64,6 +64,18 @@ bool stack__may_block(const struct device *device)
     return host_access(device);
 }
 
+void stack__fit_pool(const struct stack_options *options, const struct device *device,
+                     size_t page_bytes, uint64_t *pool_bytes)
+{
+    size_t available = device->table->free_bytes(device);
+    double share = options->gpu_memory_utilization;
+    if (available == SIZE_MAX) // host memory: what the model wants
+        return;
+    uint64_t most = (uint64_t)((share > 0 ? share : 0.9) * (double)available);
+    if (share > 0 || *pool_bytes > most)
+        *pool_bytes = most / page_bytes * page_bytes;
+}
+
 enum status stack__no_room(const struct device *device, const char *what, uint64_t bytes,
                            const char *option, struct fault *fault)
 {

@@ -14,6 +14,10 @@ MUST_USE enum status stack__link_open(const struct stack_options *options, struc
 // Whether the engine thread may wait inside a turn: where it computes itself, yes; beside a GPU it
 // polls, so that copies go on.
 bool stack__may_block(const struct device *device);
+// A pool whose size nobody gave: gpu_memory_utilization of what is free when that was given, else
+// at most nine tenths of it. Whole pages.
+void stack__fit_pool(const struct stack_options *options, const struct device *device,
+                     size_t page_bytes, uint64_t *pool_bytes);
 // NO_MEMORY: what was asked for and what was free.
 enum status stack__no_room(const struct device *device, const char *what, uint64_t bytes,
                            const char *option, struct fault *fault);
