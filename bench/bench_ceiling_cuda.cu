@@ -2,7 +2,7 @@
 // See bench_ceiling_cuda.h. Buffers are larger than the L2 many times over; library calls are timed
 // in a captured graph where they can be captured (grouped GEMM takes host arrays: it is timed as it
 // would be called, outside a graph).
-#include "bench_ceiling_cuda.h"
+#include "bench/bench_ceiling_cuda.h"
 
 #include <algorithm>
 #include <cublas_v2.h>

@@ -181,8 +181,8 @@ static double step_seconds(struct copies *c, int way)
 static void print(const char *what, const char *way, size_t page, double value, double ceiling,
                   double ratio)
 {
-    printf("{\"bench\":\"copies\",\"what\":\"%s\",\"way\":\"%s\",\"page_kib\":%zu,\"gb_per_s\":%.2f,"
-           "\"ceiling\":%.2f,\"ratio\":%.3f}\n",
+    printf("{\"bench\":\"copies\",\"what\":\"%s\",\"way\":\"%s\",\"page_kib\":%zu,"
+           "\"gb_per_s\":%.2f,\"ceiling\":%.2f,\"ratio\":%.3f}\n",
            what, way, page >> 10, value * 1e-9, ceiling * 1e-9, ratio);
     fflush(stdout);
 }
