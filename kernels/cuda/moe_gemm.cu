@@ -20,9 +20,11 @@
 // over units. Partial sums meet in shared memory [2][WARPS][4 * GROUPS][32] fp32, added in warp
 // order; two buffers, so one barrier per item.
 //
+// Expert LoRA (moe_lora.cuh): a shrink before, the expansion when an item is stored.
+//
 // Invariance: a token is a column of the mma; the order of its sums depends on K alone (WARPS is
 // chosen by K), not on GROUPS, the bucket or the other tokens.
-#include "kernels/cuda/moe.cuh"
+#include "kernels/cuda/moe_lora.cuh"
 
 enum { WIDE_TOKENS = 12 };
 
@@ -33,6 +35,7 @@ template <int GROUPS> struct depth_of {
 
 struct narrow_args {
     struct moe_gemm_args a;
+    struct moe_lora lora;
     const struct moe_list *list;
     const uint8_t *x;    // act rows
     uint64_t x_bytes;    // of an act row
@@ -73,6 +76,11 @@ __device__ __forceinline__ void unit_open(const struct narrow_args &n, uint32_t 
     c.expert = run.expert;
     c.begin = run.begin;
     c.count = run.count;
+    if (n.lora.present) { // the positions of this pass
+        uint32_t end = min(run.begin + run.count, n.lora.end);
+        c.begin = max(run.begin, n.lora.first);
+        c.count = end > c.begin ? end - c.begin : 0;
+    }
     c.token = c.batch = 0;
     uint32_t tile = threadIdx.x / 32 + threadIdx.x % 32 * WARPS;
     tile = min(tile, n.k_tiles - 1) +
@@ -146,11 +154,41 @@ __device__ __forceinline__ void tile_multiply(const struct narrow_args &n,
     }
 }
 
+// Adds the LoRA of a pair to weight rows r and r + 8 of a unit.
+template <bool DOWN>
+__device__ __noinline__ void lora_add(const struct narrow_args &n,
+                                      const struct cuda_control *control, uint32_t expert,
+                                      uint32_t row_unit, uint32_t r, uint32_t position,
+                                      uint32_t pair, float *low, float *high)
+{
+    const struct lora_adapter_view *view =
+        moe_lora_view(n.lora, control_lora_segments(control), pair / n.a.top_k);
+    if (!view)
+        return;
+    uint32_t stride = control_lora_rank(control);
+    const float *hidden = n.lora.hidden + (uint64_t)(position - n.lora.first) * 2 * stride;
+    if (DOWN) {
+        const struct lora_pair *p = moe_lora_pair(view, n.a.layer, LORA_DOWN, expert);
+        uint32_t row = row_unit * 16 + r;
+        if (row < n.a.dim)
+            *low += moe_lora_column(n.lora, view, p, hidden, row);
+        if (row + 8 < n.a.dim)
+            *high += moe_lora_column(n.lora, view, p, hidden, row + 8);
+    } else if (row_unit * 8 + r < n.a.intermediate) {
+        uint32_t col = row_unit * 8 + r;
+        const struct lora_pair *gate = moe_lora_pair(view, n.a.layer, LORA_GATE, expert);
+        const struct lora_pair *up = moe_lora_pair(view, n.a.layer, LORA_UP, expert);
+        *low += moe_lora_column(n.lora, view, gate, hidden, col);
+        *high += moe_lora_column(n.lora, view, up, hidden + stride, col);
+    }
+}
+
 // Adds the warps' sums of one item and stores what comes of them. Thread q owns weight rows r and
 // r + 8 of the unit and one token.
-template <int WARPS, int GROUPS, bool DOWN>
-__device__ __forceinline__ void item_store(const struct narrow_args &n, const cursor<GROUPS> &c,
-                                           const float *sums)
+template <int WARPS, int GROUPS, bool DOWN, bool LORA>
+__device__ __forceinline__ void item_store(const struct narrow_args &n,
+                                           const struct cuda_control *control,
+                                           const cursor<GROUPS> &c, const float *sums)
 {
     for (uint32_t q = threadIdx.x; q < GROUPS * 64; q += WARPS * 32) {
         uint32_t r = q % 8, token = q / 8; // within the item
@@ -164,7 +202,11 @@ __device__ __forceinline__ void item_store(const struct narrow_args &n, const cu
             low += from[w * GROUPS * 128];
             high += from[w * GROUPS * 128 + 64];
         }
-        uint64_t pair = n.a.work.order[c.begin + c.token + token];
+        uint32_t position = c.begin + c.token + token;
+        uint64_t pair = n.a.work.order[position];
+        if (LORA)
+            lora_add<DOWN>(n, control, c.expert, c.row_unit, r, position, (uint32_t)pair, &low,
+                           &high);
         if (DOWN) {
             float *out = n.a.work.out + pair * n.a.dim;
             uint32_t row = c.row_unit * 16 + r;
@@ -180,9 +222,10 @@ __device__ __forceinline__ void item_store(const struct narrow_args &n, const cu
     }
 }
 
-template <int WARPS, int GROUPS, bool DOWN>
+template <int WARPS, int GROUPS, bool DOWN, bool LORA>
 __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS)
-    narrow_kernel(const struct cuda_control *control, uint32_t slot, struct narrow_args n)
+    narrow_kernel(const struct cuda_control *control, uint32_t slot,
+                  const __grid_constant__ struct narrow_args n)
 {
     constexpr int DEPTH = depth_of<GROUPS>::value;
     __shared__ float sums[2][WARPS * GROUPS * 128];
@@ -213,7 +256,7 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS)
                 d[i / 4][i % 4] = 0;
             }
             __syncthreads();
-            item_store<WARPS, GROUPS, DOWN>(n, at, sums[buffer]);
+            item_store<WARPS, GROUPS, DOWN, LORA>(n, control, at, sums[buffer]);
             buffer ^= 1;
         }
         at = next;
@@ -230,8 +273,46 @@ static void narrow_launch(const struct cuda_launch *l, const struct narrow_args 
     uint64_t ctas = (uint64_t)l->device->multiprocessors * (16 / WARPS);
     if (experts * n->units < ctas)
         ctas = experts * n->units;
-    launch_kernel(l, down ? narrow_kernel<WARPS, GROUPS, true> : narrow_kernel<WARPS, GROUPS, false>,
-                  dim3((uint32_t)ctas), dim3(WARPS * 32), 0, l->control, l->slot, *n);
+    auto kernel = down ? n->lora.present ? narrow_kernel<WARPS, GROUPS, true, true>
+                                         : narrow_kernel<WARPS, GROUPS, true, false>
+                  : n->lora.present ? narrow_kernel<WARPS, GROUPS, false, true>
+                                    : narrow_kernel<WARPS, GROUPS, false, false>;
+    launch_kernel(l, kernel, dim3((uint32_t)ctas), dim3(WARPS * 32), 0, l->control, l->slot, *n);
+}
+
+static void narrow_choose(const struct cuda_launch *l, const struct narrow_args *n, bool down)
+{
+    uint64_t mean = (uint64_t)l->rows_max * n->a.top_k / n->a.view.experts;
+    bool eight = n->k_tiles > 16;
+    if (l->rows_max <= 8)
+        (eight ? narrow_launch<8, 1> : narrow_launch<4, 1>)(l, n, down);
+    else if (mean <= 6)
+        (eight ? narrow_launch<8, 2> : narrow_launch<4, 2>)(l, n, down);
+    else
+        (eight ? narrow_launch<8, 4> : narrow_launch<4, 4>)(l, n, down);
+}
+
+// With expert LoRA: in passes over as many positions as have room for hidden vectors of the
+// largest rank; more than one only from prefill buckets of thousands of rows on.
+static void narrow_lora(const struct cuda_launch *l, const struct narrow_args *plain, bool down)
+{
+    const struct lora_batch *b = plain->a.lora;
+    struct narrow_args n = *plain;
+    uint32_t positions = l->rows_max * n.a.top_k;
+    uint32_t fit = (WORK_BYTES - MOE_HIDDEN_AT) / (2 * RANK_MAX * (uint32_t)sizeof(float));
+    n.lora.present = true;
+    n.lora.arena = b->arena;
+    n.lora.page_bytes = b->page_bytes;
+    n.lora.row_begin = b->row_begin;
+    n.lora.adapter = b->adapter;
+    n.lora.adapters = b->adapters;
+    n.lora.hidden = (float *)(l->work + MOE_HIDDEN_AT);
+    for (uint32_t first = 0; first < positions; first += fit) {
+        n.lora.first = first;
+        n.lora.end = positions - first < fit ? positions : first + fit;
+        cuda__moe_shrink(l, &n.a, down, &n.lora);
+        narrow_choose(l, &n, down);
+    }
 }
 
 static void narrow(const struct cuda_launch *l, const struct moe_gemm_args *a, bool down)
@@ -249,14 +330,10 @@ static void narrow(const struct cuda_launch *l, const struct moe_gemm_args *a, b
     n.tiled_units = down ? (a->dim + 15) / 16 : (a->intermediate + 7) / 8;
     n.units = down ? n.tiled_units : (uint32_t)cuda__act_cols(a->intermediate) / 8;
     CHECK(n.k_tiles <= 32 * 8);
-    uint64_t mean = (uint64_t)l->rows_max * a->top_k / a->view.experts;
-    bool eight = n.k_tiles > 16;
-    if (l->rows_max <= 8)
-        (eight ? narrow_launch<8, 1> : narrow_launch<4, 1>)(l, &n, down);
-    else if (mean <= 6)
-        (eight ? narrow_launch<8, 2> : narrow_launch<4, 2>)(l, &n, down);
+    if (a->lora)
+        narrow_lora(l, &n, down);
     else
-        (eight ? narrow_launch<8, 4> : narrow_launch<4, 4>)(l, &n, down);
+        narrow_choose(l, &n, down);
 }
 
 static void moe_gemm(const struct cuda_launch *l, const struct moe_gemm_args *a, bool down)
