@@ -22,9 +22,8 @@ enum { MOE_HIDDEN_AT = 32 << 10 };
 static_assert(sizeof(struct moe_list) <= MOE_HIDDEN_AT, "the list stands before the hidden");
 
 // Tile `tile` of expert `expert`; per_page: tiles of a page.
-__device__ __forceinline__ const uint8_t *expert_tile(const struct expert_view &view,
-                                                      uint32_t per_page, uint32_t expert,
-                                                      uint32_t tile)
+__device__ __forceinline__ const uint8_t *
+expert_tile(const struct expert_view &view, uint32_t per_page, uint32_t expert, uint32_t tile)
 {
     uint32_t page = view.pages[(uint64_t)expert * view.pages_per_expert + tile / per_page];
     return view.arena + (uint64_t)page * view.page_bytes + (uint64_t)(tile % per_page) * TILE_BYTES;

@@ -14,11 +14,11 @@
 // Unit: 16 weight rows of one expert, all of K. For gate_up these are 8 gate rows and the same 8 up
 // rows: accumulators c0, c1 are gate and c2, c3 up of the same hidden unit and tokens.
 // CTA: WARPS warps share a unit's tiles of 64 columns, warp w takes w, w + WARPS, ..; depth_of
-// tiles (4 loads per lane each) are in flight per warp at any time, also across items: as soon as a tile
-// is used, its registers are loaded with the tile of the next batch. Item: (unit, group of GROUPS*8
-// tokens); a unit's further groups read the weights from L2. The grid is persistent and strides
-// over units. Partial sums meet in shared memory [2][WARPS][4 * GROUPS][32] fp32, added in warp
-// order; two buffers, so one barrier per item.
+// tiles (4 loads per lane each) are in flight per warp at any time, also across items: as soon as a
+// tile is used, its registers are loaded with the tile of the next batch. Item: (unit, group of
+// GROUPS*8 tokens); a unit's further groups read the weights from L2. The grid is persistent and
+// strides over units. Partial sums meet in shared memory [2][WARPS][4 * GROUPS][32] fp32, added in
+// warp order; two buffers, so one barrier per item.
 //
 // Expert LoRA (moe_lora.cuh): a shrink before, the expansion when an item is stored.
 //
@@ -37,9 +37,9 @@ struct narrow_args {
     struct moe_gemm_args a;
     struct moe_lora lora;
     const struct moe_list *list;
-    const uint8_t *x;    // act rows
-    uint64_t x_bytes;    // of an act row
-    uint32_t per_x;      // pairs that share a row of x
+    const uint8_t *x; // act rows
+    uint64_t x_bytes; // of an act row
+    uint32_t per_x;   // pairs that share a row of x
     uint32_t k_tiles, units, first_tile, per_page;
     uint32_t tiled_units; // units that have tiles; the rest is zero padding of hidden
 };
@@ -83,8 +83,8 @@ __device__ __forceinline__ void unit_open(const struct narrow_args &n, uint32_t 
     }
     c.token = c.batch = 0;
     uint32_t tile = threadIdx.x / 32 + threadIdx.x % 32 * WARPS;
-    tile = min(tile, n.k_tiles - 1) +
-           n.first_tile + min(c.row_unit, n.tiled_units - 1) / 4 * n.k_tiles;
+    tile = min(tile, n.k_tiles - 1) + n.first_tile +
+           min(c.row_unit, n.tiled_units - 1) / 4 * n.k_tiles;
     c.tile = (uint64_t)expert_tile(n.a.view, n.per_page, c.expert, tile);
     item_pairs<WARPS, GROUPS>(n, c);
 }
@@ -123,11 +123,11 @@ __device__ __forceinline__ void tile_load(const struct narrow_args &n, uint32_t 
 }
 
 template <int WARPS, int GROUPS>
-__device__ __forceinline__ void tile_multiply(const struct narrow_args &n,
-                                              const cursor<GROUPS> &c, int i, const uint4 w[4],
-                                              float d[GROUPS][4])
+__device__ __forceinline__ void tile_multiply(const struct narrow_args &n, const cursor<GROUPS> &c,
+                                              int i, const uint4 w[4], float d[GROUPS][4])
 {
-    uint32_t lane = threadIdx.x % 32, k = threadIdx.x / 32 + (c.batch * depth_of<GROUPS>::value + i) * WARPS;
+    uint32_t lane = threadIdx.x % 32,
+             k = threadIdx.x / 32 + (c.batch * depth_of<GROUPS>::value + i) * WARPS;
     if (k >= n.k_tiles)
         return;
     uint4 x[GROUPS][2];
@@ -156,10 +156,9 @@ __device__ __forceinline__ void tile_multiply(const struct narrow_args &n,
 
 // Adds the LoRA of a pair to weight rows r and r + 8 of a unit.
 template <bool DOWN>
-__device__ __noinline__ void lora_add(const struct narrow_args &n,
-                                      const struct cuda_control *control, uint32_t expert,
-                                      uint32_t row_unit, uint32_t r, uint32_t position,
-                                      uint32_t pair, float *low, float *high)
+__device__ __noinline__ void
+lora_add(const struct narrow_args &n, const struct cuda_control *control, uint32_t expert,
+         uint32_t row_unit, uint32_t r, uint32_t position, uint32_t pair, float *low, float *high)
 {
     const struct lora_adapter_view *view =
         moe_lora_view(n.lora, control_lora_segments(control), pair / n.a.top_k);
@@ -273,9 +272,9 @@ static void narrow_launch(const struct cuda_launch *l, const struct narrow_args 
     uint64_t ctas = (uint64_t)l->device->multiprocessors * (16 / WARPS);
     if (experts * n->units < ctas)
         ctas = experts * n->units;
-    auto kernel = down ? n->lora.present ? narrow_kernel<WARPS, GROUPS, true, true>
-                                         : narrow_kernel<WARPS, GROUPS, true, false>
-                  : n->lora.present ? narrow_kernel<WARPS, GROUPS, false, true>
+    auto kernel = down              ? n->lora.present ? narrow_kernel<WARPS, GROUPS, true, true>
+                                                      : narrow_kernel<WARPS, GROUPS, true, false>
+                               : n->lora.present ? narrow_kernel<WARPS, GROUPS, false, true>
                                     : narrow_kernel<WARPS, GROUPS, false, false>;
     launch_kernel(l, kernel, dim3((uint32_t)ctas), dim3(WARPS * 32), 0, l->control, l->slot, *n);
 }

@@ -79,7 +79,8 @@ __device__ __forceinline__ void chunks_count(const struct moe_list *list, uint32
 {
     uint32_t lane = threadIdx.x, before = 0;
     for (uint32_t i = 0; i < list->count; i += 32) {
-        uint32_t own = i + lane < list->count ? (list->run[i + lane].count + TOKENS - 1) / TOKENS : 0;
+        uint32_t own =
+            i + lane < list->count ? (list->run[i + lane].count + TOKENS - 1) / TOKENS : 0;
         uint32_t sum = own;
 #pragma unroll
         for (uint32_t j = 1; j < 32; j *= 2) {
@@ -125,8 +126,7 @@ __device__ __forceinline__ void weights_load(const struct wide_args &n, const st
     for (uint32_t h = 0; h < 2; h++) {
         uint32_t block = min(t.block * 2 + h, n.tile_blocks - 1);
         bulk_load(stage + h * TILE_BYTES,
-                  expert_tile(n.a.view, n.per_page, t.expert,
-                              n.first_tile + block * n.k_tiles + k),
+                  expert_tile(n.a.view, n.per_page, t.expert, n.first_tile + block * n.k_tiles + k),
                   TILE_BYTES, full);
     }
 }

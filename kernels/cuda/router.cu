@@ -98,9 +98,9 @@ __device__ __forceinline__ void warp_best(float &v, uint32_t &e)
 
 // A warp per row; lane l holds experts l + 32 i.
 template <int PER>
-__global__ void __launch_bounds__(128) choose_kernel(const struct cuda_control *control,
-                                                     uint32_t slot, struct router_args a,
-                                                     const float *logits)
+__global__ void __launch_bounds__(128)
+    choose_kernel(const struct cuda_control *control, uint32_t slot, struct router_args a,
+                  const float *logits)
 {
     uint32_t lane = threadIdx.x % 32, row = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, rows;
     if (!segment_enter(control, slot, &rows) || row >= rows)
@@ -338,8 +338,8 @@ __global__ void __launch_bounds__(COMBINE_THREADS)
 
 // ---- launchers ----
 
-template <bool FOUR> static void logits_launch(const struct cuda_launch *l,
-                                               const struct router_args *a, float *logits)
+template <bool FOUR>
+static void logits_launch(const struct cuda_launch *l, const struct router_args *a, float *logits)
 {
     uint32_t rows = l->rows_max;
     if (rows == 1)
@@ -368,12 +368,14 @@ extern "C" void cuda__router(const struct cuda_launch *l, const struct router_ar
     else
         logits_launch<false>(l, a, logits);
     const float *from = logits;
-    dim3 block(l->rows_max <= ROUTER_FEW ? 32 : 128), grid((l->rows_max * 32 + block.x - 1) / block.x);
+    dim3 block(l->rows_max <= ROUTER_FEW ? 32 : 128),
+        grid((l->rows_max * 32 + block.x - 1) / block.x);
     uint32_t per = (a->experts + 31) / 32;
-    launch_kernel(l, per <= 4    ? choose_kernel<4>
-                     : per <= 8  ? choose_kernel<8>
-                     : per <= 16 ? choose_kernel<16>
-                                 : choose_kernel<32>,
+    launch_kernel(l,
+                  per <= 4    ? choose_kernel<4>
+                  : per <= 8  ? choose_kernel<8>
+                  : per <= 16 ? choose_kernel<16>
+                              : choose_kernel<32>,
                   grid, block, 0, l->control, l->slot, *a, from);
 }
 
