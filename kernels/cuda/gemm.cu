@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dense products: y[r][j] (+)= sum_k x[r][k] W[j][k].
-//   x  act [rows][K] bf16, W [n][K] bf16, K = act_cols(k), padding zero; y fp32, rows y_stride apart.
+//   x  act [rows][K] bf16, W [n][K] bf16, K = act_cols(k), padding zero; y fp32, rows y_stride
+//   apart.
 //
 // Two ways:
 //   narrow   our kernel, up to NARROW_ROWS rows, where time is that of reading W once; and every
@@ -20,16 +21,16 @@
 //
 // Work: an item is (unit of 16 MT weight rows) x (group of 8 NT tokens) x all K, groups innermost,
 // so that with many groups W is read from DRAM once. A CTA of 8 warps takes items blockIdx.x,
-// + gridDim.x, ...; warp w takes pieces w, w + 8, ... in ascending order; then the 8 partial sums are
-// added in order of warps through shared memory. Neither MT, NT, the group nor the grid changes the
-// order in which one result is summed.
+// + gridDim.x, ...; warp w takes pieces w, w + 8, ... in ascending order; then the 8 partial sums
+// are added in order of warps through shared memory. Neither MT, NT, the group nor the grid changes
+// the order in which one result is summed.
 //
-// In flight: each lane keeps 16 loads of 16 bytes ahead (ring), 64 KB per CTA, mostly two CTAs per SM,
-// and goes on with the next item's weights before it finishes this one. W is static: the first ring is
-// requested before the kernel waits for its predecessor, which hides the gap between kernels. x is
-// read through L1, where the CTA's next unit finds it again.
-// Shared memory: 8 warps x 8 NT tokens x (16 MT + 4) floats, 5 to 36 KB. Bound by bytes of W.
-// Tolerance 2e-5 of the sum of absolute terms: tensor cores truncate while adding.
+// In flight: each lane keeps 16 loads of 16 bytes ahead (ring), 64 KB per CTA, mostly two CTAs per
+// SM, and goes on with the next item's weights before it finishes this one. W is static: the first
+// ring is requested before the kernel waits for its predecessor, which hides the gap between
+// kernels. x is read through L1, where the CTA's next unit finds it again. Shared memory: 8 warps x
+// 8 NT tokens x (16 MT + 4) floats, 5 to 36 KB. Bound by bytes of W. Tolerance 2e-5 of the sum of
+// absolute terms: tensor cores truncate while adding.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gemm.h"
 

@@ -18,15 +18,15 @@
 // two words, because shared memory has no 64-bit atomic add: who makes the low word wrap carries.
 //
 // Between CTAs (distributed shared memory): small results are pushed to all 8, then cluster.sync.
-// The first histogram: CTA r adds up buckets [256 r, 256 r + 256) of the 8 copies and writes the sums
-// back into all 8; nobody else touches those. Later ones (128 buckets, two sets in turn): everyone
-// reads all 8 and comes to the same decision.
+// The first histogram: CTA r adds up buckets [256 r, 256 r + 256) of the 8 copies and writes the
+// sums back into all 8; nobody else touches those. Later ones (128 buckets, two sets in turn):
+// everyone reads all 8 and comes to the same decision.
 //
 // The token is ties-th of those with the cut's key, in id order. logprob and tops use exp at
-// temperature 1, fp32 per thread, double between threads, in a fixed order. tops: every CTA lists its
-// best, warp 0 of CTA 0 merges the lists.
-// Shared memory: 31 KB and the slice (74 KB at 151,936 ids: two CTAs per SM). Bound by latency: 3
-// levels x (a pass over the slice and a cluster barrier) per question.
+// temperature 1, fp32 per thread, double between threads, in a fixed order. tops: every CTA lists
+// its best, warp 0 of CTA 0 merges the lists. Shared memory: 31 KB and the slice (74 KB at 151,936
+// ids: two CTAs per SM). Bound by latency: 3 levels x (a pass over the slice and a cluster barrier)
+// per question.
 #include <cooperative_groups.h>
 
 #include "kernels/cuda/common.cuh"
@@ -312,8 +312,8 @@ static __device__ uint64_t block_scan(struct row_shared *s, uint32_t &count, uin
     return total;
 }
 
-// Thread t holds the PER places from PER t on, in descending order. `f`: what stands before place 0,
-// replaced by where the target is reached. Exactly one place reaches it.
+// Thread t holds the PER places from PER t on, in descending order. `f`: what stands before place
+// 0, replaced by where the target is reached. Exactly one place reaches it.
 template <int PER>
 static __device__ void place_find(struct row_shared *s, const uint32_t counts[PER],
                                   const uint64_t masses[PER], const struct target &t,
@@ -563,8 +563,8 @@ static __device__ void logprobs(cg::cluster_group &cluster, const struct row_vie
         total += r.s->sums[c];
     double log_total = log(total);
     if (threadIdx.x == 0 && a.logprob)
-        a.logprob[row] = (float)((double)a.logits[(uint64_t)row * a.stride + token] -
-                                 (double)r.max - log_total);
+        a.logprob[row] =
+            (float)((double)a.logits[(uint64_t)row * a.stride + token] - (double)r.max - log_total);
     if (a.tops)
         tops_merge(r, a, row, log_total);
 }
@@ -637,7 +637,8 @@ void cuda__sample(const struct cuda_launch *l, const struct sample_args *a)
 
 enum status cuda__sample_prepare(struct cuda_device *device)
 {
-    CUDA_TRY(device, cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          SLICE_MAX * (int)sizeof(float)));
+    CUDA_TRY(device,
+             cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  SLICE_MAX * (int)sizeof(float)));
     return STATUS_OK;
 }
