@@ -15,7 +15,7 @@
 // in any order give the same sums, on one row or on many (--batch-invariant uses this kernel), and
 // sums are exact: a target below the total is always reached. What lies under 2^-41 of the most
 // likely token counts as nothing, below the 24 bits of the uniform number. 64-bit sums are kept as
-// two words, because shared memory has no 64-bit atomic add: who makes the low word wrap carries.
+// two words for 32-bit atomic adds: who makes the low word wrap carries.
 //
 // Between CTAs (distributed shared memory): small results are pushed to all 8, then cluster.sync.
 // The first histogram: CTA r adds up buckets [256 r, 256 r + 256) of the 8 copies and writes the
@@ -42,7 +42,8 @@ enum {
     FIRST_SHIFT = 21,
     FINE_BITS = 7,
     TOPS_MAX = 32,
-    SLICE_MAX = 40960, // ids in shared memory
+    SLICE_MAX = 40960,   // ids in shared memory
+    VOCAB_MAX = 1 << 23, // a sum of masses stays below 2^63
 };
 
 struct peak {
@@ -624,7 +625,7 @@ static __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS
 
 void cuda__sample(const struct cuda_launch *l, const struct sample_args *a)
 {
-    CHECK(a->vocab && a->vocab <= INT32_MAX && a->stride >= a->vocab && a->tops <= TOPS_MAX);
+    CHECK(a->vocab && a->vocab <= VOCAB_MAX && a->stride >= a->vocab && a->tops <= TOPS_MAX);
     CHECK(l->rows_max < INT32_MAX / CLUSTER);
     if (!l->rows_max)
         return;
