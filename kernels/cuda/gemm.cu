@@ -9,7 +9,7 @@
 //   blas     cuBLASLt, more rows (gemm_blas.c). It works on the whole bucket and knows nothing of
 //            misses, so it only writes what a resumed segment computes anew. `add` changes the
 //            residual stream, which a missed segment must leave alone: the product goes to scratch
-//            and a kernel of ours adds it, when the segment has not missed.Beside a fused
+//            and a kernel of ours adds it, when the segment has not missed. Beside a fused
 //            add that moves 8 bytes more per result, mostly through L2; by arithmetic a fifth of
 //            the time at K = 4,096, a twentieth at 14,336. Without misses (dense models) it is not
 //            needed.
