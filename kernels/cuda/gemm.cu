@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dense products: y[r][j] (+)= sum_k x[r][k] W[j][k].
-//   x  act [rows][K] bf16, W [n][K] bf16, K = act_cols(k), padding zero; y fp32, rows y_stride apart.
+//   x  act [rows][K] bf16, W [n][K] bf16, K = act_cols(k), padding zero; y fp32, rows y_stride
+//   apart.
 //
 // Two ways:
 //   narrow   our kernel, up to NARROW_ROWS rows, where time is that of reading W once; and every
@@ -8,8 +9,10 @@
 //   blas     cuBLASLt, more rows (gemm_blas.c). It works on the whole bucket and knows nothing of
 //            misses, so it only writes what a resumed segment computes anew. `add` changes the
 //            residual stream, which a missed segment must leave alone: the product goes to scratch
-//            and a kernel of ours adds it, when the segment has not missed. That costs 12 bytes per
-//            result of mostly L2 traffic beside 2 K operations: under a tenth at K = 4,096.
+//            and a kernel of ours adds it, when the segment has not missed. Beside a fused
+//            add that moves 8 bytes more per result, mostly through L2; by arithmetic a fifth of
+//            the time at K = 4,096, a twentieth at 14,336. Without misses (dense models) it is not
+//            needed.
 //
 // Narrow. Weights are the M operand of mma.m16n8k16 (16 weight rows), tokens the N operand (8).
 // Both go from global memory into registers without shared memory, because the order of k within
@@ -20,16 +23,16 @@
 //
 // Work: an item is (unit of 16 MT weight rows) x (group of 8 NT tokens) x all K, groups innermost,
 // so that with many groups W is read from DRAM once. A CTA of 8 warps takes items blockIdx.x,
-// + gridDim.x, ...; warp w takes pieces w, w + 8, ... in ascending order; then the 8 partial sums are
-// added in order of warps through shared memory. Neither MT, NT, the group nor the grid changes the
-// order in which one result is summed.
+// + gridDim.x, ...; warp w takes pieces w, w + 8, ... in ascending order; then the 8 partial sums
+// are added in order of warps through shared memory. Neither MT, NT, the group nor the grid changes
+// the order in which one result is summed.
 //
-// In flight: each lane keeps 16 loads of 16 bytes ahead (ring), 64 KB per CTA, mostly two CTAs per SM,
-// and goes on with the next item's weights before it finishes this one. W is static: the first ring is
-// requested before the kernel waits for its predecessor, which hides the gap between kernels. x is
-// read through L1, where the CTA's next unit finds it again.
-// Shared memory: 8 warps x 8 NT tokens x (16 MT + 4) floats, 5 to 36 KB. Bound by bytes of W.
-// Tolerance 2e-5 of the sum of absolute terms: tensor cores truncate while adding.
+// In flight: each lane keeps 16 loads of 16 bytes ahead (ring), 64 KB per CTA, mostly two CTAs per
+// SM, and goes on with the next item's weights before it finishes this one. W is static: the first
+// ring is requested before the kernel waits for its predecessor, which hides the gap between
+// kernels. x is read through L1, where the CTA's next unit finds it again. Shared memory: 8 warps x
+// 8 NT tokens x (16 MT + 4) floats, 5 to 36 KB. Bound by bytes of W. Tolerance 2e-5 of the sum of
+// absolute terms: tensor cores truncate while adding.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gemm.h"
 

@@ -38,8 +38,7 @@ static bool operation_make(struct problem *p)
 static bool preference_set(struct problem *p, cublasLtMatmulPreferenceAttributes_t which,
                            uint32_t value)
 {
-    return !cublasLtMatmulPreferenceSetAttribute(
-        p->preference, which, &value, sizeof value);
+    return !cublasLtMatmulPreferenceSetAttribute(p->preference, which, &value, sizeof value);
 }
 
 static bool preference_make(struct problem *p, const void *weight, const void *x, const float *y,
@@ -80,20 +79,19 @@ bool cuda__gemm_blas(const struct cuda_launch *l, const struct gemm_args *a, con
     size_t k = cuda__act_cols(a->k);
     cublasLtMatmulHeuristicResult_t found;
     int count = 0;
-    bool ready =
-        operation_make(&p) &&
-        !cublasLtMatrixLayoutCreate(&p.weight, CUDA_R_16BF, k, a->n, (int64_t)k) &&
-        !cublasLtMatrixLayoutCreate(&p.x, CUDA_R_16BF, k, rows, (int64_t)k) &&
-        !cublasLtMatrixLayoutCreate(&p.y, CUDA_R_32F, a->n, rows, (int64_t)y_stride) &&
-        preference_make(&p, a->weight, x, y, 2 * k, 4 * y_stride) &&
-        !cublasLtMatmulAlgoGetHeuristic(l->device->blas, p.operation, p.weight, p.x, p.y, p.y,
-                                        p.preference, 1, &found, &count) &&
-        count > 0 && found.state == CUBLAS_STATUS_SUCCESS;
+    bool ready = operation_make(&p) &&
+                 !cublasLtMatrixLayoutCreate(&p.weight, CUDA_R_16BF, k, a->n, (int64_t)k) &&
+                 !cublasLtMatrixLayoutCreate(&p.x, CUDA_R_16BF, k, rows, (int64_t)k) &&
+                 !cublasLtMatrixLayoutCreate(&p.y, CUDA_R_32F, a->n, rows, (int64_t)y_stride) &&
+                 preference_make(&p, a->weight, x, y, 2 * k, 4 * y_stride) &&
+                 !cublasLtMatmulAlgoGetHeuristic(l->device->blas, p.operation, p.weight, p.x, p.y,
+                                                 p.y, p.preference, 1, &found, &count) &&
+                 count > 0 && found.state == CUBLAS_STATUS_SUCCESS;
     if (ready) {
         const float one = 1.0f, zero = 0.0f;
-        cublasStatus_t status = cublasLtMatmul(
-            l->device->blas, p.operation, &one, a->weight, p.weight, x, p.x, &zero, y, p.y, y, p.y,
-            &found.algo, l->blas_workspace, BLAS_WORKSPACE_BYTES, l->stream);
+        cublasStatus_t status = cublasLtMatmul(l->device->blas, p.operation, &one, a->weight,
+                                               p.weight, x, p.x, &zero, y, p.y, y, p.y, &found.algo,
+                                               l->blas_workspace, BLAS_WORKSPACE_BYTES, l->stream);
         if (status != CUBLAS_STATUS_SUCCESS)
             (void)cuda__fail(l->device, "cublasLtMatmul", (int)status);
     }

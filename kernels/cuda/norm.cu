@@ -2,13 +2,14 @@
 // RMSNorm and SwiGLU: row-wise, bound by bytes in prefill and by latency at decode.
 //
 // rmsnorm   out[r][i] = x[r][i] * (1 / sqrt(mean(x[r]^2) + epsilon)) * weight[i]
-//   x [rows][dim] fp32; out act [rows][act_cols(dim)] bf16 (padding zero) and, or, fp32 [rows][dim].
-//   A CTA of 512 threads per row; thread t holds columns 4 (t + 512 v) .. +3 for v < V in
-//   registers, V = 1, 2, 4, 8 by dim (up to 16,384), so that x is read once. Squares are summed per
-//   thread in ascending order, then by a butterfly in the warp, then over the 16 warps in order: a
-//   function of dim alone, so that batches give the same bits as single rows (--batch-invariant
-//   uses the same kernel). The norm's weight is static and loaded before the kernel waits for its
-//   predecessor. Shared memory: 64 bytes. Tolerance 1e-6 relative: a chain of fp32 roundings.
+//   x [rows][dim] fp32; out act [rows][act_cols(dim)] bf16 (padding zero) and, or, fp32
+//   [rows][dim]. A CTA of 512 threads per row; thread t holds columns 4 (t + 512 v) .. +3 for v < V
+//   in registers, V = 1, 2, 4, 8 by dim (up to 16,384), so that x is read once. Squares are summed
+//   per thread in ascending order, then by a butterfly in the warp, then over the 16 warps in
+//   order: a function of dim alone, so that batches give the same bits as single rows
+//   (--batch-invariant uses the same kernel). The norm's weight is static and loaded before the
+//   kernel waits for its predecessor. Shared memory: 64 bytes. Tolerance 1e-6 relative: a chain of
+//   fp32 roundings.
 //
 // swiglu    out[r][u] = silu(gate) * up, gate and up interleaved in blocks of 8 (tile.h)
 //   A thread per 4 units: 16 bytes of gate, 16 of up, 8 bytes of act. No sums.
@@ -127,8 +128,7 @@ template <int V>
 static void rmsnorm_launch(const struct cuda_launch *l, const struct rmsnorm_args *a, bool wide)
 {
     launch_kernel(l, wide ? rmsnorm_kernel<V, true> : rmsnorm_kernel<V, false>, dim3(l->rows_max),
-                  dim3(NORM_THREADS), 0, l->control, l->slot, *a,
-                  (uint32_t)cuda__act_cols(a->dim));
+                  dim3(NORM_THREADS), 0, l->control, l->slot, *a, (uint32_t)cuda__act_cols(a->dim));
 }
 
 void cuda__rmsnorm(const struct cuda_launch *l, const struct rmsnorm_args *a)
