@@ -145,7 +145,7 @@ __device__ __forceinline__ uint32_t tasks_of(const struct lora_work &w, const st
     return columns * div_up32(s.rows, ROWS_EXPAND);
 }
 
-// Fills `table` with segments [base, base + SURVEY). Returns the number of their tasks. All threads.
+// Fills `table` with segments [base, base + SURVEY); their tasks in all. All threads.
 template <bool EXPAND>
 __device__ uint32_t survey(const struct lora_work &w, uint32_t base, uint32_t segments,
                            uint32_t rows, struct segment *table, uint32_t *total)
@@ -303,8 +303,7 @@ __device__ __forceinline__ void shrink_long(const struct shrink_work &a, const s
     for (int m = 0; m < 2; m++)
 #pragma unroll
         for (int n = 0; n < 4; n++) {
-            float *to =
-                sums + (warp * LONG_TILE + m * 16 + g) * LONG_STRIDE + n * 8 + 2 * t;
+            float *to = sums + (warp * LONG_TILE + m * 16 + g) * LONG_STRIDE + n * 8 + 2 * t;
             *(float2 *)to = make_float2(d[m][n][0], d[m][n][1]);
             *(float2 *)(to + 8 * LONG_STRIDE) = make_float2(d[m][n][2], d[m][n][3]);
         }
@@ -406,8 +405,7 @@ __device__ __forceinline__ void add_to_y(const struct expand_work &a, const stru
     if (column >= d_out)
         return;
     float scale = k.segment->scale[m];
-    uint64_t at = a.half[m] < 0 ? column
-                                : (uint64_t)(column / 8) * 16 + a.half[m] * 8 + column % 8;
+    uint64_t at = a.half[m] < 0 ? column : (uint64_t)(column / 8) * 16 + a.half[m] * 8 + column % 8;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
         if (r >= (int)k.rows)
@@ -461,9 +459,9 @@ __device__ __forceinline__ void expand_rows(const struct expand_work &a,
     uint64_t mine = 0;
     for (uint32_t j0 = 0; j0 < rank; j0 += BLOCK) {
         if (j0 % 32 == 0) // lane i finds row j0 + i
-            mine = j0 + lane < rank ? (uint64_t)lora_row(a.w.arena, a.w.page_bytes, s.pages,
-                                                         &slice, j0 + lane)
-                                    : 0;
+            mine = j0 + lane < rank
+                       ? (uint64_t)lora_row(a.w.arena, a.w.page_bytes, s.pages, &slice, j0 + lane)
+                       : 0;
         uint2 b[BLOCK];
 #pragma unroll
         for (int i = 0; i < BLOCK; i++) {
