@@ -151,6 +151,7 @@ static enum status make_owners(struct sim_world *w)
                                      .owner = SIM_TENANTS,
                                      .fetch_us_per_byte = 1e-3f};
     struct adapter_options adapters = {.pool = w->pool,
+                                       .device = w->device,
                                        .arena = w->arena,
                                        .base = w->model->base,
                                        .clock = clock_fake(&w->now_us),

@@ -292,6 +292,7 @@ static enum status make_residents(struct stack *s, struct fault *fault)
         return status;
     fill_base(s);
     struct adapter_options adapters = {.pool = s->pool,
+                                       .device = s->device,
                                        .arena = s->device_arena,
                                        .base = s->base,
                                        .clock = clock_monotonic(),

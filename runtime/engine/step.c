@@ -398,6 +398,8 @@ static enum status submit(struct engine *e, struct step *step)
     step->segment_end = end < halves ? end : halves;
     if (e->options.experts)
         experts_flush(e->options.experts, e->stream);
+    if (e->options.adapters)
+        adapters_flush(e->options.adapters, e->stream);
     forward_begin(e, step);
     for (uint32_t h = step->half, unit_end = h; h < step->segment_end; h++) {
         if (h == unit_end) {
