@@ -301,8 +301,8 @@ static void run_forced(struct sim_model *model, const struct arguments *a, struc
 
 // Batch work all the time; an interactive request comes when none lives and no step of its class
 // runs (one that was planned before its interactive rows turned out to be surplus is not left). It
-// enters at the next preemption point: at most the rest of the segment in flight runs before, and one half-layer more
-// when the pages that it is given are still being left by a copy.
+// enters at the next preemption point: at most the rest of the segment in flight runs before, and
+// one half-layer more when the pages that it is given are still being left by a copy.
 static void run_entry(struct sim_model *model, const struct arguments *a, struct totals *totals)
 {
     struct sim *sim = malloc(sizeof *sim);

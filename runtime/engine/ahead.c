@@ -14,7 +14,8 @@
 //
 // A sequence that N's token ends (a stop, a NaN), or that was cancelled or is late by then, has
 // surplus rows in N+1: they are computed and dropped, and its slot, KV and adapter are held until
-// N+1 has retired; when N+1 has no other rows it is left at its next preemption point. What it would have cost to know before is a device that waits after every step.
+// N+1 has retired; when N+1 has no other rows it is left at its next preemption point. What it
+// would have cost to know before is a device that waits after every step.
 //
 // Not planned ahead, or given up before it was submitted:
 //   - when somebody finds no room for its KV or its adapter: the way out is to send another

@@ -91,8 +91,8 @@ static enum status make_scratch(struct engine *e)
         act_area(e, &s->mid, gate_up ? rows : 1, c->intermediate ? c->intermediate : 1) ||
         device_area(e, &s->last, samples * c->hidden * f) ||
         act_area(e, &s->last_act, samples, c->hidden) ||
-        device_area(e, &s->logits, samples * c->vocab * f) ||
-        make_results(e, &s->results[0]) || make_results(e, &s->results[1]))
+        device_area(e, &s->logits, samples * c->vocab * f) || make_results(e, &s->results[0]) ||
+        make_results(e, &s->results[1]))
         return STATUS_NO_MEMORY;
     for (int i = 0; i < 3; i++) {
         if (device_area(e, &s->lora_hidden[i], rows * e->options.rank_max * f))
@@ -293,8 +293,8 @@ static void release_scratch(struct engine *e)
             e->table->release(e->options.device, areas[i]);
     }
     const struct result_set *a = &s->results[0], *b = &s->results[1];
-    void *host[] = {a->token,     a->logprob,   a->top_token,    a->top_logprob, b->token,
-                    b->logprob,   b->top_token, b->top_logprob,  s->need,        s->expert_state};
+    void *host[] = {a->token,   a->logprob,   a->top_token,   a->top_logprob, b->token,
+                    b->logprob, b->top_token, b->top_logprob, s->need,        s->expert_state};
     for (size_t i = 0; i < ARRAY_COUNT(host); i++) {
         if (host[i])
             e->table->release_host(e->options.device, host[i]);

@@ -100,10 +100,10 @@ MUST_USE enum status engine_register_adapter(struct engine *engine, const char *
 
 struct engine_counters {
     uint64_t steps, segments, gate_misses, pauses, swaps_out, swaps_in, drops;
-    uint64_t rows;                         // rows of finished steps
-    uint64_t planned_ahead;                // steps that were planned while one ran, and entered
-    uint64_t ahead_dropped;                // planned so, but given up
-    uint64_t rows_surplus; // of sequences that had ended when the step was already planned
+    uint64_t rows;          // rows of finished steps
+    uint64_t planned_ahead; // steps that were planned while one ran, and entered
+    uint64_t ahead_dropped; // planned so, but given up
+    uint64_t rows_surplus;  // of sequences that had ended when the step was already planned
     uint64_t half_rows_run, half_rows_due; // half-layers x rows; equal when nothing ran twice
     uint64_t rows_recomputed;              // positions computed again because their KV was dropped
     uint64_t requests, finished, failed, prompt_tokens, cached_tokens, generated_tokens;

@@ -211,12 +211,11 @@ void forward_begin(struct engine *engine, struct step *step)
         engine->table->copy(engine->stream, step->block.device, step->block.host, fixed + table);
     step->places_changed = false;
     if (step->half == 0 && !step->resume_gate) {
-        struct scatter_args follow = {.table = (uint32_t *)step->device.token,
-                                      .index = step->device.follow,
-                                      .value = (const uint32_t *)engine->scratch
-                                                   .results[1 - step->result_set]
-                                                   .token,
-                                      .count = step->followed};
+        struct scatter_args follow = {
+            .table = (uint32_t *)step->device.token,
+            .index = step->device.follow,
+            .value = (const uint32_t *)engine->scratch.results[1 - step->result_set].token,
+            .count = step->followed};
         if (step->followed)
             engine->table->scatter(engine->stream, &follow);
         struct embed_args a = {.token = step->device.token,

@@ -141,7 +141,7 @@ struct block_copies {
         void *to;
         const void *from;
         size_t bytes;
-    } *list; // [sequences_max * pages_per_block]
+    } * list; // [sequences_max * pages_per_block]
     uint32_t count, room;
     uint64_t epoch; // while count
     bool in_flight; // recorded in the segment that is submitted, under flight_epoch
@@ -226,7 +226,7 @@ uint32_t sequence_waiting_class(const struct engine *engine);
 bool sequence_pages_allow(const struct engine *engine, uint32_t more_pages);
 
 // step.c
-bool step_plan(struct engine *engine); // into engine->next
+bool step_plan(struct engine *engine);  // into engine->next
 void step_enter(struct engine *engine); // what was planned becomes the current step
 void step_submit(struct engine *engine, struct step *step);
 bool step_advance(struct engine *engine); // false: nothing could be done now

@@ -160,8 +160,7 @@ void output_drop(struct engine *engine)
 bool output_results(struct engine *engine)
 {
     struct results *r = &engine->results;
-    if (ring_free(engine->options.port->events) <
-        output_room_needed(engine, r->plan.samples))
+    if (ring_free(engine->options.port->events) < output_room_needed(engine, r->plan.samples))
         return false;
     take_rows(engine, r);
     // Releasing the rows first lets a sequence end at once, unless the next step has rows of it.

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Steps: planning the next one, and the state machine that runs it.
 //
-//   NONE -planned in engine->next, entered-> READY -submit-> FLIGHT -retired-> READY (more halves) |
-//   PAUSED (left at a preemption point) | GATE (experts are missing) | NONE (all halves done: what
-//   it sampled stands in engine->results until it has gone out)
-//   GATE -experts there-> READY (re-enters at the gate);  PAUSED -resume-> READY
+//   NONE -planned in engine->next, entered-> READY -submit-> FLIGHT -retired-> READY (more halves)
+//   | PAUSED (left at a preemption point) | GATE (experts are missing) | NONE (all halves done:
+//   what it sampled stands in engine->results until it has gone out) GATE -experts there-> READY
+//   (re-enters at the gate);  PAUSED -resume-> READY
 //
 // A step is planned between two steps or, as a rule, while the one before runs its last segment
 // (ahead.c); then it is submitted as soon as that has retired, before the results go out.
