@@ -2,7 +2,7 @@
 // Whole steps on the CPU device, on a random Qwen3-MoE-shaped model: decode at several batch sizes,
 // prefill.
 //
-//   bench_step_cpu MODEL STATE [SECONDS [BATCH]]
+//   bench_step_cpu MODEL STATE [SECONDS [BATCH [no-plan-ahead]]]
 //
 // Ceilings of the same run: read bandwidth of all threads over the expert store's bytes in the
 // pool, and the bf16 dot-product peak of all threads (registers only). Roofline time of a decode
