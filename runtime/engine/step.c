@@ -69,9 +69,7 @@ static bool pin_adapter(struct engine *e, struct secured *held, uint32_t slot, u
         (void)sequence_make_room(e, slot, *more + e->options.kv_shape.pages_per_block);
         return false;
     }
-    if (s->adapter_pinned) // by the running step
-        return true;
-    if (!adapter_is_resident(adapters, s->adapter)) {
+    if (!s->adapter_pinned && !adapter_is_resident(adapters, s->adapter)) {
         enum status status = STATUS_FULL; // tried again at the next plan
         if (adapter_fetch_status(adapters, s->adapter) == STATUS_IO) {
             sequence_end(e, slot, STATUS_IO, ENGINE_FINISH_ERROR,
@@ -84,7 +82,8 @@ static bool pin_adapter(struct engine *e, struct secured *held, uint32_t slot, u
         held->awaited += status ? 0 : *more;
         return false;
     }
-    adapter_pin(adapters, s->adapter);
+    if (!s->adapter_pinned) // by the running step
+        adapter_pin(adapters, s->adapter);
     s->adapter_pinned = true;
     adapter_used(adapters, s->adapter);
     return true;
@@ -306,10 +305,10 @@ static void trace(struct engine *e, const struct step *step)
 
 void step_enter(struct engine *engine)
 {
-    struct step *step = &engine->steps[engine->next.plan.class], free = *step;
+    struct step *step = &engine->steps[engine->next.plan.class], unused = *step;
     CHECK(step->state == STEP_NONE && engine->next.state == STEP_READY && !engine->current);
     *step = engine->next;
-    engine->next = free;
+    engine->next = unused;
     step->plan.step = engine->steps_made++;
     step->result_set = engine->results.waiting ? 1 - engine->results.set : 0;
     step->started_us = clock_now_us(&engine->options.clock);
