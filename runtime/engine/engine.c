@@ -452,6 +452,9 @@ void engine_counters(const struct engine *engine, struct engine_counters *out)
 {
     *out = engine->counters;
     out->running = engine->lists[SEQUENCE_RUNNING].count + engine->lists[SEQUENCE_OUT].count;
+    for (uint32_t slot = engine->lists[SEQUENCE_ENDED].head; slot != NO_SLOT;
+         slot = engine->sequences[slot].next)
+        out->running += engine->sequences[slot].in_steps > 0; // surplus rows: they hold pages
     out->waiting = engine->lists[SEQUENCE_QUEUED].count;
 }
 
