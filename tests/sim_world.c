@@ -193,6 +193,7 @@ static enum status make_engine(struct sim_world *w)
                                     .trace_context = o->context,
                                     .force_leave = o->force_leave,
                                     .force_leave_context = o->context,
+                                    .no_plan_ahead = o->no_plan_ahead,
                                     .may_block = o->may_block};
     engine.secret.bytes[0] = 1;
     struct fault fault = {.text = ""};

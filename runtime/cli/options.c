@@ -79,6 +79,8 @@ static const struct option TABLE[] = {
      "half-layers submitted at once, 1..12"},
     {"no-prefix-caching", FLAG, STACK, FIELD(no_prefix_caching), "", "",
      "do not share equal prefixes"},
+    {"no-plan-ahead", FLAG, STACK, FIELD(no_plan_ahead), "", "",
+     "plan a step only when the one before has given its results"},
     {"trace-plan", FLAG, STACK, FIELD(trace_plan), "", "",
      "print every step plan to standard error"},
     {"host", STRING, SERVE, FIELD(host), "ADDRESS", "127.0.0.1", "address to listen on"},

@@ -171,6 +171,7 @@ enum status wire_stack_options(const struct settings *settings, const struct tok
                                   .read_gbytes_per_s = settings->read_gbytes_per_s,
                                   .link_latency_us = settings->link_latency_us,
                                   .no_prefix_sharing = settings->no_prefix_caching,
+                                  .no_plan_ahead = settings->no_plan_ahead,
                                   .trace = settings->trace_plan ? show_plan : NULL,
                                   .progress = show_progress};
     if (tokenizer) {

@@ -68,6 +68,7 @@ struct engine_options {
     // Test hook: forces the running step to be left at a preemption point. NULL in production.
     bool (*force_leave)(void *context, uint32_t step_class, uint32_t half);
     void *force_leave_context;
+    bool no_plan_ahead; // plan a step only when the one before has given its results
     bool may_block; // wait inside engine_turn for a submitted segment (the CPU backend's threads)
 };
 
@@ -84,7 +85,8 @@ enum engine_turn engine_turn(struct engine *engine);
 void engine_run(struct engine *engine);
 
 // Logits [vocab] of sample `index` of the last step that sampled, valid until the next turn. For
-// tests and tools that turn the engine themselves.
+// tests and tools that turn the engine themselves, with no_plan_ahead or when nothing follows: a
+// step that was planned ahead is already running when the results of the one before come out.
 const float *engine_logits(const struct engine *engine, uint32_t index);
 
 // Pairs per expert of the step that ran last, [MoE layers][experts]; NULL for a dense model.
@@ -98,7 +100,10 @@ MUST_USE enum status engine_register_adapter(struct engine *engine, const char *
 
 struct engine_counters {
     uint64_t steps, segments, gate_misses, pauses, swaps_out, swaps_in, drops;
-    uint64_t rows;                         // rows of finished steps
+    uint64_t rows;          // rows of finished steps
+    uint64_t planned_ahead; // steps that were planned while one ran, and entered
+    uint64_t ahead_dropped; // planned so, but given up
+    uint64_t rows_surplus;  // of sequences that had ended when the step was already planned
     uint64_t half_rows_run, half_rows_due; // half-layers x rows; equal when nothing ran twice
     uint64_t rows_recomputed;              // positions computed again because their KV was dropped
     uint64_t requests, finished, failed, prompt_tokens, cached_tokens, generated_tokens;

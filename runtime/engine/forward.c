@@ -212,6 +212,13 @@ void forward_begin(struct engine *engine, struct step *step)
     step->places_changed = false;
     engine->table->unit(engine->stream);
     if (step->half == 0 && !step->resume_gate) {
+        struct scatter_args follow = {
+            .table = (uint32_t *)step->device.token,
+            .index = step->device.follow,
+            .value = (const uint32_t *)engine->scratch.results[1 - step->result_set].token,
+            .count = step->followed};
+        if (step->followed)
+            engine->table->scatter(engine->stream, &follow);
         struct embed_args a = {.token = step->device.token,
                                .table = o->model->embedding,
                                .x = step->x,
@@ -238,6 +245,7 @@ void forward_head(struct engine *engine, struct step *step)
     const struct model *m = engine->options.model;
     const struct model_config *c = &m->config;
     struct scratch *s = &engine->scratch;
+    struct result_set *results = &s->results[step->result_set];
     uint32_t rows = step->plan.samples;
     struct gather_args g = {.from = step->x,
                             .index = step->device.gather,
@@ -258,10 +266,10 @@ void forward_head(struct engine *engine, struct step *step)
                             .vocab = c->vocab,
                             .rows = rows,
                             .params = step->device.sample,
-                            .token = s->token,
-                            .logprob = s->logprob,
+                            .token = results->token,
+                            .logprob = results->logprob,
                             .tops = step->tops,
-                            .top_token = s->top_token,
-                            .top_logprob = s->top_logprob};
+                            .top_token = results->top_token,
+                            .top_logprob = results->top_logprob};
     engine->table->sample(engine->stream, &a);
 }

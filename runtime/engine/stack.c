@@ -335,6 +335,7 @@ static enum status make_engine(struct stack *s, struct fault *fault)
                                     .trace_context = o->trace_context,
                                     .force_leave = o->force_leave,
                                     .force_leave_context = o->force_leave_context,
+                                    .no_plan_ahead = o->no_plan_ahead,
                                     .may_block = stack__may_block(s->device)};
     return engine_create(&engine, &s->engine, fault);
 }

@@ -31,7 +31,7 @@ struct stack_options {
     uint32_t segment_halves_max;                                  // 0: 12
     double h2d_gbytes_per_s, d2h_gbytes_per_s, read_gbytes_per_s; // 0: as fast as it goes
     uint32_t link_latency_us;
-    bool no_prefix_sharing;
+    bool no_prefix_sharing, no_plan_ahead;
     bool owns_state; // a server: one per state directory, and it tidies what a kill left there
     struct engine_text_decoder decoder;
     void (*trace)(void *context, const char *line);
