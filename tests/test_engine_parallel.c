@@ -180,9 +180,10 @@ static void check_synthetic(const char *const *shape, size_t count, enum dtype d
     driver_remove(model);
 }
 
-static const char *const moe_shape[] = {
-    "hidden=96", "layers=4",   "heads=4", "kv_heads=2",          "head_dim=16",
-    "vocab=500", "experts=12", "top_k=3", "moe_intermediate=40", "max_positions=512"};
+static const char *const moe_shape[] = {"hidden=96",         "layers=4",    "heads=4",
+                                        "kv_heads=2",        "head_dim=16", "vocab=500",
+                                        "experts=12",        "top_k=3",     "moe_intermediate=40",
+                                        "max_positions=512", "tied=0"};
 enum { MOE_FIELDS = sizeof moe_shape / sizeof *moe_shape };
 
 static void test_parallel_two_ranks_share_heads_and_experts(void **state)
@@ -193,9 +194,10 @@ static void test_parallel_two_ranks_share_heads_and_experts(void **state)
 
 static void test_parallel_three_ranks_of_odd_shape(void **state)
 {
-    static const char *const shape[] = {
-        "hidden=100", "layers=3",  "heads=6", "kv_heads=3",          "head_dim=10",
-        "vocab=500",  "experts=9", "top_k=4", "moe_intermediate=24", "max_positions=512"};
+    static const char *const shape[] = {"hidden=100",        "layers=3",    "heads=6",
+                                        "kv_heads=3",        "head_dim=10", "vocab=500",
+                                        "experts=9",         "top_k=4",     "moe_intermediate=24",
+                                        "max_positions=512", "tied=0"};
     (void)state;
     check_synthetic(shape, sizeof shape / sizeof *shape, DTYPE_F32, 3, 1e-4);
 }
@@ -203,9 +205,9 @@ static void test_parallel_three_ranks_of_odd_shape(void **state)
 // 22 units a rank: not a whole number of blocks of 8.
 static void test_parallel_two_ranks_share_a_dense_mlp(void **state)
 {
-    static const char *const shape[] = {"hidden=96",  "layers=3",        "heads=4",
-                                        "kv_heads=2", "head_dim=16",     "vocab=500",
-                                        "experts=0",  "intermediate=44", "max_positions=512"};
+    static const char *const shape[] = {
+        "hidden=96", "layers=3",  "heads=4",         "kv_heads=2",        "head_dim=16",
+        "vocab=500", "experts=0", "intermediate=44", "max_positions=512", "tied=0"};
     (void)state;
     check_synthetic(shape, sizeof shape / sizeof *shape, DTYPE_F32, 2, 1e-4);
 }
