@@ -32,6 +32,7 @@ enum command_kind {
     DO_GATE_UP,
     DO_DOWN,
     DO_COMBINE,
+    DO_ALL_REDUCE,
     DO_SAMPLE
 };
 
@@ -59,6 +60,7 @@ struct command {
         struct moe_map_args map;
         struct moe_gemm_args moe;
         struct moe_combine_args combine;
+        struct all_reduce_args all_reduce;
         struct sample_args sample;
     } a;
 };
@@ -485,6 +487,9 @@ static void run_one(struct fake_stream *s, const struct command *c)
         run_combine(&c->a.combine);
         count_half(d, c->a.combine.rows);
         break;
+    case DO_ALL_REDUCE: // one rank: nothing to add
+        CHECK(!c->a.all_reduce.comm || c->a.all_reduce.comm->world == 1);
+        break;
     case DO_SAMPLE:
         run_sample(&c->a.sample);
         break;
@@ -606,6 +611,7 @@ RECORDER(fake_map, moe_map_args, DO_MAP, map)
 RECORDER(fake_gate_up, moe_gemm_args, DO_GATE_UP, moe)
 RECORDER(fake_down, moe_gemm_args, DO_DOWN, moe)
 RECORDER(fake_combine, moe_combine_args, DO_COMBINE, combine)
+RECORDER(fake_all_reduce, all_reduce_args, DO_ALL_REDUCE, all_reduce)
 RECORDER(fake_sample, sample_args, DO_SAMPLE, sample)
 
 // ---- life ----
@@ -722,6 +728,7 @@ static const struct device_table table = {
     .moe_gate_up = fake_gate_up,
     .moe_down = fake_down,
     .moe_combine = fake_combine,
+    .all_reduce = fake_all_reduce,
     .sample = fake_sample,
 };
 

@@ -102,8 +102,10 @@ static void moe_record(struct moe *m, float *y, bool resume)
                                                             .resume = resume});
     rig->table->moe_gate_up(rig->stream, &gemm);
     rig->table->moe_down(rig->stream, &gemm);
-    rig->table->moe_combine(rig->stream,
-                            &(struct moe_combine_args){m->work, y, m->rows, m->dim, m->top_k});
+    rig->table->moe_combine(
+        rig->stream,
+        &(struct moe_combine_args){
+            .work = m->work, .y = y, .rows = m->rows, .dim = m->dim, .top_k = m->top_k});
 }
 
 // The LoRA of one module for one row: result[cols] += scale * (x A^T) B^T, and its size.

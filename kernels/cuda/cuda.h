@@ -123,6 +123,7 @@ void cuda__moe_map(const struct cuda_launch *l, const struct moe_map_args *a);
 void cuda__moe_gate_up(const struct cuda_launch *l, const struct moe_gemm_args *a);
 void cuda__moe_down(const struct cuda_launch *l, const struct moe_gemm_args *a);
 void cuda__moe_combine(const struct cuda_launch *l, const struct moe_combine_args *a);
+void cuda__all_reduce(const struct cuda_launch *l, const struct all_reduce_args *a);
 void cuda__sample(const struct cuda_launch *l, const struct sample_args *a);
 
 // segment.cu: the kernels that open and close a segment.

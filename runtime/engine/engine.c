@@ -85,8 +85,9 @@ static enum status make_scratch(struct engine *e)
     size_t samples = row_bucket(e->options.sequences_max);
     size_t q = (size_t)c->heads * c->head_dim, qkv = q + 2 * (size_t)c->kv_heads * c->head_dim;
     size_t gate_up = c->intermediate ? tile_interleaved_rows(c->intermediate) : 0;
-    if (act_area(e, &s->act, rows, c->hidden) || act_area(e, &s->attention, rows, q) ||
-        device_area(e, &s->normed, rows * c->hidden * f) ||
+    size_t partial = e->options.model->share.rank ? rows * c->hidden * f : 0;
+    if (device_area(e, &s->partial, partial) || act_area(e, &s->act, rows, c->hidden) ||
+        act_area(e, &s->attention, rows, q) || device_area(e, &s->normed, rows * c->hidden * f) ||
         device_area(e, &s->qkv, rows * qkv * f) ||
         device_area(e, &s->gate_up, rows * gate_up * f) ||
         act_area(e, &s->mid, gate_up ? rows : 1, c->intermediate ? c->intermediate : 1) ||
@@ -275,6 +276,7 @@ static void release_scratch(struct engine *e)
 {
     struct scratch *s = &e->scratch;
     void *areas[] = {s->act,
+                     s->partial,
                      s->attention,
                      s->mid,
                      s->normed,

@@ -42,6 +42,7 @@ struct engine_options {
     // Owned by the caller, used by the engine thread alone until engine_destroy.
     const struct model *model;
     struct device *device;
+    struct comm *comm; // NULL: this is the only rank; else of the model's share
     struct pool *pool;
     struct copy_queues *copies;
     const uint8_t *arena; // device arena of the pool

@@ -154,6 +154,7 @@ struct scratch {
     void *act, *attention, *mid;
     float *normed, *qkv, *gate_up;
     float *lora_hidden[3];
+    float *partial; // [rows][hidden] of ranks above 0
     struct moe_work moe;
     uint32_t *need;        // [moe layers][experts], host-visible
     uint8_t *expert_state; // [experts] of the gate that fired, host-visible

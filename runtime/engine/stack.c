@@ -144,6 +144,8 @@ static enum status make_device_and_model(struct stack *s, struct fault *fault)
     struct model_options model = {.directory = o->model,
                                   .state_directory = o->state_directory,
                                   .page_bytes = o->page_bytes,
+                                  .rank = o->comm ? o->comm->rank : 0,
+                                  .world = o->comm ? o->comm->world : 1,
                                   .progress = o->progress,
                                   .progress_context = o->progress_context};
     status = model_load(s->device, &model, &s->model, fault);
@@ -312,6 +314,7 @@ static enum status make_engine(struct stack *s, struct fault *fault)
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory for the engine's queues.");
     struct engine_options engine = {.model = s->model,
                                     .device = s->device,
+                                    .comm = o->comm,
                                     .pool = s->pool,
                                     .copies = s->copies,
                                     .arena = s->device_arena,
@@ -351,8 +354,8 @@ static enum status build(struct stack *s, struct fault *fault)
         return status;
     const struct model_config *c = &s->model->config;
     s->page_bytes = s->model->page_bytes;
-    status = kv_shape_choose(c->layers, c->kv_heads, c->head_dim, s->model->dtype, s->page_bytes,
-                             &s->kv_shape, fault);
+    status = kv_shape_choose(c->layers, s->model->share.kv_heads, c->head_dim, s->model->dtype,
+                             s->page_bytes, &s->kv_shape, fault);
     if (status)
         return status;
     choose_sizes(&s->options, c, &s->model->expert_shape, s->page_bytes, &s->kv_shape,
@@ -437,6 +440,8 @@ void stack_destroy(struct stack *stack)
 {
     if (!stack)
         return;
+    if (stack->options.comm)
+        stack->options.comm->table->leave(stack->options.comm); // nobody waits for this rank
     if (stack->running)
         stop(stack);
     engine_destroy(stack->engine);

@@ -21,6 +21,7 @@ struct stack_options {
     enum dtype dtype;
     const char *instruction_set; // NULL: the best this processor has
     uint32_t threads;            // 0: all cores
+    struct comm *comm;    // NULL: alone; else loads and computes the share of comm->rank. Not owned
     uint64_t pool_bytes;  // 0: experts + KV of kv_contexts_default contexts + adapters' share
     uint64_t host_bytes;  // 0: 256 MiB, at least eight pages
     size_t page_bytes;    // 0: chosen to waste least

@@ -8,6 +8,9 @@
 //   self_attn.o_proj, mlp.down_proj         -> tiles
 //   norms, mlp.gate.weight (router)         -> fp32
 //
+// A rank of several (model_share) takes its rows of q, k, v, gate and up and its columns of o and
+// down; the rest, the router included, it has whole.
+//
 // It owns names and placement; what a file may contain is checkpoint.c's. Nothing is read in the
 // counting pass (loader.fill = false), so a checkpoint that does not fit config.json is refused at
 // once. Data goes file -> row-major chunk -> tiles of the chunk -> device; chunks are whole blocks
@@ -34,19 +37,46 @@ static void device_upload(struct device *device, void *to, const void *from, siz
 
 struct part {
     char name[NAME_BYTES];
-    uint64_t rows;
+    uint64_t rows, first; // taken: [first, first + rows)
+    uint64_t all;         // rows of the tensor
     const struct weight *weight;
 };
 
 static struct part part(uint64_t rows, const char *format, ...) PRINTF_LIKE(2, 3);
 static struct part part(uint64_t rows, const char *format, ...)
 {
-    struct part out = {.rows = rows};
+    struct part out = {.rows = rows, .all = rows};
     va_list list;
     va_start(list, format);
     (void)vsnprintf(out.name, sizeof out.name, format, list);
     va_end(list);
     return out;
+}
+
+// This rank's rows of it.
+static struct part part_share(const struct loader *loader, struct part whole)
+{
+    const struct model_share *share = &loader->model->share;
+    whole.rows = whole.all / share->world;
+    whole.first = whole.rows * share->rank;
+    return whole;
+}
+
+// The columns of a tensor that are taken.
+struct columns {
+    size_t all, first, count;
+};
+
+static struct columns columns_whole(size_t count)
+{
+    return (struct columns){.all = count, .count = count};
+}
+
+static struct columns columns_share(const struct loader *loader, size_t all)
+{
+    const struct model_share *share = &loader->model->share;
+    size_t count = all / share->world;
+    return (struct columns){.all = all, .first = count * share->rank, .count = count};
 }
 
 static enum status grow(uint8_t **buffer, size_t *has, size_t needs, struct fault *fault)
@@ -84,8 +114,9 @@ static enum status take(struct loader *loader, size_t bytes, void *out, struct f
 static enum status read_rows(struct loader *loader, const struct part *source, uint64_t first,
                              size_t count, size_t cols, void *out, struct fault *fault)
 {
+    uint64_t from = (source->first + first) * cols;
     enum status status =
-        weight_read(source->weight, loader->model->dtype, first * cols, out, count * cols, fault);
+        weight_read(source->weight, loader->model->dtype, from, out, count * cols, fault);
     if (!status && loader->progress)
         loader->progress(loader->progress_context,
                          count * cols * tensor_type_bytes(source->weight->tensor->type));
@@ -96,7 +127,7 @@ static enum status claim(struct loader *loader, struct part *parts, size_t count
                          struct fault *fault)
 {
     for (size_t i = 0; i < count; i++) {
-        uint64_t shape[] = {parts[i].rows, cols};
+        uint64_t shape[] = {parts[i].all, cols};
         enum status status =
             checkpoint_claim(loader->checkpoint, parts[i].name, shape, 2, &parts[i].weight, fault);
         if (status)
@@ -162,25 +193,35 @@ static enum status read_stacked(struct loader *loader, const struct part *parts,
     return STATUS_OK;
 }
 
+// Leaves the taken columns of `count` staged rows, close together.
+static void take_columns(struct loader *loader, size_t count, const struct columns *columns)
+{
+    size_t element = dtype_bytes(loader->model->dtype), bytes = columns->count * element;
+    for (size_t r = 0; columns->count < columns->all && r < count; r++)
+        memmove(loader->rows + r * bytes,
+                loader->rows + (r * columns->all + columns->first) * element, bytes);
+}
+
 // Tiles of the parts one below the other.
 static enum status place_tiles(struct loader *loader, struct part *parts, size_t part_count,
-                               size_t cols, void **out, struct fault *fault)
+                               struct columns columns, void **out, struct fault *fault)
 {
     enum dtype dtype = loader->model->dtype;
-    size_t rows = 0, step = chunk_rows(dtype, cols);
+    size_t rows = 0, cols = columns.count, step = chunk_rows(dtype, columns.all);
     for (size_t i = 0; i < part_count; i++)
         rows += (size_t)parts[i].rows;
-    enum status status = claim(loader, parts, part_count, cols, fault);
+    enum status status = claim(loader, parts, part_count, columns.all, fault);
     if (!status)
         status = take(loader, tile_count(dtype, rows, cols) * TILE_BYTES, out, fault);
     if (status || !loader->fill)
         return status;
-    status = prepare_staging(loader, step, cols, fault);
+    status = prepare_staging(loader, step, columns.all, fault);
     for (size_t r = 0; !status && r < rows; r += step) {
         size_t count = min_size(step, rows - r), tiles = tile_count(dtype, count, cols);
-        status = read_stacked(loader, parts, part_count, r, count, cols, fault);
+        status = read_stacked(loader, parts, part_count, r, count, columns.all, fault);
         if (status)
             break;
+        take_columns(loader, count, &columns);
         memset(loader->tiles, 0, tiles * TILE_BYTES);
         tile_pack(dtype, loader->rows, count, cols, -1, loader->tiles);
         device_upload(loader->model->device,
@@ -243,7 +284,7 @@ static enum status place_embedding(struct loader *loader, struct fault *fault)
         return status;
     struct part head =
         part(config->vocab, "%s", config->tied_embeddings ? table.name : "lm_head.weight");
-    return place_tiles(loader, &head, 1, config->hidden, &model->head, fault);
+    return place_tiles(loader, &head, 1, columns_whole(config->hidden), &model->head, fault);
 }
 
 // 1 / theta^(2i / head_dim) in fp32, as transformers computes it.
@@ -279,6 +320,8 @@ static enum status place_attention(struct loader *loader, uint32_t layer, struct
     struct part qkv[PARTS_MAX] = {part(q, "model.layers.%u.self_attn.q_proj.weight", layer),
                                   part(kv, "model.layers.%u.self_attn.k_proj.weight", layer),
                                   part(kv, "model.layers.%u.self_attn.v_proj.weight", layer)};
+    for (size_t i = 0; i < PARTS_MAX; i++)
+        qkv[i] = part_share(loader, qkv[i]);
     struct part o = part(config->hidden, "model.layers.%u.self_attn.o_proj.weight", layer);
     enum status status =
         place_norm(loader, layer, "input_layernorm", config->hidden, &to->attention_norm, fault);
@@ -289,9 +332,10 @@ static enum status place_attention(struct loader *loader, uint32_t layer, struct
         status =
             place_norm(loader, layer, "self_attn.k_norm", config->head_dim, &to->k_norm, fault);
     if (!status)
-        status = place_tiles(loader, qkv, PARTS_MAX, config->hidden, &to->qkv, fault);
+        status =
+            place_tiles(loader, qkv, PARTS_MAX, columns_whole(config->hidden), &to->qkv, fault);
     if (!status)
-        status = place_tiles(loader, &o, 1, (size_t)q, &to->o, fault);
+        status = place_tiles(loader, &o, 1, columns_share(loader, (size_t)q), &to->o, fault);
     return status;
 }
 
@@ -311,10 +355,13 @@ static enum status place_mlp(struct loader *loader, uint32_t layer, struct fault
     struct part gate_up[] = {
         part(config->intermediate, "model.layers.%u.mlp.gate_proj.weight", layer),
         part(config->intermediate, "model.layers.%u.mlp.up_proj.weight", layer)};
+    for (size_t i = 0; i < ARRAY_COUNT(gate_up); i++)
+        gate_up[i] = part_share(loader, gate_up[i]);
     struct part down = part(config->hidden, "model.layers.%u.mlp.down_proj.weight", layer);
     status = place_interleaved(loader, gate_up, config->hidden, &to->gate_up, fault);
     if (!status)
-        status = place_tiles(loader, &down, 1, config->intermediate, &to->down, fault);
+        status = place_tiles(loader, &down, 1, columns_share(loader, config->intermediate),
+                             &to->down, fault);
     return status;
 }
 
