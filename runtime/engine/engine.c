@@ -411,6 +411,7 @@ void engine_counters(const struct engine *engine, struct engine_counters *out)
     *out = engine->counters;
     out->running = engine->lists[SEQUENCE_RUNNING].count + engine->lists[SEQUENCE_OUT].count;
     out->waiting = engine->lists[SEQUENCE_QUEUED].count;
+    out->captures = engine->table->captures(engine->stream);
 }
 
 void engine_check(const struct engine *engine)

@@ -388,7 +388,9 @@ static enum status submit(struct engine *e, struct step *step)
     e->submitted_us = clock_now_us(&e->options.clock);
     step->state = STEP_FLIGHT;
     e->counters.segments++;
-    return e->table->submit(e->stream);
+    enum status status = e->table->submit(e->stream);
+    e->counters.submit_us += clock_now_us(&e->options.clock) - e->submitted_us;
+    return status;
 }
 
 static void account_experts(struct engine *e, uint32_t from, uint32_t to)
@@ -436,6 +438,7 @@ static void at_preemption_point(struct engine *e, struct step *step)
 static void measure(struct engine *e, const struct step *step)
 {
     uint64_t us = clock_now_us(&e->options.clock) - e->submitted_us;
+    e->counters.flight_us += us;
     uint32_t halves = step->segment_end - step->half;
     float per = (float)us / (float)(halves * step->plan.rows);
     e->half_us_per_row = e->half_us_per_row > 0 ? 0.8f * e->half_us_per_row + 0.2f * per : per;
