@@ -145,8 +145,9 @@ static double step_bytes(const struct bench *b, uint32_t batch, double context, 
 static double prefill_flops(const struct bench *b, double tokens)
 {
     const struct model_config *c = &b->model->config;
-    double token = path_weights(b) + moe_layers(b) * ((double)c->top_k * 3 * c->moe_intermediate +
-                                                      c->experts) * c->hidden;
+    double token = path_weights(b) + moe_layers(b) *
+                                         ((double)c->top_k * 3 * c->moe_intermediate + c->experts) *
+                                         c->hidden;
     double attention = tokens * tokens * c->heads * c->head_dim * c->layers; // causal: half
     return 2 * (tokens * token + attention);
 }

@@ -133,8 +133,12 @@ static void test_synth_answers_depend_on_the_name_alone(void **state)
 
 static void test_synth_refuses_names(void **state)
 {
-    static const char *const bad[] = {"synth:", "synth:huge", "synth:tiny,layers", "synth:tiny,a=1",
-                                      "synth:tiny,router_skew=-1", "synth:tiny,seed=x"};
+    static const char *const bad[] = {"synth:",
+                                      "synth:huge",
+                                      "synth:tiny,layers",
+                                      "synth:tiny,a=1",
+                                      "synth:tiny,router_skew=-1",
+                                      "synth:tiny,seed=x"};
     (void)state;
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         struct model_fit fit;

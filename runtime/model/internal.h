@@ -22,7 +22,7 @@ struct loader {
     struct model *model;
     struct checkpoint *checkpoint;
     bool fill;
-    bool rows_wanted; // dense weights as padded rows, not tiles (device_info.dense_tiles)
+    bool rows_wanted;           // dense weights as padded rows, not tiles (device_info.dense_tiles)
     struct synth_source *synth; // of "synth:NAME"; NULL: a directory
     void (*progress)(void *context, uint64_t bytes); // bytes read since the last call; may be NULL
     void *progress_context;

@@ -57,7 +57,8 @@ static void shard_name(const struct synth *synth, uint32_t shard, char out[NAME_
     if (synth->list.shards == 1)
         (void)snprintf(out, NAME_BYTES, "model.safetensors");
     else
-        (void)snprintf(out, NAME_BYTES, "model-%05u-of-%05u.safetensors", shard + 1, synth->list.shards);
+        (void)snprintf(out, NAME_BYTES, "model-%05u-of-%05u.safetensors", shard + 1,
+                       synth->list.shards);
 }
 
 static void write_tensor(struct synth *synth, size_t index, uint16_t *chunk, FILE *file)
@@ -70,7 +71,8 @@ static void write_tensor(struct synth *synth, size_t index, uint16_t *chunk, FIL
         (void)fwrite(chunk, 2, n, file);
         synth->done += 2 * n;
         if (synth->options->progress)
-            synth->options->progress(synth->options->progress_context, synth->done, synth->list.total);
+            synth->options->progress(synth->options->progress_context, synth->done,
+                                     synth->list.total);
     }
 }
 
@@ -113,7 +115,8 @@ static enum status write_index(const struct synth *synth, struct fault *fault)
     for (size_t i = 0; i < synth->list.count; i++) {
         char shard[NAME_BYTES];
         shard_name(synth, synth->list.entries[i].shard, shard);
-        (void)fprintf(file, "%s\n    \"%s\": \"%s\"", i ? "," : "", synth->list.entries[i].name, shard);
+        (void)fprintf(file, "%s\n    \"%s\": \"%s\"", i ? "," : "", synth->list.entries[i].name,
+                      shard);
     }
     (void)fputs("\n  }\n}\n", file);
     return close_file(file, index_name, fault);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Random models: what they are made of. Owns the named shapes, the list of tensors of the two architectures in the
-// order of the file, and the numbers in them.
+// Random models: what they are made of. Owns the named shapes, the list of tensors of the two
+// architectures in the order of the file, and the numbers in them.
 //
 // Numbers: uniform with the standard deviation `sd` of the tensor, four from each 64-bit word of a
 // counter-based generator, rounded to bf16. sd = 1 / sqrt(inputs), and smaller by 2 * sqrt(2 *
@@ -141,10 +141,10 @@ double synth__sd_out(const struct synth_shape *shape, uint64_t inputs)
     return 0.5 / sqrt(2.0 * shape->layers * (double)inputs);
 }
 
-static bool add(struct synth_list *list, uint64_t rows, uint64_t cols, double sd, const char *format,
-                ...) PRINTF_LIKE(5, 6);
-static bool add(struct synth_list *list, uint64_t rows, uint64_t cols, double sd, const char *format,
-                ...)
+static bool add(struct synth_list *list, uint64_t rows, uint64_t cols, double sd,
+                const char *format, ...) PRINTF_LIKE(5, 6);
+static bool add(struct synth_list *list, uint64_t rows, uint64_t cols, double sd,
+                const char *format, ...)
 {
     if (list->count == list->capacity) {
         size_t capacity = list->capacity ? 2 * list->capacity : 256;
@@ -258,4 +258,3 @@ void synth__fill(float sd, uint64_t key, uint64_t word, uint16_t *out, size_t co
             out[i] = bf16_from_f32(centre + scale * ((float)(bits & 0xffffu) - 32767.5f));
     }
 }
-

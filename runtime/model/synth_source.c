@@ -251,8 +251,7 @@ enum status synth_checkpoint(const struct synth_source *source, struct checkpoin
             made_close(&made->reader);
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory for a random model.");
     }
-    made->reader =
-        (struct reader){.read_at = checkpoint_read_at, .close = made_close, .size = at};
+    made->reader = (struct reader){.read_at = checkpoint_read_at, .close = made_close, .size = at};
     return checkpoint_open_reader(&made->reader, out, fault);
 }
 
@@ -306,10 +305,10 @@ enum status synth_store(const struct synth_source *source, const struct expert_s
     made->down_begin = (uint64_t)shape->down_tile * TILE_BYTES;
     made->down_end = made->down_begin +
                      tile_count(shape->dtype, shape->hidden, shape->intermediate) * TILE_BYTES;
-    made->reader = (struct reader){
-        .read_at = store_read_at,
-        .close = made_close,
-        .size = shape->page_bytes + made->record_bytes * shape->layers * shape->experts};
+    made->reader = (struct reader){.read_at = store_read_at,
+                                   .close = made_close,
+                                   .size = shape->page_bytes +
+                                           made->record_bytes * shape->layers * shape->experts};
     *out = &made->reader;
     return STATUS_OK;
 }

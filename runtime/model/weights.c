@@ -138,8 +138,8 @@ static enum status place_f32(struct loader *loader, const char *name, const uint
     if (!status)
         status = weight_read(weight, DTYPE_F32, 0, loader->rows, count, fault);
     if (!status)
-        status = device_upload(loader->model->device, *out, loader->rows, count * sizeof(float),
-                               fault);
+        status =
+            device_upload(loader->model->device, *out, loader->rows, count * sizeof(float), fault);
     if (!status && loader->progress)
         loader->progress(loader->progress_context, weight->tensor->bytes);
     return status;
