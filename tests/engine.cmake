@@ -1,5 +1,6 @@
 add_library(engine_driver STATIC engine_driver.c)
 target_link_libraries(engine_driver PUBLIC polder_stack)
+polder_test(test_synth LIBS polder_stack m LABELS fast)
 polder_test(test_engine LIBS engine_driver LABELS fast)
 polder_test(test_engine_ahead LIBS engine_driver LABELS fast)
 polder_test(test_engine_parallel LIBS engine_driver Threads::Threads LABELS fast)

@@ -202,6 +202,7 @@ static const struct device_table table = {
     .moe_down = cuda__record_moe_down,
     .moe_combine = cuda__record_moe_combine,
     .sample = cuda__record_sample,
+    .all_reduce = cuda__record_all_reduce,
 };
 
 static enum status check_gpu(int ordinal, struct cudaDeviceProp *properties, struct fault *fault)

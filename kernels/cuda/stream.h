@@ -17,7 +17,8 @@
     X(router, router_args, false)                                                                  \
     X(moe_map, moe_map_args, false)                                                                \
     X(moe_combine, moe_combine_args, false)                                                        \
-    X(sample, sample_args, false)
+    X(sample, sample_args, false)                                                                  \
+    X(all_reduce, all_reduce_args, false)
 
 // Those that know the adapters of the step: they carry a copy of its lora_batch.
 #define CUDA_LORA_OPERATIONS(X)                                                                    \

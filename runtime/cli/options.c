@@ -36,7 +36,8 @@ static const struct option TABLE[] = {
     {"log-level", STRING, ANY, FIELD(log_level), "LEVEL", "info", "debug, info, warn or error"},
     {"help", FLAG, ANY, FIELD(help), "", "", "print this"},
     {"model", STRING, STACK | COMMAND_SYNTH, FIELD(model), "DIR", "",
-     "Hugging Face directory of the base model (synth: whose tokenizer.json is copied)"},
+     "Hugging Face directory of the base model, or synth:SHAPE,key=value,... for random weights "
+     "in memory (command synth: whose tokenizer.json is copied)"},
     {"state-dir", STRING, STACK, FIELD(state_dir), "DIR", "~/.local/state/polder",
      "expert store, converted adapters"},
     {"device", STRING, STACK, FIELD(device), "NAME", "cpu",

@@ -472,6 +472,7 @@ void engine_counters(const struct engine *engine, struct engine_counters *out)
          slot = engine->sequences[slot].next)
         out->running += engine->sequences[slot].in_steps > 0; // surplus rows: they hold pages
     out->waiting = engine->lists[SEQUENCE_QUEUED].count;
+    out->captures = engine->table->captures(engine->stream);
 }
 
 void engine_check(const struct engine *engine)

@@ -108,6 +108,8 @@ struct engine_counters {
     uint64_t half_rows_run, half_rows_due; // half-layers x rows; equal when nothing ran twice
     uint64_t rows_recomputed;              // positions computed again because their KV was dropped
     uint64_t requests, finished, failed, prompt_tokens, cached_tokens, generated_tokens;
+    uint64_t submit_us, flight_us; // of segments: inside submit; from submit to retirement
+    uint64_t captures;             // units captured (device_table.captures)
     uint32_t running, waiting;
 };
 void engine_counters(const struct engine *engine, struct engine_counters *out);

@@ -479,7 +479,9 @@ static enum status submit(struct engine *e, struct step *step)
     step->state = STEP_FLIGHT;
     step->ahead_tried = step->segment_end < halves;
     e->counters.segments++;
-    return e->table->submit(e->stream);
+    enum status status = e->table->submit(e->stream);
+    e->counters.submit_us += clock_now_us(&e->options.clock) - e->submitted_us;
+    return status;
 }
 
 void step_submit(struct engine *engine, struct step *step)
@@ -540,6 +542,7 @@ static void at_preemption_point(struct engine *e, struct step *step)
 static void measure(struct engine *e, const struct step *step)
 {
     uint64_t us = clock_now_us(&e->options.clock) - e->submitted_us;
+    e->counters.flight_us += us;
     uint32_t halves = step->segment_end - step->half;
     float per = (float)us / (float)(halves * step->plan.rows);
     e->half_us_per_row = e->half_us_per_row > 0 ? 0.8f * e->half_us_per_row + 0.2f * per : per;

@@ -164,7 +164,11 @@ static enum status prepare(struct loader *loader, const struct model_options *op
 {
     struct model *model = loader->model;
     const char *directory = options->directory;
-    enum status status = model_config_load(directory, &model->config, fault);
+    enum status status = STATUS_OK;
+    if (synth_is_name(directory))
+        status = synth_open(directory, &loader->synth, &model->config, fault);
+    else
+        status = model_config_load(directory, &model->config, fault);
     if (!status)
         status = model_share(&model->config, options->rank, options->world, &model->share, fault);
     if (!status)
@@ -176,10 +180,11 @@ static enum status prepare(struct loader *loader, const struct model_options *op
     model->layers = calloc(model->config.layers, sizeof *model->layers);
     if (!model->layers)
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory while loading the model.");
-    status = checkpoint_open(directory, &loader->checkpoint, fault);
+    status = loader->synth ? synth_checkpoint(loader->synth, &loader->checkpoint, fault)
+                           : checkpoint_open(directory, &loader->checkpoint, fault);
     if (!status)
         status = model__place(loader, fault);
-    if (!status)
+    if (!status && !loader->synth)
         status = model__experts_claim(loader, fault);
     if (!status)
         status = checkpoint_finish(loader->checkpoint, model->config.tied_embeddings, fault);
@@ -198,11 +203,16 @@ static enum status load(struct loader *loader, const struct model_options *optio
     // Every tensor is read twice, for the digest and for its place; a store that exists saves its
     // part.
     progress->total = 2 * checkpoint_bytes(loader->checkpoint);
-    status = make_digest(loader, options->directory, fault);
+    if (loader->synth)
+        model->digest = synth_digest(loader->synth);
+    else
+        status = make_digest(loader, options->directory, fault);
     loader->fill = true;
     if (!status)
         status = model__place(loader, fault);
-    if (!status && model->expert_shape.experts)
+    if (!status && model->expert_shape.experts && loader->synth)
+        status = synth_store(loader->synth, &model->expert_shape, &model->expert_store, fault);
+    else if (!status && model->expert_shape.experts)
         status = open_store(loader, options->state_directory, fault);
     if (!status)
         report(progress, progress->total);
@@ -220,9 +230,13 @@ enum status model_load(struct device *device, const struct model_options *option
     model->device = device;
     model->dtype = info.dtype;
     struct progress progress = {.options = options};
-    struct loader loader = {.model = model, .progress = report, .progress_context = &progress};
+    struct loader loader = {.model = model,
+                            .rows_wanted = !info.dense_tiles,
+                            .progress = report,
+                            .progress_context = &progress};
     enum status status = load(&loader, options, &progress, fault);
     checkpoint_close(loader.checkpoint);
+    synth_close(loader.synth);
     model__loader_clear(&loader);
     if (status) {
         model_destroy(model);
@@ -269,6 +283,7 @@ enum status model_fit(const char *directory, enum dtype dtype, size_t page_bytes
     struct model_options options = {.directory = directory, .page_bytes = page_bytes};
     enum status status = prepare(&loader, &options, &out->page_bytes, fault);
     checkpoint_close(loader.checkpoint);
+    synth_close(loader.synth);
     free(model.layers);
     if (status) {
         model_config_clear(&model.config);

@@ -14,7 +14,8 @@
 // It owns names and placement; what a file may contain is checkpoint.c's. Nothing is read in the
 // counting pass (loader.fill = false), so a checkpoint that does not fit config.json is refused at
 // once. Data goes file -> row-major chunk -> tiles of the chunk -> device; chunks are whole blocks
-// of 64 rows, so that a chunk of tiles is contiguous on the device.
+// of 64 rows, so that a chunk of tiles is contiguous on the device. "Tiles" below are padded rows
+// instead where the device takes its dense weights so (device_info.dense_tiles).
 #include "runtime/model/internal.h"
 
 #include <math.h>
@@ -28,11 +29,28 @@
 
 enum { STAGING_BYTES = 4 << 20, NAME_BYTES = 128, PARTS_MAX = 3 };
 
-// The one place where bytes cross to the device. CPU device memory is plain memory.
-static void device_upload(struct device *device, void *to, const void *from, size_t bytes)
+// The one place where bytes cross to the device.
+static enum status device_upload(struct device *device, void *to, const void *from, size_t bytes,
+                                 struct fault *fault)
 {
-    (void)device;
-    memcpy(to, from, bytes);
+    enum status status = device->table->upload(device, to, from, bytes);
+    return status ? fault_set(fault, status, "copying weights to the device failed.") : STATUS_OK;
+}
+
+// tile_pack, or where the device wants rows: the same rows, interleaved alike, each rounded up to
+// whole tiles of columns. Both forms of whole blocks of 64 rows have the same size.
+static void dense_pack(const struct loader *loader, size_t rows, size_t cols, int half)
+{
+    enum dtype dtype = loader->model->dtype;
+    size_t row_bytes = cols * dtype_bytes(dtype), stride = round_up(row_bytes, TILE_ROW_BYTES);
+    if (!loader->rows_wanted) {
+        tile_pack(dtype, loader->rows, rows, cols, half, loader->tiles);
+        return;
+    }
+    for (size_t r = 0; r < rows; r++) {
+        size_t at = half < 0 ? r : tile_interleaved_row(r, (size_t)half);
+        memcpy(loader->tiles + at * stride, loader->rows + r * row_bytes, row_bytes);
+    }
 }
 
 struct part {
@@ -151,7 +169,8 @@ static enum status place_f32(struct loader *loader, const char *name, const uint
     if (!status)
         status = weight_read(weight, DTYPE_F32, 0, loader->rows, count, fault);
     if (!status)
-        device_upload(loader->model->device, *out, loader->rows, count * sizeof(float));
+        status =
+            device_upload(loader->model->device, *out, loader->rows, count * sizeof(float), fault);
     if (!status && loader->progress)
         loader->progress(loader->progress_context, weight->tensor->bytes);
     return status;
@@ -223,10 +242,10 @@ static enum status place_tiles(struct loader *loader, struct part *parts, size_t
             break;
         take_columns(loader, count, &columns);
         memset(loader->tiles, 0, tiles * TILE_BYTES);
-        tile_pack(dtype, loader->rows, count, cols, -1, loader->tiles);
-        device_upload(loader->model->device,
-                      (uint8_t *)*out + tile_count(dtype, r, cols) * TILE_BYTES, loader->tiles,
-                      tiles * TILE_BYTES);
+        dense_pack(loader, count, cols, -1);
+        status = device_upload(loader->model->device,
+                               (uint8_t *)*out + tile_count(dtype, r, cols) * TILE_BYTES,
+                               loader->tiles, tiles * TILE_BYTES, fault);
     }
     return status;
 }
@@ -251,12 +270,12 @@ static enum status place_interleaved(struct loader *loader, struct part *parts, 
         for (int half = 0; !status && half < 2; half++) {
             status = read_rows(loader, &parts[half], r, count, cols, loader->rows, fault);
             if (!status)
-                tile_pack(dtype, loader->rows, count, cols, half, loader->tiles);
+                dense_pack(loader, count, cols, half);
         }
         if (!status)
-            device_upload(loader->model->device,
-                          (uint8_t *)*out + tile_count(dtype, 2 * r, cols) * TILE_BYTES,
-                          loader->tiles, tiles * TILE_BYTES);
+            status = device_upload(loader->model->device,
+                                   (uint8_t *)*out + tile_count(dtype, 2 * r, cols) * TILE_BYTES,
+                                   loader->tiles, tiles * TILE_BYTES, fault);
     }
     return status;
 }
@@ -277,8 +296,8 @@ static enum status place_embedding(struct loader *loader, struct fault *fault)
         size_t count = min_size(step, config->vocab - r);
         status = read_rows(loader, &table, r, count, config->hidden, loader->rows, fault);
         if (!status)
-            device_upload(model->device, (uint8_t *)model->embedding + r * row_bytes, loader->rows,
-                          count * row_bytes);
+            status = device_upload(model->device, (uint8_t *)model->embedding + r * row_bytes,
+                                   loader->rows, count * row_bytes, fault);
     }
     if (status)
         return status;
@@ -300,8 +319,7 @@ static enum status place_inv_freq(struct loader *loader, struct fault *fault)
     for (uint32_t i = 0; i < count; i++)
         values[i] = 1.0f / powf((float)model->config.rope_theta,
                                 (float)(2 * i) / (float)model->config.head_dim);
-    device_upload(model->device, model->inv_freq, values, count * sizeof(float));
-    return STATUS_OK;
+    return device_upload(model->device, model->inv_freq, values, count * sizeof(float), fault);
 }
 
 static enum status place_norm(struct loader *loader, uint32_t layer, const char *which,
