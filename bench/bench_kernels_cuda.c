@@ -229,7 +229,8 @@ static void moe_record(struct bench *b, void *context)
                                   .intermediate = m->units,
                                   .top_k = m->top_k,
                                   .layer = l};
-        struct moe_combine_args c = {m->work[l], m->y, m->rows, m->hidden, m->top_k};
+        struct moe_combine_args c = {
+            .work = m->work[l], .y = m->y, .rows = m->rows, .dim = m->hidden, .top_k = m->top_k};
         b->t->moe_map(b->s, &map);
         if (m->stages >= 2)
             b->t->moe_gate_up(b->s, &g);

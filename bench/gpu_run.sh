@@ -17,14 +17,15 @@ case "${1:-}" in
         make cuda || exit 1
         stage=$(mktemp -d)
         mkdir -p "$stage/bin" "$stage/lib"
-        find build-cuda -type f -perm -100 \( -path '*/tests/*' -o -path '*/bench/*' -o -name polder \) \
-            ! -name '*.so*' -exec cp {} "$stage/bin/" \;
+        find build-cuda -type f -perm -100 \( -name 'test_kernels_*' -o -name 'test_goldens*' -o -name 'test_engine*' \
+            -o -name 'test_cuda*' -o -name test_backends -o -name 'bench_*' -o -name polder \) ! -name '*_cpu' \
+            ! -name test_kernels_stream -exec cp {} "$stage/bin/" \;
         strip "$stage"/bin/* 2> /dev/null
         for p in "$stage"/bin/*; do ldd "$p" 2> /dev/null; done | awk '$3 ~ /^\// { print $3 }' | sort -u |
             grep -Ev '/(libc|libm|libdl|libpthread|librt|libcublas|libcublasLt|libcusparse|libnccl|libnvJitLink|libstdc\+\+|libgcc_s|libgomp)\.so' |
             while read -r so; do cp -L "$so" "$stage/lib/"; done
         git rev-parse HEAD > "$stage/commit"
-        tar -C "$stage" -cJf "$2" . && ls -l "$2"
+        XZ_OPT="-9 -T2" tar -C "$stage" -cJf "$2" . && ls -l "$2"
         rm -rf "$stage"
         exit 0 ;;
     --from)

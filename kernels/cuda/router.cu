@@ -382,6 +382,7 @@ extern "C" void cuda__router(const struct cuda_launch *l, const struct router_ar
 extern "C" void cuda__moe_map(const struct cuda_launch *l, const struct moe_map_args *a)
 {
     CHECK(a->view.experts && a->view.experts <= EXPERTS_MAX);
+    CHECK(!a->mine.count); // expert-parallel ranks run on the CPU backend so far
     CHECK((uint64_t)l->rows_max * a->top_k < UINT32_MAX / 2);
     CHECK((uint64_t)a->view.experts * a->view.pages_per_expert < UINT32_MAX / 2);
     launch_kernel(l, map_kernel, dim3(1), dim3(MAP_THREADS),
@@ -393,7 +394,7 @@ extern "C" void cuda__moe_combine(const struct cuda_launch *l, const struct moe_
 {
     if (!l->rows_max || !a->dim)
         return;
-    CHECK(l->rows_max <= 65535);
+    CHECK(l->rows_max <= 65535 && !a->mine.count && !a->replace);
     uint32_t per = COMBINE_THREADS * (a->dim % 4 ? 1 : 4);
     dim3 grid((a->dim + per - 1) / per, l->rows_max);
     launch_kernel(l, a->dim % 4 ? combine_kernel<false> : combine_kernel<true>, grid,
