@@ -78,6 +78,7 @@ struct cuda_launch {
     struct cuda_control *control; // device memory
     uint32_t slot;                // control->rows[slot] is the number of rows
     uint32_t rows_max;            // bucket: the grid covers this many rows
+    bool can_miss;                // a moe_map stands before it in the segment
     bool captured;                // under capture (rows_max is a bucket), else rows_max is exact
     // Scratch of the stream, device memory.
     uint8_t *partials;       // ATTENTION_PARTIAL_BYTES

@@ -8,8 +8,9 @@
 //            number of rows under --batch-invariant: a result's bits depend on k alone.
 //   blas     cuBLASLt, more rows (gemm_blas.c). It works on the whole bucket and knows nothing of
 //            misses, so it only writes what a resumed segment computes anew. `add` changes the
-//            residual stream, which a missed segment must leave alone: the product goes to scratch
-//            and a kernel of ours adds it, when the segment has not missed. Beside a fused
+//            residual stream, which a missed segment must leave alone: where a moe_map stands
+//            before it, the product goes to scratch and a kernel of ours adds it, when the segment
+//            has not missed. Beside a fused
 //            add that moves 8 bytes more per result, mostly through L2; by arithmetic a fifth of
 //            the time at K = 4,096, a twentieth at 14,336. Without misses (dense models) it is not
 //            needed.
@@ -21,7 +22,8 @@
 // g, which are 16-byte loads. Of 8 columns, (0,1) and (2,3) are its places (2t,2t+1) and
 // (2t+8,2t+9) of one mma, (4,5) and (6,7) of the next.
 //
-// Work: an item is (unit of 16 MT weight rows) x (group of 8 NT tokens) x all K, groups innermost,
+// Work: an item is (unit of 8 H MT weight rows, H = 1 or 2 halves of an m-tile) x (group of 8 NT
+// tokens) x all K, groups innermost,
 // so that with many groups W is read from DRAM once. A CTA of 8 warps takes items blockIdx.x,
 // + gridDim.x, ...; warp w takes pieces w, w + 8, ... in ascending order; then the 8 partial sums
 // are added in order of warps through shared memory. Neither MT, NT, the group nor the grid changes
@@ -46,9 +48,9 @@ enum {
 };
 
 // The largest instance would spill with 128 registers.
-static constexpr uint32_t ctas_per_sm(int nt, int mt)
+static constexpr uint32_t ctas_per_sm(int nt, int mt, int halves)
 {
-    return nt * mt < 8 ? 2 : 1;
+    return halves == 1 && nt == 1 ? 3 : nt * mt < 8 ? 2 : 1;
 }
 
 struct narrow_args {
@@ -60,36 +62,36 @@ struct narrow_args {
 };
 
 // Where a lane reads a unit's weights: its two rows of each m-tile. Rows behind n read row n - 1.
-template <int MT>
+template <int MT, int H>
 static __device__ __forceinline__ void unit_rows(const struct narrow_args &a, uint32_t unit,
-                                                 const bf16 *row[MT][2])
+                                                 const bf16 *row[MT][H])
 {
     uint32_t g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            uint32_t j = unit * 16 * MT + 16 * m + 8 * h + g;
+        for (int h = 0; h < H; h++) {
+            uint32_t j = (unit * MT + m) * 8 * H + 8 * h + g;
             row[m][h] = a.w + (uint64_t)(j < a.n ? j : a.n - 1) * a.cols + 8 * t;
         }
 }
 
-template <int MT>
-static __device__ __forceinline__ void piece_load(uint4 to[MT][2][2], const bf16 *const row[MT][2],
+template <int MT, int H>
+static __device__ __forceinline__ void piece_load(uint4 to[MT][H][2], const bf16 *const row[MT][H],
                                                   uint32_t piece)
 {
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
+        for (int h = 0; h < H; h++) {
             to[m][h][0] = load_once(row[m][h] + piece * PIECE);
             to[m][h][1] = load_once(row[m][h] + piece * PIECE + PIECE / 2);
         }
 }
 
 // sum += one piece of weights x tokens. token[i]: where this lane reads token 8i + g.
-template <int NT, int MT>
-static __device__ __forceinline__ void piece_multiply(float sum[MT][NT][4], const uint4 w[MT][2][2],
+template <int NT, int MT, int H>
+static __device__ __forceinline__ void piece_multiply(float sum[MT][NT][4], const uint4 w[MT][H][2],
                                                       const bf16 *const token[NT], uint32_t piece)
 {
 #pragma unroll
@@ -99,7 +101,8 @@ static __device__ __forceinline__ void piece_multiply(float sum[MT][NT][4], cons
             uint4 x = *(const uint4 *)(token[i] + piece * PIECE + half * (PIECE / 2));
 #pragma unroll
             for (int m = 0; m < MT; m++) {
-                const uint4 &low = w[m][0][half], &high = w[m][1][half];
+                const uint4 low = w[m][0][half];
+                const uint4 high = H == 2 ? w[m][H - 1][half] : make_uint4(0, 0, 0, 0);
                 const uint32_t first[4] = {low.x, high.x, low.y, high.y};
                 const uint32_t second[4] = {low.z, high.z, low.w, high.w};
                 mma_16816(sum[m][i], first, x.x, x.y);
@@ -109,11 +112,11 @@ static __device__ __forceinline__ void piece_multiply(float sum[MT][NT][4], cons
 }
 
 // Adds the warps' partial sums in order and writes the item's results.
-template <int NT, int MT>
+template <int NT, int MT, int H>
 static __device__ __forceinline__ void item_store(const struct narrow_args &a, uint32_t item,
                                                   uint32_t rows, const float sum[MT][NT][4])
 {
-    enum { ROWS = 16 * MT, STRIDE = ROWS + 4, TOKENS = 8 * NT };
+    enum { ROWS = 8 * H * MT, STRIDE = ROWS + 4, TOKENS = 8 * NT };
     __shared__ float partial[WARPS][TOKENS][STRIDE];
     uint32_t warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     __syncthreads(); // the item before has been read
@@ -122,8 +125,8 @@ static __device__ __forceinline__ void item_store(const struct narrow_args &a, u
 #pragma unroll
         for (int i = 0; i < NT; i++)
 #pragma unroll
-            for (int c = 0; c < 4; c++)
-                partial[warp][8 * i + 2 * t + c % 2][16 * m + g + c / 2 * 8] = sum[m][i][c];
+            for (int c = 0; c < 2 * H; c++)
+                partial[warp][8 * i + 2 * t + c % 2][8 * H * m + g + c / 2 * 8] = sum[m][i][c];
     __syncthreads();
     for (uint32_t at = threadIdx.x; at < ROWS * TOKENS; at += THREADS) {
         uint32_t token = at / ROWS, row = at % ROWS;
@@ -139,21 +142,21 @@ static __device__ __forceinline__ void item_store(const struct narrow_args &a, u
     }
 }
 
-template <int NT, int MT>
-static __global__ void __launch_bounds__(THREADS, ctas_per_sm(NT, MT))
+template <int NT, int MT, int H>
+static __global__ void __launch_bounds__(THREADS, ctas_per_sm(NT, MT, H))
     narrow_kernel(const struct cuda_control *control, uint32_t slot, const struct narrow_args a)
 {
     enum { RING = RING_ROWS / MT };
     uint32_t warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, rows;
     uint32_t pieces = a.cols / PIECE;
     uint32_t rounds = ((pieces + WARPS - 1) / WARPS + RING - 1) / RING;
-    const bf16 *row[MT][2];
-    uint4 ring[RING][MT][2][2];
-    unit_rows<MT>(a, blockIdx.x / a.groups, row);
+    const bf16 *row[MT][H];
+    uint4 ring[RING][MT][H][2];
+    unit_rows<MT, H>(a, blockIdx.x / a.groups, row);
 #pragma unroll
     for (int d = 0; d < RING; d++)
         if (d * WARPS + warp < pieces)
-            piece_load<MT>(ring[d], row, d * WARPS + warp);
+            piece_load<MT, H>(ring[d], row, d * WARPS + warp);
     if (!segment_enter(control, slot, &rows))
         return;
     // Places of the N operand without a token repeat the last one; nobody looks at their sums.
@@ -172,17 +175,17 @@ static __global__ void __launch_bounds__(THREADS, ctas_per_sm(NT, MT))
             bool more = !last || item + gridDim.x < a.items;
             uint32_t next = last ? warp : (round + 1) * RING * WARPS + warp;
             if (last && more)
-                unit_rows<MT>(a, (item + gridDim.x) / a.groups, row);
+                unit_rows<MT, H>(a, (item + gridDim.x) / a.groups, row);
 #pragma unroll
             for (int d = 0; d < RING; d++) {
                 uint32_t piece = (round * RING + d) * WARPS + warp;
                 if (piece < pieces)
-                    piece_multiply<NT, MT>(sum, ring[d], token, piece);
+                    piece_multiply<NT, MT, H>(sum, ring[d], token, piece);
                 if (more && next + d * WARPS < pieces)
-                    piece_load<MT>(ring[d], row, next + d * WARPS);
+                    piece_load<MT, H>(ring[d], row, next + d * WARPS);
             }
         }
-        item_store<NT, MT>(a, item, rows, sum);
+        item_store<NT, MT, H>(a, item, rows, sum);
     }
 }
 
@@ -200,10 +203,10 @@ static __global__ void __launch_bounds__(ADD_THREADS)
         to[j] += from[j];
 }
 
-template <int NT, int MT>
+template <int NT, int MT, int H>
 static void narrow_launch(const struct cuda_launch *l, const struct gemm_args *a)
 {
-    uint32_t units = (a->n + 16 * MT - 1) / (16 * MT);
+    uint32_t units = (a->n + 8 * H * MT - 1) / (8 * H * MT);
     struct narrow_args args = {.x = (const bf16 *)a->x,
                                .w = (const bf16 *)a->weight,
                                .y = a->y,
@@ -214,25 +217,31 @@ static void narrow_launch(const struct cuda_launch *l, const struct gemm_args *a
                                .add = a->add};
     CHECK((uint64_t)units * args.groups < UINT32_MAX / 2);
     args.items = units * args.groups;
-    uint32_t grid = ctas_per_sm(NT, MT) * (uint32_t)l->device->multiprocessors;
-    launch_kernel(l, narrow_kernel<NT, MT>, dim3(args.items < grid ? args.items : grid),
+    uint32_t grid = ctas_per_sm(NT, MT, H) * (uint32_t)l->device->multiprocessors;
+    launch_kernel(l, narrow_kernel<NT, MT, H>, dim3(args.items < grid ? args.items : grid),
                   dim3(THREADS), 0, l->control, l->slot, args);
 }
 
-// Units of 32 rows halve the reading of x, where they leave a unit for every CTA.
+// Units of 32 rows halve the reading of x, where they leave a unit for every CTA. Matrices of few
+// rows are cut into units of 8, or part of the CTAs would have two units to do and the others one.
 static void narrow(const struct cuda_launch *l, const struct gemm_args *a)
 {
     bool tall = a->n / 32 >= 2 * (uint32_t)l->device->multiprocessors;
-    if (l->rows_max <= 8)
-        narrow_launch<1, 1>(l, a);
+    bool small = a->n / 16 < 6 * (uint32_t)l->device->multiprocessors;
+    if (l->rows_max <= 8 && small)
+        narrow_launch<1, 1, 1>(l, a);
+    else if (l->rows_max <= 8)
+        narrow_launch<1, 1, 2>(l, a);
+    else if (l->rows_max <= 16 && small)
+        narrow_launch<2, 1, 1>(l, a);
     else if (l->rows_max <= 16 && !tall)
-        narrow_launch<2, 1>(l, a);
+        narrow_launch<2, 1, 2>(l, a);
     else if (l->rows_max <= 16)
-        narrow_launch<2, 2>(l, a);
+        narrow_launch<2, 2, 2>(l, a);
     else if (!tall)
-        narrow_launch<4, 1>(l, a);
+        narrow_launch<4, 1, 2>(l, a);
     else
-        narrow_launch<4, 2>(l, a);
+        narrow_launch<4, 2, 2>(l, a);
 }
 
 // The product of all rows into scratch, in chunks that fit, each added to y. False: no algorithm.
@@ -262,7 +271,7 @@ void cuda__gemm(const struct cuda_launch *l, const struct gemm_args *a)
         return;
     bool own = l->device->invariant || l->rows_max <= NARROW_ROWS;
     if (!own)
-        own = !(a->add ? blas_add(l, a)
+        own = !(a->add && l->can_miss ? blas_add(l, a)
                        : cuda__gemm_blas(l, a, a->x, a->y, a->y_stride, l->rows_max));
     if (own)
         narrow(l, a);

@@ -88,9 +88,9 @@ bool cuda__gemm_blas(const struct cuda_launch *l, const struct gemm_args *a, con
                                                  p.y, p.preference, 1, &found, &count) &&
                  count > 0 && found.state == CUBLAS_STATUS_SUCCESS;
     if (ready) {
-        const float one = 1.0f, zero = 0.0f;
+        const float one = 1.0f, zero = 0.0f, *beta = a->add && y == a->y ? &one : &zero;
         cublasStatus_t status = cublasLtMatmul(l->device->blas, p.operation, &one, a->weight,
-                                               p.weight, x, p.x, &zero, y, p.y, y, p.y, &found.algo,
+                                               p.weight, x, p.x, beta, y, p.y, y, p.y, &found.algo,
                                                l->blas_workspace, BLAS_WORKSPACE_BYTES, l->stream);
         if (status != CUBLAS_STATUS_SUCCESS)
             (void)cuda__fail(l->device, "cublasLtMatmul", (int)status);

@@ -44,7 +44,8 @@ struct copy_args {
 };
 
 struct command {
-    uint32_t op, slot, rows_max, captured;
+    uint32_t op, slot, rows_max;
+    bool captured, can_miss;
     union {
         struct copy_args copy;
         struct scatter_args scatter;
@@ -69,6 +70,7 @@ struct cuda_stream {
     uint32_t units[UNITS_MAX], unit_count;
     uint32_t rows[ROW_SLOTS], slots;
     uint32_t lora_segments, lora_rank;
+    bool can_miss; // a moe_map was recorded
     struct cuda_control *control;
     struct cuda_result *result;
     uint8_t *partials, *blas_workspace, *work;
@@ -116,6 +118,8 @@ static void record_rows(struct cuda_stream *s, struct command *c, uint32_t rows,
         slot = s->slots;
     }
     c->slot = slot - 1;
+    c->can_miss = s->can_miss;
+    s->can_miss = s->can_miss || c->op == OP_moe_map;
     c->captured = s->unit_count > 0;
     c->rows_max = c->captured ? row_bucket(rows) : rows;
 }
@@ -161,7 +165,7 @@ void cuda__record_scatter(struct stream *stream, const struct scatter_args *a)
     void cuda__record_##name(struct stream *stream, const struct args *a)                          \
     {                                                                                              \
         struct cuda_stream *s = (struct cuda_stream *)stream;                                      \
-        if (!a->rows)                                                                              \
+        if (!a->rows && OP_##name != OP_moe_map) /* a map of no rows clears */                     \
             return;                                                                                \
         struct command *c = record(s, OP_##name);                                                  \
         c->a.name = *a;                                                                            \
@@ -244,6 +248,7 @@ static struct cuda_launch launch_of(const struct cuda_stream *s, const struct co
                                 .slot = c->slot,
                                 .rows_max = c->rows_max,
                                 .captured = c->captured,
+                                .can_miss = c->can_miss,
                                 .partials = s->partials,
                                 .blas_workspace = s->blas_workspace,
                                 .work = s->work};
@@ -448,6 +453,7 @@ enum status cuda__submit(struct stream *stream)
         status = send(s);
     s->in_flight = !status;
     s->count = s->unit_count = s->slots = 0;
+    s->can_miss = false;
     s->lora_segments = s->lora_rank = 0;
     return status;
 }

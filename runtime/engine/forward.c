@@ -242,6 +242,17 @@ static void moe_half(struct engine *e, struct step *step, uint32_t layer, bool f
     sum_parts(e, step, &part);
 }
 
+// The tokens that the step before sampled, where this step's rows want them.
+static void follow_tokens(struct engine *e, const struct step *step)
+{
+    struct scatter_args a = {
+        .table = (uint32_t *)step->device.token,
+        .index = step->device.follow,
+        .value = (const uint32_t *)e->scratch.results[1 - step->result_set].token,
+        .count = step->followed};
+    e->table->scatter(e->stream, &a);
+}
+
 void forward_begin(struct engine *engine, struct step *step)
 {
     const struct engine_options *o = &engine->options;
@@ -252,15 +263,11 @@ void forward_begin(struct engine *engine, struct step *step)
     if (step->places_changed)
         engine->table->copy(engine->stream, step->block.device, step->block.host, fixed + table);
     step->places_changed = false;
+    bool begins = step->half == 0 && !step->resume_gate;
+    if (begins && step->followed)
+        follow_tokens(engine, step);
     engine->table->unit(engine->stream);
-    if (step->half == 0 && !step->resume_gate) {
-        struct scatter_args follow = {
-            .table = (uint32_t *)step->device.token,
-            .index = step->device.follow,
-            .value = (const uint32_t *)engine->scratch.results[1 - step->result_set].token,
-            .count = step->followed};
-        if (step->followed)
-            engine->table->scatter(engine->stream, &follow);
+    if (begins) {
         struct embed_args a = {.token = step->device.token,
                                .table = o->model->embedding,
                                .x = step->x,
