@@ -5,9 +5,10 @@
 //
 // KV is reduced in segments of KV_SEGMENT = 256 tokens at absolute positions. A segment gives, for
 // each query head, m = max of s * scale * log2(e), l = sum p, acc = sum p V with p = 2^(s - m);
-// segments are merged in ascending order (state_merge). q and p are rounded to bf16 for the tensor
-// cores, l is the sum of the unrounded p; all else is fp32. What is computed for one (row, head)
-// depends on its position alone: this kernel serves --batch-invariant.
+// segments are merged in ascending order (state_merge). q is rounded to bf16 for the tensor cores,
+// p is split into two bf16 terms (its rounding and what is left: 16 bits), l is the sum of the
+// whole p; all else is fp32. What is computed for one (row, head) depends on its position alone:
+// this kernel serves --batch-invariant.
 //
 // Layouts. q [rows][q_stride] fp32; K, V [layer][K|V][kv_head][token][dim] bf16 in pages; out act
 // [rows][act_cols] bf16, column head * dim + d. Scratch: counters [list entry][lane], then m and l
@@ -256,14 +257,16 @@ tile_compute(warp_state<DIM> *w, const uint8_t *stage, const uint32_t held[DIM /
         mma_16816(s[1], q, k[2], k[3]);
     }
     tile_softmax(w, s, scale, tokens, lane);
-    uint32_t p[4] = {pack_bf16(s[0][0], s[0][1]), pack_bf16(s[0][2], s[0][3]),
-                     pack_bf16(s[1][0], s[1][1]), pack_bf16(s[1][2], s[1][3])};
+    uint32_t p[4], rest[4];
+    weights_split(p, rest, s);
 #pragma unroll
     for (int step = 0; step < DIM / 16; step++) {
         uint32_t v[4];
         values_fragment<DIM>(v, stage + decode_shape<DIM>::TILE, 0, step, lane);
         mma_16816(w->acc[2 * step], p, v[0], v[1]);
         mma_16816(w->acc[2 * step + 1], p, v[2], v[3]);
+        mma_16816(w->acc[2 * step], rest, v[0], v[1]);
+        mma_16816(w->acc[2 * step + 1], rest, v[2], v[3]);
     }
 }
 
@@ -445,6 +448,7 @@ segment_leave(const decode_shared<DIM> *shared, uint32_t stage, const struct att
             row_state<DIM> before = state_load<DIM>(plan.partials, states, at, dim, lane);
             state_merge(&before, s);
             s = before;
+            __syncwarp(); // all lanes have read max and sum, which lane 0 is going to overwrite
         }
         if (t.segments == 1 || (view.by_rows && t.segment + 1 == t.segments))
             state_write(a, plan, t.row, head + i, s, lane);

@@ -110,6 +110,20 @@ static __device__ __forceinline__ void values_fragment(uint32_t b[4], const uint
         b, tile + chunk_at<DIM>(token + lane / 8 % 2 * 8 + lane % 8, 2 * step + lane / 16));
 }
 
+// A fragments of p, 16 rows x 16 tokens, from the accumulators of its two 8-token tiles: its
+// rounding to bf16 and the rounding of what that leaves.
+static __device__ __forceinline__ void weights_split(uint32_t p[4], uint32_t rest[4],
+                                                     const float s[2][4])
+{
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float low = s[i / 2][i % 2 * 2], high = s[i / 2][i % 2 * 2 + 1];
+        p[i] = pack_bf16(low, high);
+        rest[i] = pack_bf16(low - __uint_as_float(p[i] << 16),
+                            high - __uint_as_float(p[i] & 0xffff0000u));
+    }
+}
+
 static __device__ __forceinline__ float quad_max(float x)
 {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
