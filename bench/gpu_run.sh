@@ -62,11 +62,28 @@ one() {
     fi
 }
 
+# step: whole steps of three shapes, with the ceilings of this run.
+step() {
+    local line read matmul start=$SECONDS
+    line=$("$(find_program bench_kernels_cuda)" none) || { echo "FAIL ceilings"; failed=$((failed + 1)); return; }
+    read=$(sed -n 's/.*"read_gb_per_s":\([0-9.]*\).*/\1/p' <<< "$line")
+    matmul=$(sed -n 's/.*"matmul_tflop_per_s":\([0-9.]*\).*/\1/p' <<< "$line")
+    for model in ${MODELS:-llama-3-8b olmoe-1b-7b qwen3-30b-a3b}; do
+        timeout 200 "$(find_program bench_step)" --model "synth:$model" --device cuda:0 --batch "${BATCHES:-1,8,32,64}" \
+            --steps 30 --context 1024 --prefill "${PREFILL:-2048}" --read-ceiling "$read" --matmul-ceiling "$matmul" >> "$OUT/step.jsonl" 2> "$OUT/step_$model.log" ||
+            { echo "FAIL bench_step $model: $(tail -n 3 "$OUT/step_$model.log")"; failed=$((failed + 1)); }
+        echo "     bench_step $model ($((SECONDS - start)) s)"
+    done
+    grep -o '"bench":"step_[a-z]*"\|"model":"[^"]*"\|"median_ms":[0-9.]*\|"batch":[0-9]*\|"tflops":[0-9.]*\|"roofline[a-z_]*":[0-9.]*\|"captures":[0-9]*\|"submit_share":[0-9.]*\|"gate_misses":[0-9]*\|"distinct[a-z_]*":[0-9.]*\|"load_s":[0-9.]*\|"fill_s":[0-9.]*' "$OUT/step.jsonl" |
+        tr '\n' ' ' | sed 's/"bench"/\n&/g'
+    echo
+}
+
 parts=${*:-kernels engine sanitizer step kernels-bench copies}
 for part in $parts; do
     case $part in
         kernels) for t in dense attention lora moe sample; do one "kernels_$t" "$(find_program test_kernels_$t)"; done ;;
-        kernels-*) one "kernels_${part#kernels-}" "$(find_program "test_kernels_${part#kernels-}")" ;;
+        test-*) one "kernels_${part#test-}" "$(find_program "test_kernels_${part#test-}")" ;;
         engine) for t in test_cuda test_cuda_combine test_backends test_goldens test_goldens_demo test_engine test_engine_demo; do one "$t" "$(find_program $t)"; done ;;
         sanitizer)
             for tool in memcheck racecheck initcheck synccheck; do
@@ -74,6 +91,9 @@ for part in $parts; do
                     LIMIT=${SANITIZER_LIMIT:-120} one "$tool-$t" compute-sanitizer --tool $tool --error-exitcode 9 "$(find_program test_kernels_$t)"
                 done
             done ;;
+        step) step ;;
+        kernels-bench) LIMIT=300 one bench_kernels_cuda "$(find_program bench_kernels_cuda)" ;;
+        copies) one bench_copies "$(find_program bench_copies)" ;;
         *) one "$part" "$(find_program "$part")" ;;
     esac
 done
