@@ -5,7 +5,7 @@ JOBS  ?= $(shell nproc)
 CMAKE_FLAGS ?=
 MAKEFLAGS += --no-print-directory
 
-.PHONY: all deps build demo test check strict asan fuzz format clean
+.PHONY: all deps build cuda demo test check strict asan fuzz format clean
 
 all: build
 
@@ -16,6 +16,12 @@ deps:
 build: deps
 	@cmake -S . -B $(BUILD) $(CMAKE_FLAGS) > $(BUILD).log 2>&1 || { cat $(BUILD).log; exit 1; }
 	@cmake --build $(BUILD) --parallel $(JOBS)
+
+# The same with the CUDA backend (sm_90a), into build-cuda; needs nvcc, cuBLAS, cuSPARSE and NCCL.
+cuda: deps
+	@command -v nvcc > /dev/null || { echo "make cuda: nvcc is not on the PATH: install the CUDA Toolkit (12.8 or newer)"; exit 1; }
+	@cmake -S . -B $(BUILD)-cuda -DPOLDER_CUDA=ON $(CMAKE_FLAGS) > $(BUILD)-cuda.log 2>&1 || { cat $(BUILD)-cuda.log; exit 1; }
+	@cmake --build $(BUILD)-cuda --parallel $(JOBS)
 
 # Starts the server on the bundled model; four tenants ask at once; prints a table; exit 0.
 demo: build
@@ -53,4 +59,4 @@ format:
 	@clang-format -i $$(git ls-files '*.c' '*.h')
 
 clean:
-	@rm -rf $(BUILD) $(BUILD)-strict $(BUILD)-asan $(BUILD)-fuzz $(BUILD)*.log
+	@rm -rf $(BUILD) $(BUILD)-cuda $(BUILD)-strict $(BUILD)-asan $(BUILD)-fuzz $(BUILD)*.log

@@ -16,10 +16,19 @@
 // becomes resident. Whether it is resident is the pool's fact and is asked there; `warm` only lists
 // those worth asking.
 //
+// What kernels read is device memory, which the host may not be able to touch:
+//   views       [adapters_max], a row written once, at registration
+//   pairs       one block per adapter, uploaded at registration, released with the slot
+//   page_table  [slots of the pool]: an adapter's page numbers stand where the pool keeps its slots
+// Only the page table changes while segments run, and only by adapters_flush, in the order of the
+// stream. What stands there of an adapter that is not resident is of no meaning. A slot is freed
+// when nothing pins it, so no segment in flight reads what is released or written anew.
+//
 // Invariants: 1. `order` holds the slots in state NAMED, by name. 2. users > 0 or pinned: the
 // object lives. 3. warm holds every adapter with device pages, no slot twice. 4. an id names one
-// registration: slot and generation. Does not decide who may use an adapter (runtime) nor who gives
-// pages back (the pool; the price is price.c).
+// registration: slot and generation. 5. a resident adapter is in `arriving` or its pages stand in
+// the page table. Does not decide who may use an adapter (runtime) nor who gives pages back (the
+// pool; the price is price.c).
 #include "adapters/adapters.h"
 
 #include <sched.h>
@@ -30,7 +39,8 @@
 #include "adapters/store.h"
 #include "base/check.h"
 
-enum { SLOTS_MAX = 0xffff, NO_PLACE = 0xffffffff, QUIET_TRIES = 1000000 };
+// FLUSHES_ALIVE: as in experts.c, flushes whose arrays segments in flight may still read.
+enum { SLOTS_MAX = 0xffff, NO_PLACE = 0xffffffff, QUIET_TRIES = 1000000, FLUSHES_ALIVE = 8 };
 
 enum state { STATE_FREE, STATE_NAMED, STATE_LEAVING, STATE_BURIED };
 
@@ -41,8 +51,10 @@ struct adapter {
     uint32_t owner, users;
     uint32_t place; // in warm, or NO_PLACE
     bool forgiven;  // a failed fetch of the past no longer counts
+    bool arriving;  // in the list of that name
     struct reader *file;
-    struct adapter_store store;
+    struct adapter_store store; // without the pairs
+    struct lora_pair *pairs;    // device memory
     pool_object object;
     struct adapter_heat heat;
 };
@@ -51,7 +63,11 @@ struct adapters {
     struct adapter_options options;
     size_t page_bytes;
     struct adapter *slots;           // [adapters_max]
-    struct lora_adapter_view *views; // [adapters_max], by slot
+    struct lora_adapter_view *views; // device memory, [adapters_max], by slot
+    uint32_t *page_table;            // device memory, [slots of the pool]
+    uint32_t *flush;                 // alloc_host, [FLUSHES_ALIVE][index, value][flush_words]
+    uint32_t flush_words, flush_next;
+    uint32_t *arriving, arriving_count; // fetched since the last flush
     uint32_t *free_slots, free_count;
     uint32_t *order, count; // slots by name
     uint64_t pool_slots;    // of all pool objects that live
@@ -111,6 +127,31 @@ static void warm_remove(struct adapters *adapters, struct adapter *adapter)
     adapter->place = NO_PLACE;
 }
 
+// ---- arriving: those whose pages the page table does not know yet ----
+
+static void arriving_add(struct adapters *adapters, uint32_t slot)
+{
+    struct adapter *adapter = &adapters->slots[slot];
+    if (adapter->arriving)
+        return;
+    adapter->arriving = true;
+    adapters->arriving[adapters->arriving_count++] = slot;
+}
+
+static void arriving_remove(struct adapters *adapters, uint32_t slot)
+{
+    if (!adapters->slots[slot].arriving)
+        return;
+    adapters->slots[slot].arriving = false;
+    for (uint32_t i = 0; i < adapters->arriving_count; i++) {
+        if (adapters->arriving[i] == slot) {
+            adapters->arriving[i] = adapters->arriving[--adapters->arriving_count];
+            return;
+        }
+    }
+    CHECK(false);
+}
+
 // ---- pressure ----
 
 // The order of prices (adapter__price) at any one time, without computing them.
@@ -162,30 +203,50 @@ static bool offers_nothing(void *context, struct pool_offer *out)
 
 // ---- life ----
 
+static enum status allocate(struct adapters *adapters)
+{
+    uint32_t slots = adapters->options.adapters_max;
+    struct device *device = adapters->options.device;
+    struct pool_stats stats;
+    adapters->slots = calloc(slots, sizeof *adapters->slots);
+    adapters->arriving = calloc(slots, sizeof *adapters->arriving);
+    adapters->free_slots = calloc(slots, sizeof *adapters->free_slots);
+    adapters->order = calloc(slots, sizeof *adapters->order);
+    adapters->warm = calloc(slots, sizeof *adapters->warm);
+    adapters->graves = calloc(slots, sizeof *adapters->graves);
+    if (!adapters->slots || !adapters->arriving || !adapters->free_slots || !adapters->order ||
+        !adapters->warm || !adapters->graves)
+        return STATUS_NO_MEMORY;
+    pool_stats(adapters->options.pool, &stats);
+    adapters->page_bytes = stats.page_bytes;
+    adapters->flush_words = stats.device_total; // what is resident has pages of its own
+    enum status status =
+        device->table->alloc(device, slots * sizeof *adapters->views, (void **)&adapters->views);
+    if (!status)
+        status = device->table->alloc(device, stats.slots_max * sizeof(uint32_t),
+                                      (void **)&adapters->page_table);
+    if (!status)
+        status = device->table->alloc_host(
+            device, (size_t)FLUSHES_ALIVE * 2 * adapters->flush_words * sizeof(uint32_t),
+            (void **)&adapters->flush);
+    return status;
+}
+
 enum status adapters_create(const struct adapter_options *options, struct adapters **out)
 {
     uint32_t slots = options->adapters_max;
-    struct pool_stats stats;
     if (!slots || slots >= SLOTS_MAX)
         return STATUS_LIMIT;
     struct adapters *adapters = calloc(1, sizeof *adapters);
     if (!adapters)
         return STATUS_NO_MEMORY;
     adapters->options = *options;
-    adapters->slots = calloc(slots, sizeof *adapters->slots);
-    adapters->views = calloc(slots, sizeof *adapters->views);
-    adapters->free_slots = calloc(slots, sizeof *adapters->free_slots);
-    adapters->order = calloc(slots, sizeof *adapters->order);
-    adapters->warm = calloc(slots, sizeof *adapters->warm);
-    adapters->graves = calloc(slots, sizeof *adapters->graves);
-    if (!adapters->slots || !adapters->views || !adapters->free_slots || !adapters->order ||
-        !adapters->warm || !adapters->graves) {
+    enum status status = allocate(adapters);
+    if (status) {
         adapters->options.pool = NULL;
         adapters_destroy(adapters);
-        return STATUS_NO_MEMORY;
+        return status;
     }
-    pool_stats(options->pool, &stats);
-    adapters->page_bytes = stats.page_bytes;
     for (uint32_t slot = slots; slot-- > 0;) {
         adapters->slots[slot].place = NO_PLACE;
         adapters->free_slots[adapters->free_count++] = slot;
@@ -208,9 +269,18 @@ static bool pool_is_quiet(const struct pool *pool)
     return stats.host_free + held == stats.host_total;
 }
 
+static void pairs_release(struct adapters *adapters, struct adapter *adapter)
+{
+    struct device *device = adapters->options.device;
+    if (adapter->pairs)
+        device->table->release(device, adapter->pairs);
+    adapter->pairs = NULL;
+}
+
 static void slot_free(struct adapters *adapters, uint32_t slot)
 {
     struct adapter *adapter = &adapters->slots[slot];
+    pairs_release(adapters, adapter);
     reader_close(adapter->file);
     adapter__store_clear(&adapter->store);
     *adapter =
@@ -235,9 +305,9 @@ static void bury(struct adapters *adapters, struct adapter *adapter)
     bool is_read = pool_is_fetching(pool, adapter->object) ||
                    pool_fetch_status(pool, adapter->object) != STATUS_OK;
     warm_remove(adapters, adapter);
+    arriving_remove(adapters, slot);
     pool_object_destroy(pool, adapter->object);
     adapters->pool_slots -= adapter->store.pages;
-    adapters->views[slot] = (struct lora_adapter_view){.experts = 0};
     if (is_read) {
         adapter->state = STATE_BURIED;
         adapters->graves[adapters->graves_count++] = slot;
@@ -271,9 +341,18 @@ void adapters_destroy(struct adapters *adapters)
         }
         pool_set_pressure(pool, PAGE_ADAPTER, &(struct pool_pressure){.cheapest = offers_nothing});
     }
+    struct device *device = adapters->options.device;
+    for (uint32_t slot = 0; adapters->slots && slot < adapters->options.adapters_max; slot++)
+        pairs_release(adapters, &adapters->slots[slot]); // of graves that stayed open
+    if (adapters->views)
+        device->table->release(device, adapters->views);
+    if (adapters->page_table)
+        device->table->release(device, adapters->page_table);
+    if (adapters->flush)
+        device->table->release_host(device, adapters->flush);
     free(adapters->graves);
     free(adapters->slots);
-    free(adapters->views);
+    free(adapters->arriving);
     free(adapters->free_slots);
     free(adapters->order);
     free(adapters->warm);
@@ -332,11 +411,56 @@ static enum status object_create(struct adapters *adapters, struct adapter *adap
     return STATUS_OK;
 }
 
+// What kernels read of this adapter, but for the page numbers: its pairs and its row of views.
+static enum status tables_upload(struct adapters *adapters, struct adapter *adapter, uint32_t slot,
+                                 struct fault *fault)
+{
+    struct device *device = adapters->options.device;
+    size_t bytes = (size_t)adapters->options.base.layers * LORA_MODULES * adapter->store.experts *
+                   sizeof *adapter->pairs;
+    enum status status = device->table->alloc(device, bytes, (void **)&adapter->pairs);
+    if (status)
+        return fault_set(fault, status, "no device memory for the table of adapter \"%s\".",
+                         adapter->name);
+    struct lora_adapter_view view = {
+        .pages = adapters->page_table + pool_first_slot(adapters->options.pool, adapter->object),
+        .pairs = adapter->pairs,
+        .experts = adapter->store.experts};
+    status = device->table->upload(device, adapter->pairs, adapter->store.pairs, bytes);
+    if (!status)
+        status = device->table->upload(device, &adapters->views[slot], &view, sizeof view);
+    if (status)
+        return fault_set(fault, status, "the table of adapter \"%s\" did not reach the device.",
+                         adapter->name);
+    adapter__store_clear(&adapter->store); // 36 bytes for every (layer, module, expert)
+    return STATUS_OK;
+}
+
+static enum status slot_fill(struct adapters *adapters, struct adapter *adapter, uint32_t slot,
+                             const char *store_path, struct fault *fault)
+{
+    char label[ADAPTER_NAME_MAX + 32] = "the store file of adapter ";
+    strcat(label, adapter->name);
+    enum status status = reader_open(store_path, &adapter->file, fault);
+    if (!status)
+        status = adapter__store_open(adapter->file, label, &adapters->options.base,
+                                     adapters->page_bytes, &adapter->store, fault);
+    if (!status)
+        status = object_create(adapters, adapter, slot, fault);
+    if (status)
+        return status;
+    status = tables_upload(adapters, adapter, slot, fault);
+    if (status) {
+        pool_object_destroy(adapters->options.pool, adapter->object);
+        adapters->pool_slots -= adapter->store.pages;
+    }
+    return status;
+}
+
 enum status adapter_register(struct adapters *adapters, const char *name, const char *store_path,
                              uint32_t owner, adapter_id *out, struct fault *fault)
 {
     bool found;
-    char label[ADAPTER_NAME_MAX + 32] = "the store file of adapter ";
     if (!adapter_name_is_valid(name))
         return fault_set(fault, STATUS_INVALID, "\"%.80s\" is not an adapter name.", name);
     uint32_t place = order_place(adapters, name, &found);
@@ -348,16 +472,11 @@ enum status adapter_register(struct adapters *adapters, const char *name, const 
                          adapters->options.adapters_max);
     uint32_t slot = adapters->free_slots[adapters->free_count - 1];
     struct adapter *adapter = &adapters->slots[slot];
-    strcat(label, name);
     strcpy(adapter->name, name);
     adapter->owner = owner;
-    enum status status = reader_open(store_path, &adapter->file, fault);
-    if (!status)
-        status = adapter__store_open(adapter->file, label, &adapters->options.base,
-                                     adapters->page_bytes, &adapter->store, fault);
-    if (!status)
-        status = object_create(adapters, adapter, slot, fault);
+    enum status status = slot_fill(adapters, adapter, slot, store_path, fault);
     if (status) {
+        pairs_release(adapters, adapter);
         adapter__store_clear(&adapter->store);
         reader_close(adapter->file);
         *adapter = (struct adapter){.generation = adapter->generation, .place = NO_PLACE};
@@ -369,10 +488,6 @@ enum status adapter_register(struct adapters *adapters, const char *name, const 
             (adapters->count - place) * sizeof *adapters->order);
     adapters->order[place] = slot;
     adapters->count++;
-    adapters->views[slot] = (struct lora_adapter_view){
-        .pages = pool_device_pages(adapters->options.pool, adapter->object),
-        .pairs = adapter->store.pairs,
-        .experts = adapter->store.experts};
     *out = id_of(adapters, slot);
     return STATUS_OK;
 }
@@ -442,6 +557,8 @@ enum status adapter_fetch(struct adapters *adapters, adapter_id id, enum copy_cl
     if (status)
         return status;
     warm_add(adapters, slot);
+    if (begins)
+        arriving_add(adapters, slot);
     adapter->forgiven = false;
     adapters->fetches += begins;
     return STATUS_OK;
@@ -482,7 +599,38 @@ void adapter_used(struct adapters *adapters, adapter_id id)
     adapter__heat_keep(&adapter->heat, clock_now_us(&adapters->options.clock));
 }
 
-// ---- views ----
+// ---- what kernels read ----
+
+void adapters_flush(struct adapters *adapters, struct stream *stream)
+{
+    struct pool *pool = adapters->options.pool;
+    uint32_t *index = adapters->flush + (size_t)adapters->flush_next * 2 * adapters->flush_words;
+    uint32_t *value = index + adapters->flush_words, count = 0;
+    for (uint32_t i = 0; i < adapters->arriving_count;) {
+        struct adapter *adapter = &adapters->slots[adapters->arriving[i]];
+        if (pool_is_fetching(pool, adapter->object)) {
+            i++;
+            continue;
+        }
+        adapter->arriving = false;
+        adapters->arriving[i] = adapters->arriving[--adapters->arriving_count];
+        if (!pool_is_resident(pool, adapter->object))
+            continue; // the fetch failed, or its pages were given back
+        uint32_t first = pool_first_slot(pool, adapter->object);
+        const uint32_t *pages = pool_device_pages(pool, adapter->object);
+        CHECK(adapter->store.pages <= adapters->flush_words - count);
+        for (uint32_t slot = 0; slot < adapter->store.pages; slot++, count++) {
+            index[count] = first + slot;
+            value[count] = pages[slot];
+        }
+    }
+    if (!count)
+        return;
+    adapters->flush_next = (adapters->flush_next + 1) % FLUSHES_ALIVE;
+    stream->device->table->scatter(
+        stream, &(struct scatter_args){
+                    .table = adapters->page_table, .index = index, .value = value, .count = count});
+}
 
 const struct lora_adapter_view *adapters_views(const struct adapters *adapters)
 {

@@ -20,6 +20,7 @@
 #include "base/hash.h"
 #include "base/reader.h"
 #include "base/status.h"
+#include "kernels/device.h"
 #include "kernels/lora.h"
 #include "kernels/tile.h"
 #include "unified_pool/pool.h"
@@ -67,6 +68,7 @@ typedef struct {
 
 struct adapter_options {
     struct pool *pool;
+    struct device *device; // for the tables that kernels read; outlives
     const uint8_t *arena;
     struct adapter_base base; // is_moe must outlive
     struct clock clock;
@@ -110,8 +112,13 @@ void adapter_pin(struct adapters *adapters, adapter_id id); // while a step uses
 void adapter_unpin(struct adapters *adapters, adapter_id id);
 void adapter_used(struct adapters *adapters, adapter_id id); // recency, popularity
 
-// The table lora_batch.adapters points at, and the row of an adapter in it. A resident adapter's
-// row is right for the whole time it is pinned.
+// Records the page numbers of the adapters that became resident since the last flush into the
+// stream, before the segment's other commands. Between this and the submit of that segment nothing
+// may take pages.
+void adapters_flush(struct adapters *adapters, struct stream *stream);
+
+// The table lora_batch.adapters points at, in device memory, and the row of an adapter in it. A
+// resident adapter's row is right in the segments after a flush, for the whole time it is pinned.
 const struct lora_adapter_view *adapters_views(const struct adapters *adapters);
 uint32_t adapter_view_index(const struct adapters *adapters, adapter_id id);
 uint32_t adapter_rank_max(const struct adapters *adapters, adapter_id id);

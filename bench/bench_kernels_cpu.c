@@ -400,11 +400,17 @@ static void layer_record(struct bench *b, struct model *m, uint32_t l)
                                 .intermediate = UNITS,
                                 .top_k = TOP_K,
                                 .layer = l};
-    b->t->moe_map(b->s, &(struct moe_map_args){m->work, y->experts, m->need + l * EXPERTS, NULL,
-                                               rows, TOP_K, l, false});
+    b->t->moe_map(b->s, &(struct moe_map_args){.work = m->work,
+                                               .view = y->experts,
+                                               .need = m->need + l * EXPERTS,
+                                               .rows = rows,
+                                               .top_k = TOP_K,
+                                               .layer = l});
     b->t->moe_gate_up(b->s, &moe);
     b->t->moe_down(b->s, &moe);
-    b->t->moe_combine(b->s, &(struct moe_combine_args){m->work, m->x, rows, DIM, TOP_K});
+    b->t->moe_combine(b->s,
+                      &(struct moe_combine_args){
+                          .work = m->work, .y = m->x, .rows = rows, .dim = DIM, .top_k = TOP_K});
 }
 
 static void step_record(struct bench *b, void *context)
@@ -500,8 +506,12 @@ static void part_record(struct bench *b, void *context)
             for (uint32_t r = 0; r < m->rows; r++) // the same number of distinct experts every time
                 for (uint32_t k = 0; k < TOP_K; k++)
                     m->work.expert[r * TOP_K + k] = (r * 3 + k * 5 + (uint32_t)turn) % EXPERTS;
-            b->t->moe_map(b->s, &(struct moe_map_args){m->work, y->experts, m->need + l * EXPERTS,
-                                                       NULL, m->rows, TOP_K, l, false});
+            b->t->moe_map(b->s, &(struct moe_map_args){.work = m->work,
+                                                       .view = y->experts,
+                                                       .need = m->need + l * EXPERTS,
+                                                       .rows = m->rows,
+                                                       .top_k = TOP_K,
+                                                       .layer = l});
             b->t->moe_gate_up(b->s, &moe);
             b->t->moe_down(b->s, &moe);
             break;
@@ -516,9 +526,15 @@ static void part_record(struct bench *b, void *context)
             b->t->router(b->s,
                          &(struct router_args){m->x32, y->router, m->work.expert, m->work.gate,
                                                m->rows, DIM, EXPERTS, TOP_K, true});
-            b->t->moe_map(b->s, &(struct moe_map_args){m->work, y->experts, m->need, NULL, m->rows,
-                                                       TOP_K, l, false});
-            b->t->moe_combine(b->s, &(struct moe_combine_args){m->work, m->x, m->rows, DIM, TOP_K});
+            b->t->moe_map(b->s, &(struct moe_map_args){.work = m->work,
+                                                       .view = y->experts,
+                                                       .need = m->need,
+                                                       .rows = m->rows,
+                                                       .top_k = TOP_K,
+                                                       .layer = l});
+            b->t->moe_combine(
+                b->s, &(struct moe_combine_args){
+                          .work = m->work, .y = m->x, .rows = m->rows, .dim = DIM, .top_k = TOP_K});
         }
     }
 }

@@ -2,7 +2,7 @@
 // Whole steps on the CPU device, on a random Qwen3-MoE-shaped model: decode at several batch sizes,
 // prefill.
 //
-//   bench_step_cpu MODEL STATE [SECONDS [BATCH]]
+//   bench_step_cpu MODEL STATE [SECONDS [BATCH [no-plan-ahead]]]
 //
 // Ceilings of the same run: read bandwidth of all threads over the expert store's bytes in the
 // pool, and the bf16 dot-product peak of all threads (registers only). Roofline time of a decode
@@ -352,7 +352,8 @@ static void bench_prefill(struct bench *b, uint32_t tokens)
 int main(int count, char **arguments)
 {
     if (count < 3) {
-        (void)fprintf(stderr, "usage: %s MODEL STATE [SECONDS [BATCH]]\n", arguments[0]);
+        (void)fprintf(stderr, "usage: %s MODEL STATE [SECONDS [BATCH [no-plan-ahead]]]\n",
+                      arguments[0]);
         return 2;
     }
     static struct bench b;
@@ -362,7 +363,8 @@ int main(int count, char **arguments)
                               .context_max = CONTEXT * 2,
                               .sequences_max = BATCH_MAX,
                               .rows_max = 512,
-                              .no_prefix_sharing = true};
+                              .no_prefix_sharing = true,
+                              .no_plan_ahead = count > 5};
     b.seconds = count > 3 ? atof(arguments[3]) : 4.0;
     b.next_id = 1;
     long cores = sysconf(_SC_NPROCESSORS_ONLN);

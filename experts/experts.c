@@ -57,7 +57,7 @@ struct experts {
     uint32_t *gate_misses;      // [layers] since the last experts_used
     enum status *gate_status;   // [layers] first failure among the held
     uint32_t *table;            // device memory, [total][pages_per_expert]
-    uint32_t *flush_index[FLUSHES_ALIVE], *flush_value[FLUSHES_ALIVE];
+    uint32_t *flush;            // alloc_host, [FLUSHES_ALIVE][index, value][places]
     uint32_t flush_next;
     uint64_t order;
     struct expert_stats stats;
@@ -196,14 +196,13 @@ static enum status allocate(struct experts *experts)
     experts->gate_status = calloc(layers, sizeof *experts->gate_status);
     bool complete = experts->entries && experts->fetching && experts->dirty && experts->held &&
                     experts->steps && experts->gate_misses && experts->gate_status;
-    for (int i = 0; i < FLUSHES_ALIVE; i++) {
-        experts->flush_index[i] = calloc(places, sizeof **experts->flush_index);
-        experts->flush_value[i] = calloc(places, sizeof **experts->flush_value);
-        complete = complete && experts->flush_index[i] && experts->flush_value[i];
-    }
     if (!complete)
         return STATUS_NO_MEMORY;
     struct device *device = experts->options.device;
+    enum status status = device->table->alloc_host(
+        device, FLUSHES_ALIVE * 2 * places * sizeof(uint32_t), (void **)&experts->flush);
+    if (status)
+        return status;
     return device->table->alloc(device, places * sizeof(uint32_t), (void **)&experts->table);
 }
 
@@ -277,10 +276,8 @@ void experts_destroy(struct experts *experts)
     }
     if (experts->table)
         experts->options.device->table->release(experts->options.device, experts->table);
-    for (int i = 0; i < FLUSHES_ALIVE; i++) {
-        free(experts->flush_index[i]);
-        free(experts->flush_value[i]);
-    }
+    if (experts->flush)
+        experts->options.device->table->release_host(experts->options.device, experts->flush);
     free(experts->entries);
     free(experts->fetching);
     free(experts->dirty);
@@ -322,8 +319,8 @@ void experts_flush(struct experts *experts, struct stream *stream)
     if (!experts->dirty_count)
         return;
     uint32_t slots = experts->options.shape.pages_per_expert, count = 0;
-    uint32_t *index = experts->flush_index[experts->flush_next];
-    uint32_t *value = experts->flush_value[experts->flush_next];
+    size_t places = (size_t)experts->total * slots;
+    uint32_t *index = experts->flush + experts->flush_next * 2 * places, *value = index + places;
     experts->flush_next = (experts->flush_next + 1) % FLUSHES_ALIVE;
     for (uint32_t i = 0; i < experts->dirty_count; i++) {
         struct entry *entry = &experts->entries[experts->dirty[i]];

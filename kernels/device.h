@@ -42,6 +42,7 @@
 
 #include "base/status.h"
 #include "kernels/attention.h"
+#include "kernels/comm.h"
 #include "kernels/lora.h"
 #include "kernels/moe.h"
 #include "kernels/norm.h"
@@ -177,6 +178,7 @@ struct device_table {
     void (*moe_gate_up)(struct stream *s, const struct moe_gemm_args *a);
     void (*moe_down)(struct stream *s, const struct moe_gemm_args *a);
     void (*moe_combine)(struct stream *s, const struct moe_combine_args *a);
+    void (*all_reduce)(struct stream *s, const struct all_reduce_args *a);
     void (*sample)(struct stream *s, const struct sample_args *a);
 };
 

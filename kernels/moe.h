@@ -36,6 +36,17 @@ struct expert_view {
     uint32_t pages_per_expert, experts, down_tile;
 };
 
+// The experts of this rank (kernels/comm.h): [first, first + count). count 0: all of them. Pairs of
+// other ranks' experts are nothing to do here.
+struct expert_range {
+    uint32_t first, count;
+};
+
+static inline bool expert_is_mine(const struct expert_range *range, uint32_t expert)
+{
+    return !range->count || expert - range->first < range->count;
+}
+
 // Work areas of one MoE layer in one step; kept while a gate waits, so that what is done stays
 // done.
 struct moe_work {
@@ -52,7 +63,8 @@ struct moe_work {
 
 // Sorts pairs by expert; marks experts with pairs 1 (resident) or 2 (missing), and leaves those in
 // state 3 alone when `resume`. need[e] = number of pairs, host-visible (activation history, what to
-// bring). When an expert is missing: the miss state of the stream is set with `layer`.
+// bring). When an expert is missing: the miss state of the stream is set with `layer`. Experts of
+// other ranks keep their place in begin and order and get state 0 and need 0.
 struct moe_map_args {
     struct moe_work work;
     struct expert_view view;
@@ -60,6 +72,7 @@ struct moe_map_args {
     uint8_t *host_state; // [experts], host-visible, or NULL: state as the map left it
     uint32_t rows, top_k, layer;
     bool resume; // false: state is rebuilt
+    struct expert_range mine;
 };
 
 // moe_gate_up: hidden[pair] = silu(Wg x[row] + LoRA) * (Wu x[row] + LoRA) for experts in state 1.
@@ -73,11 +86,14 @@ struct moe_gemm_args {
     const struct lora_batch *lora; // NULL: no expert LoRA in this step
 };
 
-// y[row] += sum over slots ascending of gate[row][slot] * out[row * top_k + slot]
+// y[row] += sum over slots ascending of gate[row][slot] * out[row * top_k + slot], over slots whose
+// expert is this rank's. replace: y[row] = that sum.
 struct moe_combine_args {
     struct moe_work work;
     float *y; // [rows][dim]
     uint32_t rows, dim, top_k;
+    struct expert_range mine;
+    bool replace;
 };
 
 #endif

@@ -15,6 +15,27 @@ static void give_up(const char *what)
     abort();
 }
 
+const char *driver_device(void)
+{
+    const char *name = getenv("POLDER_TEST_DEVICE");
+    return name ? name : "cpu";
+}
+
+void driver_skip_without_device(void)
+{
+    struct device *device = NULL;
+    struct fault fault = {.text = ""};
+    if (!strcmp(driver_device(), "cpu"))
+        return;
+    struct cuda_options options = {.dtype = DTYPE_BF16};
+    if (!device_create_cuda(&options, &device, &fault)) {
+        device->table->destroy(device);
+        return;
+    }
+    (void)printf("SKIPPED: %s\n", fault.text);
+    exit(DRIVER_SKIP);
+}
+
 struct driver *driver_create(const struct stack_options *options)
 {
     struct fault fault = {.text = ""};
@@ -41,6 +62,12 @@ void driver_reset(struct driver *driver)
     driver->next_id = 1;
 }
 
+static uint8_t *put(uint8_t *at, const void *from, size_t bytes)
+{
+    memcpy(at, from, bytes);
+    return at + bytes;
+}
+
 uint64_t driver_submit(struct driver *driver, const struct driver_ask *ask)
 {
     struct engine_request r = {.kind = ENGINE_REQUEST,
@@ -54,17 +81,27 @@ uint64_t driver_submit(struct driver *driver, const struct driver_ask *ask)
                                .top_k = ask->top_k,
                                .tops = ask->tops,
                                .ignore_eos = 1,
+                               .stop_tokens = ask->stop_tokens,
+                               .stop_strings = ask->stop != NULL,
                                .seed = ask->seed};
     if (r.id >= DRIVER_REQUESTS_MAX)
         give_up("too many requests; use driver_reset");
     if (ask->adapter)
         (void)snprintf(r.adapter, sizeof r.adapter, "%s", ask->adapter);
-    size_t bytes = sizeof r + ask->prompt_tokens * sizeof *ask->prompt;
-    uint8_t *record = malloc(bytes);
+    uint16_t stop_bytes = ask->stop ? (uint16_t)strlen(ask->stop) : 0;
+    size_t prompt = ask->prompt_tokens * sizeof *ask->prompt;
+    size_t stops = ask->stop_tokens * sizeof *ask->stop_token;
+    size_t bytes =
+        sizeof r + prompt + stops + (ask->stop ? sizeof stop_bytes + (size_t)stop_bytes : 0);
+    uint8_t *record = malloc(bytes), *at = record;
     if (!record)
         give_up("out of memory");
-    memcpy(record, &r, sizeof r);
-    memcpy(record + sizeof r, ask->prompt, ask->prompt_tokens * sizeof *ask->prompt);
+    at = put(at, &r, sizeof r);
+    at = put(at, ask->prompt, prompt);
+    if (stops)
+        at = put(at, ask->stop_token, stops);
+    if (ask->stop)
+        (void)put(put(at, &stop_bytes, sizeof stop_bytes), ask->stop, stop_bytes);
     if (engine_send(stack_port(driver->stack), record, bytes))
         give_up("the command ring is full");
     free(record);
@@ -79,6 +116,13 @@ void driver_control(struct driver *driver, uint32_t kind, uint64_t id)
         give_up("the command ring is full");
 }
 
+static void take_text(struct driver_answer *a, const void *text, size_t bytes)
+{
+    size_t room = sizeof a->text - a->text_bytes;
+    memcpy(a->text + a->text_bytes, text, bytes < room ? bytes : room);
+    a->text_bytes += (uint32_t)(bytes < room ? bytes : room);
+}
+
 static void take_event(struct driver *driver, const void *record)
 {
     uint32_t kind;
@@ -90,6 +134,7 @@ static void take_event(struct driver *driver, const void *record)
             give_up("a token out of order");
         a->logprob[a->count] = text->logprob;
         a->token[a->count++] = text->token;
+        take_text(a, text + 1, text->text_bytes);
     } else if (kind == ENGINE_DONE) {
         const struct engine_done *done = record;
         struct driver_answer *a = &driver->answers[done->id];
@@ -99,6 +144,8 @@ static void take_event(struct driver *driver, const void *record)
         a->status = done->status;
         a->finish = done->finish;
         a->cached = done->cached_tokens;
+        a->generated = done->generated_tokens;
+        take_text(a, done + 1, done->text_bytes);
         memcpy(a->message, done->message, sizeof a->message);
         driver->open--;
     }

@@ -5,7 +5,7 @@
 
 #include "runtime/engine/stack.h"
 
-enum { DRIVER_TOKENS_MAX = 4096, DRIVER_REQUESTS_MAX = 512 };
+enum { DRIVER_TOKENS_MAX = 4096, DRIVER_REQUESTS_MAX = 512, DRIVER_TEXT_MAX = 512 };
 
 struct driver_ask {
     const int32_t *prompt;
@@ -15,13 +15,18 @@ struct driver_ask {
     uint32_t top_k;
     uint64_t seed;
     uint32_t tops;
+    const int32_t *stop_token;
+    uint32_t stop_tokens;
+    const char *stop; // a stop string, or NULL
 };
 
 struct driver_answer {
     bool done;
-    uint32_t status, finish, count, cached;
+    uint32_t status, finish, count, cached, generated;
     int32_t token[DRIVER_TOKENS_MAX];
     float logprob[DRIVER_TOKENS_MAX];
+    char text[DRIVER_TEXT_MAX]; // its beginning, when the stack has a decoder
+    uint32_t text_bytes;
     char message[200];
 };
 
@@ -31,6 +36,12 @@ struct driver {
     uint64_t next_id;
     uint32_t open;
 };
+
+// POLDER_TEST_DEVICE, or "cpu". A test that honours it calls driver_skip_without_device first:
+// where that device cannot be had it prints a skip and ends with the code that ctest counts as one.
+const char *driver_device(void);
+void driver_skip_without_device(void);
+enum { DRIVER_SKIP = 77 };
 
 struct driver *driver_create(const struct stack_options *options); // fails the test when it cannot
 void driver_destroy(struct driver *driver);

@@ -32,6 +32,7 @@ enum command_kind {
     DO_GATE_UP,
     DO_DOWN,
     DO_COMBINE,
+    DO_ALL_REDUCE,
     DO_SAMPLE
 };
 
@@ -59,6 +60,7 @@ struct command {
         struct moe_map_args map;
         struct moe_gemm_args moe;
         struct moe_combine_args combine;
+        struct all_reduce_args all_reduce;
         struct sample_args sample;
     } a;
 };
@@ -114,7 +116,9 @@ static void run_scatter(const struct scatter_args *a)
 static void run_embed(const struct embed_args *a)
 {
     for (uint32_t r = 0; r < a->rows; r++) {
-        CHECK(a->token[r] >= 0 && (uint32_t)a->token[r] < a->vocab);
+        // What sample gives a row that is lost may come back as input of a surplus row.
+        CHECK(a->token[r] == SAMPLE_NOT_A_NUMBER ||
+              (a->token[r] >= 0 && (uint32_t)a->token[r] < a->vocab));
         put(a->x, f32(a->dim), r, print_mix((uint64_t)a->token[r] + 1, print_word(a->table)));
     }
 }
@@ -483,6 +487,9 @@ static void run_one(struct fake_stream *s, const struct command *c)
         run_combine(&c->a.combine);
         count_half(d, c->a.combine.rows);
         break;
+    case DO_ALL_REDUCE: // one rank: nothing to add
+        CHECK(!c->a.all_reduce.comm || c->a.all_reduce.comm->world == 1);
+        break;
     case DO_SAMPLE:
         run_sample(&c->a.sample);
         break;
@@ -604,6 +611,7 @@ RECORDER(fake_map, moe_map_args, DO_MAP, map)
 RECORDER(fake_gate_up, moe_gemm_args, DO_GATE_UP, moe)
 RECORDER(fake_down, moe_gemm_args, DO_DOWN, moe)
 RECORDER(fake_combine, moe_combine_args, DO_COMBINE, combine)
+RECORDER(fake_all_reduce, all_reduce_args, DO_ALL_REDUCE, all_reduce)
 RECORDER(fake_sample, sample_args, DO_SAMPLE, sample)
 
 // ---- life ----
@@ -720,6 +728,7 @@ static const struct device_table table = {
     .moe_gate_up = fake_gate_up,
     .moe_down = fake_down,
     .moe_combine = fake_combine,
+    .all_reduce = fake_all_reduce,
     .sample = fake_sample,
 };
 

@@ -59,6 +59,8 @@ static void fill_config(struct sim_model *sim, const struct variant *v)
                                .is_moe = sim->is_moe};
     for (uint32_t l = 0; l < v->layers; l++)
         sim->is_moe[l] = v->moe_mask >> l & 1;
+    struct fault fault = {.text = ""};
+    CHECK(!model_share(c, 0, 1, &sim->model.share, &fault));
 }
 
 static void fill_weights(struct sim_model *sim)

@@ -151,6 +151,7 @@ static enum status make_owners(struct sim_world *w)
                                      .owner = SIM_TENANTS,
                                      .fetch_us_per_byte = 1e-3f};
     struct adapter_options adapters = {.pool = w->pool,
+                                       .device = w->device,
                                        .arena = w->arena,
                                        .base = w->model->base,
                                        .clock = clock_fake(&w->now_us),
@@ -192,6 +193,7 @@ static enum status make_engine(struct sim_world *w)
                                     .trace_context = o->context,
                                     .force_leave = o->force_leave,
                                     .force_leave_context = o->context,
+                                    .no_plan_ahead = o->no_plan_ahead,
                                     .may_block = o->may_block};
     engine.secret.bytes[0] = 1;
     struct fault fault = {.text = ""};

@@ -23,7 +23,7 @@ struct sim_options {
     bool (*force_leave)(void *context, uint32_t step_class, uint32_t half);
     void (*trace)(void *context, const char *line);
     void *context;
-    bool may_block;
+    bool may_block, no_plan_ahead;
     // The n-th one fails, from 1; 0: none.
     uint64_t fail_alloc, fail_chunk, fail_submit, fail_segment;
 };

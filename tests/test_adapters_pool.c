@@ -229,6 +229,49 @@ static void test_adapters_views_and_facts(void **state)
     tool_rig_clear(&world.rig);
 }
 
+// What a kernel would read at the end of the last slice.
+static float last_element(const struct world *world, adapter_id id)
+{
+    const struct lora_adapter_view *view =
+        &adapters_views(world->rig.adapters)[adapter_view_index(world->rig.adapters, id)];
+    const struct lora_slice *slice = &lora_pair_at(view, 1, LORA_V, 0)->b;
+    return tool_element(&world->rig, &world->base, view, slice, slice->rank - 1, 31);
+}
+
+static void test_adapters_page_table_follows_the_pages(void **state)
+{
+    struct world world;
+    begin(&world, *state, 2, 4);
+    adapter_id large = add(&world, "large", world.large), small = add(&world, "small", world.small);
+    bring(&world, small);
+    float of_small = last_element(&world, small);
+    bring(&world, large);
+    float of_large = last_element(&world, large);
+    assert_true(of_small < of_large || of_small > of_large);
+    assert_false(adapter_is_resident(world.rig.adapters, small));
+    for (int i = 0; i < 5; i++) {
+        bring(&world, small);
+        assert_true(last_element(&world, small) == of_small);
+        // Here and given back again between two flushes.
+        assert_int_equal(adapter_fetch(world.rig.adapters, large, COPY_STANDARD, COPY_ADAPTER),
+                         STATUS_OK);
+        for (int n = 0; n < 1000 && !adapter_is_resident(world.rig.adapters, large); n++) {
+            pool_poll(world.rig.pool);
+            world.rig.now_us += 100;
+        }
+        assert_true(adapter_is_resident(world.rig.adapters, large));
+        bring(&world, small);
+        assert_true(last_element(&world, small) == of_small);
+        bring(&world, large);
+        assert_true(last_element(&world, large) == of_large);
+    }
+    assert_int_equal(adapter_remove(world.rig.adapters, "large"), STATUS_OK);
+    large = add(&world, "again", world.large); // other slots of the pool, perhaps
+    bring(&world, large);
+    assert_true(last_element(&world, large) == of_large);
+    tool_rig_clear(&world.rig);
+}
+
 static void test_adapters_larger_than_the_pool(void **state)
 {
     struct world world;
@@ -431,6 +474,7 @@ int main(void)
         cmocka_unit_test(test_adapters_price),
         cmocka_unit_test(test_adapters_two_thousand),
         cmocka_unit_test(test_adapters_views_and_facts),
+        cmocka_unit_test(test_adapters_page_table_follows_the_pages),
         cmocka_unit_test(test_adapters_larger_than_the_pool),
         cmocka_unit_test(test_adapters_coldest_leaves_first),
         cmocka_unit_test(test_adapters_comes_back_from_the_host_tier),

@@ -207,6 +207,9 @@ void tool_rig_make(struct tool_rig *rig, const struct adapter_base *base, size_t
     rig->device_arena = calloc(device_pages, page_bytes);
     rig->host_arena = calloc(host_pages, page_bytes);
     assert_true(rig->device_arena && rig->host_arena);
+    struct cpu_options cpu = {.threads = 1, .dtype = base->dtype};
+    assert_int_equal(device_create_cpu(&cpu, &rig->device, NULL), STATUS_OK);
+    assert_int_equal(rig->device->table->stream_create(rig->device, 4, &rig->stream), STATUS_OK);
     fake_link_init(&rig->link, 7, &rig->now_us);
     struct copy_options copies = {.link = &rig->link.link,
                                   .clock = clock_fake(&rig->now_us),
@@ -224,6 +227,7 @@ void tool_rig_make(struct tool_rig *rig, const struct adapter_base *base, size_t
                                 .copies = rig->copies};
     assert_int_equal(pool_create(&pool, &rig->pool, NULL), STATUS_OK);
     struct adapter_options options = {.pool = rig->pool,
+                                      .device = rig->device,
                                       .arena = rig->device_arena,
                                       .base = *base,
                                       .clock = clock_fake(&rig->now_us),
@@ -239,6 +243,8 @@ void tool_rig_clear(struct tool_rig *rig)
     pool_check(rig->pool);
     copy_destroy(rig->copies);
     pool_destroy(rig->pool);
+    rig->device->table->stream_destroy(rig->stream);
+    rig->device->table->destroy(rig->device);
     free(rig->device_arena);
     free(rig->host_arena);
 }
@@ -253,6 +259,10 @@ void tool_rig_settle(struct tool_rig *rig)
     }
     pool_poll(rig->pool);
     pool_check(rig->pool);
+    struct segment_result result;
+    adapters_flush(rig->adapters, rig->stream);
+    assert_int_equal(rig->device->table->submit(rig->stream), STATUS_OK);
+    assert_int_equal(rig->device->table->wait(rig->stream, &result), STATUS_OK);
 }
 
 bool tool_padding_is_zero(const struct tool_rig *rig, const struct adapter_base *base,

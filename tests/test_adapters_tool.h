@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the tests of adapters/ share: a tiny base, adapter directories made on the spot, and a rig
-// of pool, copy queues, link and clock.
+// of device, pool, copy queues, link and clock.
 #ifndef POLDER_TESTS_TEST_ADAPTERS_TOOL_H
 #define POLDER_TESTS_TEST_ADAPTERS_TOOL_H
 
@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "adapters/adapters.h"
+#include "kernels/device.h"
 #include "tests/fakes.h"
 #include "unified_pool/copy.h"
 #include "unified_pool/pool.h"
@@ -53,6 +54,8 @@ void *tool_file_read(const char *path, size_t *count); // the caller frees
 
 struct tool_rig {
     uint64_t now_us;
+    struct device *device; // CPU
+    struct stream *stream;
     struct fake_link link;
     struct copy_queues *copies;
     struct pool *pool;
@@ -63,7 +66,8 @@ struct tool_rig {
 void tool_rig_make(struct tool_rig *rig, const struct adapter_base *base, size_t page_bytes,
                    uint32_t device_pages, uint32_t host_pages, uint32_t adapters_max);
 void tool_rig_clear(struct tool_rig *rig);
-void tool_rig_settle(struct tool_rig *rig); // polls until no copy is left
+// Polls until no copy is left, then runs a segment that tells the tables of the device.
+void tool_rig_settle(struct tool_rig *rig);
 
 // The bytes between the elements of a row and its end are zero.
 bool tool_padding_is_zero(const struct tool_rig *rig, const struct adapter_base *base,

@@ -28,6 +28,8 @@ static struct stack_options base_options(const struct fixture *f)
 {
     return (struct stack_options){.model = f->model,
                                   .state_directory = f->state,
+                                  .device = driver_device(),
+                                  .batch_invariant = true,
                                   .context_max = 256,
                                   .sequences_max = 16,
                                   .rows_max = 64,
@@ -329,6 +331,7 @@ static void test_engine_refuses_bad_requests(void **state)
 
 int main(void)
 {
+    driver_skip_without_device();
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_engine_neighbours_change_nothing),
         cmocka_unit_test(test_engine_chunking_changes_nothing),

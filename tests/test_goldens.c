@@ -30,6 +30,7 @@ enum { CASES_MAX = 64 };
 static struct driver *open_model(const char *directory, const char *state, enum dtype dtype)
 {
     struct stack_options o = {.model = directory,
+                              .device = dtype == DTYPE_BF16 ? driver_device() : "cpu",
                               .state_directory = state,
                               .dtype = dtype,
                               .sequences_max = 32,
@@ -295,6 +296,7 @@ static void test_goldens_adapters(void **state)
 
 int main(void)
 {
+    driver_skip_without_device();
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_goldens_models),
                                        cmocka_unit_test(test_goldens_adapters)};
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -33,7 +33,7 @@ static struct lora_slice slice_pack(struct adapters *l, const float *rows, uint3
         uint8_t *to = l->arena + l->page * l->batch.page_bytes + l->fill;
         memset(to, 0, row_bytes);
         memcpy(to, rig_narrow(l->rig, rows + j * cols, cols), cols * element);
-        l->rig->table->release(l->rig->device, l->rig->memory[--l->rig->blocks]);
+        rig_release_last(l->rig);
         l->fill += row_bytes;
     }
     return s;
@@ -70,6 +70,9 @@ void adapters_make(struct adapters *l, struct rig *rig, const uint32_t *ranks, u
 {
     memset(l, 0, sizeof *l);
     l->rig = rig;
+    l->view = rig_alloc(rig, ADAPTERS_MAX * sizeof *l->view);
+    l->row_begin = rig_alloc(rig, SEGMENTS_MAX * sizeof *l->row_begin);
+    l->adapter = rig_alloc(rig, SEGMENTS_MAX * sizeof *l->adapter);
     l->count = count;
     l->layers = layers;
     l->experts = experts;

@@ -11,15 +11,15 @@ struct plain_pair {
     float scale, *a, *b;
 };
 
-enum { ADAPTERS_MAX = 8 };
+enum { ADAPTERS_MAX = 8, SEGMENTS_MAX = 130 };
 
 struct adapters {
     struct rig *rig;
     struct lora_batch batch;
-    struct lora_adapter_view view[ADAPTERS_MAX];
+    struct lora_adapter_view *view;         // [ADAPTERS_MAX]
     struct plain_pair *plain[ADAPTERS_MAX]; // as pairs
     uint32_t count, layers, experts;
-    uint32_t row_begin[130], adapter[130];
+    uint32_t *row_begin, *adapter;               // [SEGMENTS_MAX]
     uint32_t *free_pages, next_page, page, fill; // packing of slices, one after another
     uint8_t *arena;
     uint32_t *slots, slot_count;

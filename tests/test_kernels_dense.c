@@ -5,7 +5,7 @@
 static void gemm_case(struct rig *rig, uint32_t rows, uint32_t n, uint32_t k, bool add)
 {
     float *x, *w = rig_weight(rig, n, k);
-    void *act = rig_act(rig, rows, k, &x), *tiles = rig_tiles(rig, w, n, k);
+    void *act = rig_act(rig, rows, k, &x), *tiles = rig_dense(rig, w, n, k);
     uint32_t stride = n + 3;
     float *y = rig_poison(rig, (size_t)rows * stride), *before = rig_floats(rig, (size_t)rows * n);
     for (size_t r = 0; add && r < rows; r++)
@@ -27,7 +27,7 @@ static void gemm_case(struct rig *rig, uint32_t rows, uint32_t n, uint32_t k, bo
                 sum += product;
                 scale += fabs(product);
             }
-            near(rig, y[r * stride + j], sum, scale, tolerance_sum());
+            near(rig, y[r * stride + j], sum, scale, tolerance_sum(rig));
         }
         assert_true(isnan(y[r * stride + n])); // nothing behind the row was touched
     }
@@ -54,9 +54,11 @@ static void test_kernels_gemm_matches_double(void **state)
 static void gemm_bits(struct rig *rig)
 {
     enum { ROWS = 197, N = 150, K = 264 };
+    if (!rig->exact)
+        return;
     float *x, *w = rig_weight(rig, N, K);
     const uint8_t *act = rig_act(rig, ROWS, K, &x);
-    void *tiles = rig_tiles(rig, w, N, K);
+    void *tiles = rig_dense(rig, w, N, K);
     float *all = rig_poison(rig, ROWS * N), *part = rig_poison(rig, ROWS * N);
     size_t row_bytes = rig->table->act_bytes(rig->device, 1, K);
     struct gemm_args a = {act, tiles, all, N, ROWS, N, K, false};
@@ -85,7 +87,7 @@ static void gemm_lost_row(struct rig *rig)
     float *x = rig_floats(rig, ROWS * K), *weight = rig_floats(rig, K);
     void *act = rig_alloc(rig, rig->table->act_bytes(rig->device, ROWS, K));
     float *clean = rig_poison(rig, ROWS * N), *y = rig_poison(rig, ROWS * N);
-    void *tiles = rig_tiles(rig, rig_weight(rig, N, K), N, K);
+    void *tiles = rig_dense(rig, rig_weight(rig, N, K), N, K);
     for (int lost = 0; lost < 2; lost++) {
         if (lost)
             x[3 * K + 50] = NAN;
@@ -126,7 +128,7 @@ static void norm_case(struct rig *rig, uint32_t rows, uint32_t dim)
         double scale = 1 / sqrt(square / dim + 1e-5);
         for (size_t i = 0; i < dim; i++) {
             double want = (double)x[r * dim + i] * scale * (double)weight[i];
-            near(rig, out[r * dim + i], want, fabs(want), 1e-6);
+            near(rig, out[r * dim + i], want, fabs(want), tolerance_row(rig));
             float rounded = quantize(rig->dtype, out[r * dim + i]);
             float got = act_get(rig, act, dim, r, i);
             assert_memory_equal(&got, &rounded, sizeof got);
@@ -191,9 +193,14 @@ static void moves_all(struct rig *rig)
     enum { VOCAB = 50, DIM = 40, ROWS = 9, BIG = 700001 };
     float *table = rig_weight(rig, VOCAB, DIM), *x = rig_poison(rig, ROWS * DIM);
     float *gathered = rig_poison(rig, ROWS * DIM);
-    int32_t tokens[ROWS] = {0, 49, 7, 7, -1, 50, 3, 21, 30};
-    uint32_t index[ROWS] = {8, 7, 6, 3, 2, 1, 0, 0, 7};
-    uint32_t pages[8] = {0}, at[3] = {7, 0, 3}, value[3] = {70, 1, 30};
+    static const int32_t some[ROWS] = {0, 49, 7, 7, -1, 50, 3, 21, 30};
+    static const uint32_t those[ROWS] = {8, 7, 6, 3, 2, 1, 0, 0, 7}, where[3] = {7, 0, 3},
+                          what[3] = {70, 1, 30};
+    int32_t *tokens = rig_copy(rig, some, sizeof some);
+    uint32_t *index = rig_copy(rig, those, sizeof those), *pages = rig_alloc(rig, 8 * 4);
+    uint32_t *at = rig_copy(rig, where, sizeof where), *value = rig_copy(rig, what, sizeof what);
+    if (rig->captured) // copies and scatters stand outside units
+        return;
     rig->table->embed(rig->stream, &(struct embed_args){tokens, rig_narrow(rig, table, VOCAB * DIM),
                                                         x, ROWS, DIM, VOCAB});
     rig->table->gather(rig->stream, &(struct gather_args){x, index, gathered, ROWS, DIM});

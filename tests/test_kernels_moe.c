@@ -45,7 +45,7 @@ static void pages_make(struct moe *m, size_t page_bytes)
         tile_pack(rig->dtype, rig_narrow(rig, m->down + e * matrix, matrix), m->dim, m->units, -1,
                   packed + up_tiles * TILE_BYTES);
         while (rig->blocks > mark)
-            rig->table->release(rig->device, rig->memory[--rig->blocks]);
+            rig_release_last(rig);
         for (size_t t = 0; t < tiles; t++)
             memcpy(arena + m->pages[e * per + t / per_page] * page_bytes +
                        t % per_page * TILE_BYTES,
@@ -102,8 +102,10 @@ static void moe_record(struct moe *m, float *y, bool resume)
                                                             .resume = resume});
     rig->table->moe_gate_up(rig->stream, &gemm);
     rig->table->moe_down(rig->stream, &gemm);
-    rig->table->moe_combine(rig->stream,
-                            &(struct moe_combine_args){m->work, y, m->rows, m->dim, m->top_k});
+    rig->table->moe_combine(
+        rig->stream,
+        &(struct moe_combine_args){
+            .work = m->work, .y = y, .rows = m->rows, .dim = m->dim, .top_k = m->top_k});
 }
 
 // The LoRA of one module for one row: result[cols] += scale * (x A^T) B^T, and its size.
@@ -156,7 +158,8 @@ static void pair_check(struct moe *m, uint32_t pair)
     for (uint32_t i = 0; i < u; i++) {
         double silu = gate[i] / (1 + exp(-gate[i])), want = silu * up[i];
         // silu' <= 1.1: an error of the gate passes on at most that much
-        double slack = (1.1 * gate_size[i] * fabs(up[i]) + fabs(silu) * size[i]) * tolerance_sum();
+        double slack =
+            (1.1 * gate_size[i] * fabs(up[i]) + fabs(silu) * size[i]) * tolerance_sum(rig);
         float got = act_get(rig, m->work.hidden, u, pair, i);
         h[i] = (double)got;
         double rounding = tolerance_act(rig) * fabs(want);
@@ -165,7 +168,7 @@ static void pair_check(struct moe *m, uint32_t pair)
     plain_gemm(m->down + e * matrix, h, d, u, out, size);
     plain_lora(m, row, LORA_DOWN, e, h, u, out, size, d);
     for (uint32_t i = 0; i < d; i++)
-        near(rig, m->work.out[(size_t)pair * d + i], out[i], size[i], tolerance_sum());
+        near(rig, m->work.out[(size_t)pair * d + i], out[i], size[i], tolerance_sum(rig));
 }
 
 static void combine_check(struct moe *m, const float *before, const float *y)
@@ -179,8 +182,14 @@ static void combine_check(struct moe *m, const float *before, const float *y)
                 want += term;
                 size += fabs(term);
             }
-            near(m->rig, y[r * m->dim + i], want, size, tolerance_sum());
+            near(m->rig, y[r * m->dim + i], want, size, tolerance_sum(m->rig));
         }
+}
+
+// CUDA leaves 1 until the next map says 3 (moe.h).
+static bool is_done(const struct rig *rig, uint8_t state)
+{
+    return state == 3 || (rig->gpu && state == 1);
 }
 
 static void moe_check(struct moe *m)
@@ -197,7 +206,8 @@ static void moe_check(struct moe *m)
             n += m->work.expert[p] == e;
         assert_int_equal(m->need[e], n);
         assert_int_equal(m->work.begin[e], sum);
-        assert_int_equal(m->work.state[e], n ? 3 : 0);
+        assert_true(is_done(m->rig, m->work.state[e]) || !n);
+        assert_true(m->work.state[e] == 0 || n);
         for (uint32_t i = sum; i < sum + n; i++) { // ascending within an expert
             assert_true(i == sum || m->work.order[i] > last);
             last = m->work.order[i];
@@ -271,6 +281,8 @@ static void moe_bits(struct rig *rig)
 {
     enum { ROWS = 120 };
     static const uint32_t ranks[] = {8, 64, 3};
+    if (!rig->exact)
+        return;
     struct moe m;
     struct adapters l;
     moe_make(&m, rig, 4, 2, 96, 40, ROWS, 32768);
@@ -283,6 +295,8 @@ static void moe_bits(struct rig *rig)
     struct moe one = m;
     struct adapters alone = l;
     one.lora = &alone;
+    alone.row_begin = rig_alloc(rig, 8);
+    alone.adapter = rig_alloc(rig, 4);
     one.rows = 1;
     one.work.out = rig_poison(rig, 2 * 96);
     one.work.hidden = rig_alloc(rig, rig->table->act_bytes(rig->device, 2, 40));
@@ -331,21 +345,27 @@ static void moe_miss(struct rig *rig)
         kept[i] = m.pages[at[i]];
         m.pages[at[i]] = PAGE_NONE; // expert 7 is missing too, but nobody needs it
     }
-    float after = 1, zero = 0;
+    float *after = rig_alloc(rig, 4), *zero = rig_alloc(rig, 4);
+    uint32_t *first = rig_alloc(rig, 4);
+    *after = 1;
     struct segment_result result;
     for (int step = 0; step < 3; step++) {
         moe_record(&m, y, step > 0);
-        rig->table->copy(rig->stream, &after, &zero, sizeof after);
+        rig->table->gather(rig->stream, &(struct gather_args){zero, first, after, 1, 1});
         assert_int_equal(rig->table->submit(rig->stream), STATUS_OK);
         assert_int_equal(rig->table->wait(rig->stream, &result), STATUS_OK);
+        rig_unit(rig);
         assert_int_equal(result.missed, step < 2);
         for (uint32_t e = 0; e < 8; e++) {
             bool missing = (e == 2 && step < 1) || (e == 4 && step < 2);
-            assert_int_equal(m.work.state[e], e > 5 ? 0 : missing ? 2 : 3);
+            if (e > 5 || missing)
+                assert_int_equal(m.work.state[e], e > 5 ? 0 : 2);
+            else
+                assert_true(is_done(rig, m.work.state[e]));
         }
         if (step < 2) {
             assert_int_equal(result.miss_layer, LAYER);
-            assert_true(after >= 1); // the copy did not run
+            assert_true(*after >= 1); // what comes after did not run
             for (uint32_t i = 0; i < ROWS * DIM; i++)
                 assert_true(y[i] >= 0 && y[i] <= 0);
             m.pages[at[step]] = kept[step];
@@ -354,7 +374,7 @@ static void moe_miss(struct rig *rig)
             for (uint32_t i = 0; i < per; i++)
                 m.pages[i] = PAGE_NONE;
     }
-    assert_true(after <= 0);
+    assert_true(*after <= 0);
     assert_memory_equal(y, want, ROWS * DIM * 4);
     rig_clear(rig);
 }
@@ -437,8 +457,8 @@ static void router_bits(struct rig *rig)
 {
     enum { ROWS = 50, DIM = 200, EXPERTS = 40, TOP = 4 };
     float *x = rig_floats(rig, ROWS * DIM), *w = rig_floats(rig, EXPERTS * DIM);
-    uint32_t expert[ROWS * TOP], expert1[TOP];
-    float gate[ROWS * TOP], gate1[TOP];
+    uint32_t *expert = rig_alloc(rig, ROWS * TOP * 4), *expert1 = rig_alloc(rig, TOP * 4);
+    float *gate = rig_poison(rig, ROWS * TOP), *gate1 = rig_poison(rig, TOP);
     rig->table->router(rig->stream,
                        &(struct router_args){x, w, expert, gate, ROWS, DIM, EXPERTS, TOP, true});
     rig_run(rig);
@@ -446,8 +466,8 @@ static void router_bits(struct rig *rig)
         rig->table->router(rig->stream, &(struct router_args){x + r * DIM, w, expert1, gate1, 1,
                                                               DIM, EXPERTS, TOP, true});
         rig_run(rig);
-        assert_memory_equal(expert1, expert + r * TOP, sizeof expert1);
-        assert_memory_equal(gate1, gate + r * TOP, sizeof gate1);
+        assert_memory_equal(expert1, expert + r * TOP, TOP * 4);
+        assert_memory_equal(gate1, gate + r * TOP, TOP * 4);
     }
     rig_clear(rig);
 }

@@ -41,24 +41,86 @@ void rig_open(struct rig *rig, const char *instruction_set, enum dtype dtype, ui
     rig->table = rig->device->table;
     rig->dtype = dtype;
     rig->instruction_set = instruction_set;
+    rig->exact = true;
     assert_int_equal(rig->table->stream_create(rig->device, 64, &rig->stream), STATUS_OK);
+}
+
+enum { GPU_ARENA = 768 << 20 };
+
+// The GPU, way 0: command by command, 1: captured units, 2: batch-invariant.
+static enum status rig_open_gpu(struct rig *rig, int way, struct fault *fault)
+{
+    static const char *const names[] = {"cuda", "cuda captured", "cuda invariant"};
+    seed_once();
+    memset(rig, 0, sizeof *rig);
+    struct cuda_options options = {.dtype = DTYPE_BF16, .batch_invariant = way == 2};
+    enum status status = device_create_cuda(&options, &rig->device, fault);
+    if (status)
+        return status;
+    rig->table = rig->device->table;
+    rig->instruction_set = names[way];
+    rig->gpu = true;
+    rig->captured = way == 1;
+    rig->exact = way == 2;
+    assert_int_equal(rig->table->alloc_host(rig->device, GPU_ARENA, (void **)&rig->arena),
+                     STATUS_OK);
+    assert_int_equal(rig->table->stream_create(rig->device, 64, &rig->stream), STATUS_OK);
+    rig_unit(rig);
+    return STATUS_OK;
+}
+
+void rig_unit(struct rig *rig)
+{
+    if (rig->captured)
+        rig->table->unit(rig->stream);
+}
+
+void rig_release_last(struct rig *rig)
+{
+    rig->blocks--;
+    if (rig->gpu)
+        rig->arena_used = rig->used_before[rig->blocks];
+    else
+        rig->table->release(rig->device, rig->memory[rig->blocks]);
 }
 
 void rig_clear(struct rig *rig)
 {
     while (rig->blocks)
-        rig->table->release(rig->device, rig->memory[--rig->blocks]);
+        rig_release_last(rig);
 }
 
 void rig_close(struct rig *rig)
 {
     rig_clear(rig);
     rig->table->stream_destroy(rig->stream);
+    if (rig->gpu)
+        rig->table->release_host(rig->device, rig->arena);
     rig->table->destroy(rig->device);
+}
+
+static void rig_each_gpu(const char *name, void (*test)(struct rig *rig))
+{
+    for (int way = 0; way < 3; way++) {
+        struct rig rig;
+        struct fault fault;
+        if (rig_open_gpu(&rig, way, &fault)) {
+            printf("SKIPPED %s on the GPU: %s\n", name, fault.text);
+            return;
+        }
+        test(&rig);
+        printf("%-28s %-14s bf16 largest relative error %.2e\n", name, rig.instruction_set,
+               rig.error);
+        rig_close(&rig);
+    }
 }
 
 void rig_each(const char *name, void (*test)(struct rig *rig))
 {
+    if (getenv("POLDER_TEST_GPU_ONLY")) {
+        rig_each_gpu(name, test);
+        return;
+    }
     static const char *const sets[] = {"avx512bf16", "avx2", "portable"};
     for (size_t i = 0; i < ARRAY_COUNT(sets); i++) {
         struct cpu_options options = {1, DTYPE_F32, sets[i]};
@@ -78,6 +140,7 @@ void rig_each(const char *name, void (*test)(struct rig *rig))
             rig_close(&rig);
         }
     }
+    rig_each_gpu(name, test);
 }
 
 void rig_run(struct rig *rig)
@@ -86,12 +149,23 @@ void rig_run(struct rig *rig)
     assert_int_equal(rig->table->submit(rig->stream), STATUS_OK);
     assert_int_equal(rig->table->wait(rig->stream, &result), STATUS_OK);
     assert_false(result.missed);
+    rig_unit(rig);
 }
 
 void *rig_alloc(struct rig *rig, size_t bytes)
 {
     void *memory;
     CHECK(rig->blocks < (int)ARRAY_COUNT(rig->memory));
+    if (rig->gpu) { // with room behind it: captured commands work on whole buckets of rows
+        size_t room = round_up(rig->captured ? 2 * bytes + 65536 : bytes, 256);
+        CHECK(rig->arena_used + room <= GPU_ARENA);
+        memory = rig->arena + rig->arena_used;
+        memset(memory, 0, room);
+        rig->used_before[rig->blocks] = rig->arena_used;
+        rig->arena_used += room;
+        rig->memory[rig->blocks++] = memory;
+        return memory;
+    }
     assert_int_equal(rig->table->alloc(rig->device, bytes, &memory), STATUS_OK);
     assert_int_equal((size_t)memory % 64, 0);
     rig->memory[rig->blocks++] = memory;
@@ -183,11 +257,24 @@ void *rig_narrow(struct rig *rig, const float *values, size_t n)
     return out;
 }
 
-void *rig_tiles(struct rig *rig, const float *values, size_t rows, size_t cols)
+void *rig_dense(struct rig *rig, const float *values, size_t rows, size_t cols)
 {
-    void *out = rig_alloc(rig, tile_count(rig->dtype, rows, cols) * TILE_BYTES);
-    tile_pack(rig->dtype, rig_narrow(rig, values, rows * cols), rows, cols, -1, out);
+    if (!rig->gpu) {
+        void *out = rig_alloc(rig, tile_count(rig->dtype, rows, cols) * TILE_BYTES);
+        tile_pack(rig->dtype, rig_narrow(rig, values, rows * cols), rows, cols, -1, out);
+        return out;
+    }
+    size_t stride = round_up(cols, tile_cols(rig->dtype));
+    uint16_t *out = rig_alloc(rig, rows * stride * sizeof *out);
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < cols; c++)
+            out[r * stride + c] = bf16_from_f32(values[r * cols + c]);
     return out;
+}
+
+void *rig_copy(struct rig *rig, const void *from, size_t bytes)
+{
+    return memcpy(rig_alloc(rig, bytes), from, bytes);
 }
 
 void near(struct rig *rig, float got, double want, double scale, double tolerance)
@@ -202,9 +289,14 @@ void near(struct rig *rig, float got, double want, double scale, double toleranc
         rig->error = error / scale;
 }
 
-double tolerance_sum(void)
+double tolerance_sum(const struct rig *rig)
 {
-    return 4e-6;
+    return rig->gpu ? 2e-5 : 4e-6;
+}
+
+double tolerance_row(const struct rig *rig)
+{
+    return rig->gpu ? 2e-6 : 1e-6;
 }
 
 double tolerance_act(const struct rig *rig)

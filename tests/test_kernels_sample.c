@@ -129,10 +129,10 @@ static void sample_case(struct rig *rig, uint32_t vocab, uint32_t rows, float sp
     rig_run(rig);
     for (uint32_t r = 0; r < rows; r++)
         row_check(rig, &a, r);
-    int32_t again;
+    int32_t *again = rig_alloc(rig, 4);
     struct sample_args one = a;
     one.rows = 1;
-    one.token = &again;
+    one.token = again;
     one.tops = 0;
     one.logprob = NULL;
     for (uint32_t r = 0; r < rows; r++) { // alone: the same token
@@ -140,7 +140,7 @@ static void sample_case(struct rig *rig, uint32_t vocab, uint32_t rows, float sp
         one.params = params + r;
         rig->table->sample(rig->stream, &one);
         rig_run(rig);
-        assert_int_equal(again, a.token[r]);
+        assert_int_equal(*again, a.token[r]);
     }
     rig_clear(rig);
 }
@@ -162,9 +162,10 @@ static void test_kernels_sample_matches_a_full_sort(void **state)
 static void sample_lost(struct rig *rig)
 {
     enum { VOCAB = 300, ROWS = 6 };
-    float *logits = rig_floats(rig, ROWS * VOCAB), logprob[ROWS], top[ROWS];
-    int32_t token[ROWS], top_token[ROWS];
-    struct sample_params params[ROWS];
+    float *logits = rig_floats(rig, ROWS * VOCAB);
+    float *logprob = rig_alloc(rig, ROWS * 4), *top = rig_alloc(rig, ROWS * 4);
+    int32_t *token = rig_alloc(rig, ROWS * 4), *top_token = rig_alloc(rig, ROWS * 4);
+    struct sample_params *params = rig_alloc(rig, ROWS * sizeof *params);
     for (int r = 0; r < ROWS; r++)
         params[r] = (struct sample_params){r % 2 ? 1.0f : 0.0f, 1.0f, 0, 1, 1};
     logits[1 * VOCAB + 299] = NAN;
@@ -200,8 +201,8 @@ static void sample_frequencies(struct rig *rig)
 {
     enum { VOCAB = 16, ROWS = 500, TIMES = 40 };
     float *logits = rig_alloc(rig, ROWS * VOCAB * 4);
-    struct sample_params params[ROWS];
-    int32_t token[ROWS];
+    struct sample_params *params = rig_alloc(rig, ROWS * sizeof *params);
+    int32_t *token = rig_alloc(rig, ROWS * 4);
     double count[VOCAB] = {0}, sum = 0, chi = 0;
     for (int i = 0; i < ROWS * VOCAB; i++)
         logits[i] = 0.2f * (float)(i % VOCAB);

@@ -125,8 +125,8 @@ static void test_kernels_bits_do_not_depend_on_the_threads(void **state)
         rig_rng.counter = 1000; // the same inputs for every thread count
         size_t wide = tile_interleaved_rows(units);
         float *x = rig_floats(&rig, (size_t)ROWS * DIM), *norm = rig_floats(&rig, DIM);
-        void *w1 = rig_tiles(&rig, rig_weight(&rig, wide, DIM), wide, DIM);
-        void *w2 = rig_tiles(&rig, rig_weight(&rig, DIM, units), DIM, units);
+        void *w1 = rig_dense(&rig, rig_weight(&rig, wide, DIM), wide, DIM);
+        void *w2 = rig_dense(&rig, rig_weight(&rig, DIM, units), DIM, units);
         rig_rng = keep;
         block_run(&rig, x, w1, w2, norm, ROWS, DIM, units);
         rig_run(&rig);

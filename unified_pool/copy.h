@@ -49,6 +49,11 @@ struct link_options {
 // Three worker threads that copy with memcpy and pread, paced to the given speeds.
 MUST_USE enum status copy_link_threads(const struct link_options *options, struct link **out);
 
+// A device that copies by itself (device table: copy_start), and one thread for the reads.
+struct device;
+MUST_USE enum status copy_link_device(struct device *device, const struct link_options *options,
+                                      struct link **out);
+
 struct copy_queues;
 
 struct copy_options {

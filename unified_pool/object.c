@@ -96,6 +96,11 @@ uint32_t pool_slots(const struct pool *pool, pool_object handle)
     return pool__object(pool, handle)->slots;
 }
 
+uint32_t pool_first_slot(const struct pool *pool, pool_object handle)
+{
+    return pool__object(pool, handle)->first;
+}
+
 const uint32_t *pool_device_pages(const struct pool *pool, pool_object handle)
 {
     return pool->device_page + pool__object(pool, handle)->first;

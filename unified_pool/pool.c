@@ -143,6 +143,7 @@ void pool_stats(const struct pool *pool, struct pool_stats *out)
                                .device_waiting = device->waiting,
                                .host_total = host->total,
                                .host_free = host->free,
+                               .slots_max = pool->options.slots_max,
                                .fetches = pool->fetches,
                                .fetch_failures = pool->fetch_failures,
                                .give_backs = pool->give_backs,

@@ -108,6 +108,9 @@ pool_object_create(struct pool *pool, const struct pool_object_options *options,
 void pool_object_destroy(struct pool *pool, pool_object object);
 uint64_t pool_tag(const struct pool *pool, pool_object object);
 uint32_t pool_slots(const struct pool *pool, pool_object object);
+// The object's slots are a run of the pool's slots_max, from this one on; nobody else has them
+// while it lives.
+uint32_t pool_first_slot(const struct pool *pool, pool_object object);
 
 // Device page of each slot (POOL_PAGE_NONE: none); stable address, [slots].
 const uint32_t *pool_device_pages(const struct pool *pool, pool_object object);
@@ -173,6 +176,7 @@ struct pool_stats {
     size_t page_bytes;
     uint32_t device_total, device_free, device_waiting; // waiting: given back, epoch not retired
     uint32_t host_total, host_free;
+    uint32_t slots_max;
     uint32_t device_by_kind[PAGE_KINDS], host_by_kind[PAGE_KINDS];
     uint64_t taken_from[PAGE_KINDS][PAGE_KINDS]; // [for kind][from kind] pages that changed kind
     uint64_t fetches, fetch_failures, give_backs, write_backs;

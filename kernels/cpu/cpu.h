@@ -109,6 +109,7 @@ struct command {
         struct moe_map_args map;
         struct moe_gemm_args moe;
         struct moe_combine_args combine;
+        struct all_reduce_args all_reduce;
         struct sample_args sample;
     } a;
     struct span reads[SPANS], writes[SPANS];
@@ -139,6 +140,7 @@ struct cpu_stream {
     _Atomic uint32_t head;      // commands [0, head) are complete
     _Atomic uint32_t submitted; // commands of the segment in flight
     bool missed;
+    bool failed; // a collective failed: all that follows is skipped
     uint32_t miss_layer;
     // Work areas.
     float *router_logits;          // [ROUTER_ROWS][EXPERTS_MAX]
@@ -277,6 +279,7 @@ void cpu__moe_map(struct stream *s, const struct moe_map_args *a);
 void cpu__moe_gate_up(struct stream *s, const struct moe_gemm_args *a);
 void cpu__moe_down(struct stream *s, const struct moe_gemm_args *a);
 void cpu__moe_combine(struct stream *s, const struct moe_combine_args *a);
+void cpu__all_reduce(struct stream *s, const struct all_reduce_args *a);
 void cpu__sample(struct stream *s, const struct sample_args *a);
 
 #endif

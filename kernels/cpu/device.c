@@ -66,6 +66,7 @@ static const struct device_table table = {
     .moe_gate_up = cpu__moe_gate_up,
     .moe_down = cpu__moe_down,
     .moe_combine = cpu__moe_combine,
+    .all_reduce = cpu__all_reduce,
     .sample = cpu__sample,
 };
 

@@ -47,7 +47,8 @@ static void map_task(struct cpu_stream *s, struct slot *slot, struct command *c,
     if (!a->resume)
         pairs_sort(s, a);
     for (uint32_t e = 0; e < a->view.experts; e++) {
-        uint32_t pairs = w->begin[e + 1] - w->begin[e];
+        bool mine = expert_is_mine(&a->mine, e);
+        uint32_t pairs = mine ? w->begin[e + 1] - w->begin[e] : 0;
         if (a->need)
             a->need[e] = pairs;
         if (pairs && w->state[e] != 3)
@@ -78,10 +79,14 @@ static void combine_task(struct cpu_stream *s, struct slot *slot, struct command
     const struct moe_combine_args *a = &c->a.combine;
     size_t row = task / c->split, first = (size_t)(task % c->split) * COLUMNS_CHUNK;
     size_t cols = min_size(COLUMNS_CHUNK, a->dim - first);
+    float *y = a->y + row * a->dim + first;
+    for (size_t i = 0; a->replace && i < cols; i++)
+        y[i] = 0;
     for (uint32_t k = 0; k < a->top_k; k++) {
         size_t pair = row * a->top_k + k;
-        cpu__micro(s)->axpy(a->y + row * a->dim + first, a->work.out + pair * a->dim + first,
-                            a->work.gate[pair], cols);
+        if (!expert_is_mine(&a->mine, a->work.expert[pair]))
+            continue;
+        cpu__micro(s)->axpy(y, a->work.out + pair * a->dim + first, a->work.gate[pair], cols);
     }
 }
 
@@ -98,6 +103,7 @@ void cpu__moe_combine(struct stream *s, const struct moe_combine_args *a)
     size_t row_bytes = (size_t)a->dim * sizeof(float);
     cpu__reads(c, a->work.out, (size_t)a->rows * a->top_k * row_bytes, 0, 1);
     cpu__reads(c, a->work.gate, (size_t)a->rows * a->top_k * sizeof(float), 0, 1);
+    cpu__reads(c, a->work.expert, (size_t)a->rows * a->top_k * sizeof(uint32_t), 0, 1);
     cpu__writes(c, a->y, a->rows * row_bytes, 0, 1);
     cpu__record_end(s, c);
 }

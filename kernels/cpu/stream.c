@@ -128,7 +128,7 @@ static void command_complete(struct cpu_stream *s, struct command *c)
 // Counts the tasks; the caller has won the transition to PREPARING.
 static void command_prepare(struct cpu_stream *s, struct command *c)
 {
-    c->skipped = s->missed && !(c->op->in_miss && c->miss_layer == s->miss_layer);
+    c->skipped = s->failed || (s->missed && !(c->op->in_miss && c->miss_layer == s->miss_layer));
     if (c->skipped)
         c->tasks = 0;
     else if (c->op->prepare)
@@ -279,7 +279,7 @@ enum status cpu__submit(struct stream *stream)
     struct cpu_stream *s = (struct cpu_stream *)stream;
     if (atomic_load(&s->active))
         return STATUS_BUSY;
-    s->missed = false;
+    s->missed = s->failed = false;
     atomic_store(&s->head, 0);
     atomic_store(&s->submitted, s->count);
     atomic_store(&s->active, 1);
@@ -296,8 +296,9 @@ static void stream_retire(struct cpu_stream *s, struct segment_result *result)
     s->count = s->fence = 0;
     if (result)
         *result = (struct segment_result){.missed = s->missed,
-                                          .miss_layer = s->missed ? s->miss_layer : 0};
-    s->missed = false;
+                                          .miss_layer = s->missed ? s->miss_layer : 0,
+                                          .status = s->failed ? STATUS_DEVICE : STATUS_OK};
+    s->missed = s->failed = false;
 }
 
 bool cpu__poll(struct stream *stream, struct segment_result *result)

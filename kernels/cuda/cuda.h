@@ -78,6 +78,7 @@ struct cuda_launch {
     struct cuda_control *control; // device memory
     uint32_t slot;                // control->rows[slot] is the number of rows
     uint32_t rows_max;            // bucket: the grid covers this many rows
+    bool can_miss;                // a moe_map stands before it in the segment
     bool captured;                // under capture (rows_max is a bucket), else rows_max is exact
     // Scratch of the stream, device memory.
     uint8_t *partials;       // ATTENTION_PARTIAL_BYTES
@@ -123,6 +124,7 @@ void cuda__moe_map(const struct cuda_launch *l, const struct moe_map_args *a);
 void cuda__moe_gate_up(const struct cuda_launch *l, const struct moe_gemm_args *a);
 void cuda__moe_down(const struct cuda_launch *l, const struct moe_gemm_args *a);
 void cuda__moe_combine(const struct cuda_launch *l, const struct moe_combine_args *a);
+void cuda__all_reduce(const struct cuda_launch *l, const struct all_reduce_args *a);
 void cuda__sample(const struct cuda_launch *l, const struct sample_args *a);
 
 // segment.cu: the kernels that open and close a segment.

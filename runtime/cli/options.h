@@ -29,8 +29,8 @@ struct settings {
     uint32_t threads, max_model_len, max_num_seqs, max_num_batched_tokens, max_queue, max_adapters;
     uint32_t max_lora_rank, segment_halves, link_latency_us;
     uint64_t pool_bytes, host_bytes, page_bytes;
-    double h2d_gbytes_per_s, d2h_gbytes_per_s, read_gbytes_per_s;
-    bool no_prefix_caching, trace_plan;
+    double gpu_memory_utilization, h2d_gbytes_per_s, d2h_gbytes_per_s, read_gbytes_per_s;
+    bool no_prefix_caching, batch_invariant, no_plan_ahead, trace_plan;
     struct option_list lora_modules;
     // serving
     const char *host, *uds, *tenants;

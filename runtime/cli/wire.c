@@ -7,8 +7,32 @@
 #include <unistd.h>
 
 #include "base/log.h"
+#include "runtime/model/synth.h"
 
 // ---- text ----
+
+// The text of a tokenizer.json whose ids are the bytes themselves: for random models. Each byte is
+// written as the character that byte-level BPE gives it (GPT-2).
+static enum status load_byte_tokenizer(struct tokenizer **out, struct fault *fault)
+{
+    char text[8192];
+    unsigned moved = 0;
+    int at = snprintf(text, sizeof text,
+                      "{\"version\":\"1.0\",\"truncation\":null,\"padding\":null,"
+                      "\"added_tokens\":[],\"normalizer\":null,\"pre_tokenizer\":{\"type\":"
+                      "\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":false,"
+                      "\"use_regex\":false},\"post_processor\":null,\"decoder\":{\"type\":"
+                      "\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":false,"
+                      "\"use_regex\":false},\"model\":{\"type\":\"BPE\",\"vocab\":{");
+    for (unsigned byte = 0; byte < 256; byte++) {
+        bool itself = (byte >= 33 && byte <= 126) || (byte >= 161 && byte != 173);
+        at += snprintf(text + at, sizeof text - (size_t)at, "%s\"\\u%04x\":%u", byte ? "," : "",
+                       itself ? byte : 256 + moved, byte);
+        moved += !itself;
+    }
+    at += snprintf(text + at, sizeof text - (size_t)at, "},\"merges\":[]}}");
+    return tokenizer_load("the byte tokenizer", text, (size_t)at, out, fault);
+}
 
 enum status wire_text_load(const struct settings *settings, struct wire_text *out,
                            struct fault *fault)
@@ -16,7 +40,9 @@ enum status wire_text_load(const struct settings *settings, struct wire_text *ou
     memset(out, 0, sizeof *out);
     if (!settings->model)
         return fault_set(fault, STATUS_INVALID, "say which model: --model DIR.");
-    enum status status = tokenizer_load_in(settings->model, &out->tokenizer, fault);
+    enum status status = synth_is_name(settings->model)
+                             ? load_byte_tokenizer(&out->tokenizer, fault)
+                             : tokenizer_load_in(settings->model, &out->tokenizer, fault);
     if (!status && token_scratch_create(&out->scratch))
         status = fault_set(fault, STATUS_NO_MEMORY, "out of memory for the tokenizer.");
     if (status)
@@ -139,6 +165,9 @@ enum status wire_stack_options(const struct settings *settings, const struct tok
         return fault_set(fault, STATUS_INVALID, "say which model: --model DIR.");
     if (settings->segment_halves > 12)
         return fault_set(fault, STATUS_INVALID, "--segment-halves is at most 12 (six layers).");
+    if (settings->gpu_memory_utilization > 1)
+        return fault_set(fault, STATUS_INVALID,
+                         "--gpu-memory-utilization is a share of the free memory, at most 1.");
     enum status status = dtype_of(settings->dtype, &dtype, fault);
     if (!status)
         status = state_directory(settings, state, state_room, fault);
@@ -148,6 +177,8 @@ enum status wire_stack_options(const struct settings *settings, const struct tok
     *out = (struct stack_options){.model = settings->model,
                                   .state_directory = state,
                                   .device = settings->device,
+                                  .gpu_memory_utilization = settings->gpu_memory_utilization,
+                                  .batch_invariant = settings->batch_invariant,
                                   .dtype = dtype,
                                   .instruction_set = isa && strcmp(isa, "best") != 0 ? isa : NULL,
                                   .threads = settings->threads,
@@ -166,6 +197,7 @@ enum status wire_stack_options(const struct settings *settings, const struct tok
                                   .read_gbytes_per_s = settings->read_gbytes_per_s,
                                   .link_latency_us = settings->link_latency_us,
                                   .no_prefix_sharing = settings->no_prefix_caching,
+                                  .no_plan_ahead = settings->no_plan_ahead,
                                   .trace = settings->trace_plan ? show_plan : NULL,
                                   .progress = show_progress};
     if (tokenizer) {

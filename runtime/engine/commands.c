@@ -171,6 +171,9 @@ enum status engine_register_adapter(struct engine *engine, const char *name, con
     // Owners beyond the tenants stand for the operator, who shares a number with the base model.
     if (owner > o->tenants_max)
         owner = o->tenants_max;
+    if (o->model->share.world > 1)
+        return fault_set(fault, STATUS_UNSUPPORTED,
+                         "Adapters cannot be served by a model that several ranks share.");
     enum status status = adapter_register(o->adapters, name, store_path, owner, &id, fault);
     if (status)
         return status;

@@ -4,6 +4,7 @@
 #include "runtime/engine/engine.h"
 
 #include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -65,6 +66,17 @@ static enum status make_moe_scratch(struct engine *e)
     return STATUS_OK;
 }
 
+static enum status make_results(struct engine *e, struct result_set *set)
+{
+    size_t samples = row_bucket(e->options.sequences_max), tops = samples * ENGINE_TOPS_MAX;
+    if (host_area(e, &set->token, samples * sizeof(int32_t)) ||
+        host_area(e, &set->logprob, samples * sizeof(float)) ||
+        host_area(e, &set->top_token, tops * sizeof(int32_t)) ||
+        host_area(e, &set->top_logprob, tops * sizeof(float)))
+        return STATUS_NO_MEMORY;
+    return STATUS_OK;
+}
+
 static enum status make_scratch(struct engine *e)
 {
     const struct model_config *c = &e->options.model->config;
@@ -73,18 +85,16 @@ static enum status make_scratch(struct engine *e)
     size_t samples = row_bucket(e->options.sequences_max);
     size_t q = (size_t)c->heads * c->head_dim, qkv = q + 2 * (size_t)c->kv_heads * c->head_dim;
     size_t gate_up = c->intermediate ? tile_interleaved_rows(c->intermediate) : 0;
-    if (act_area(e, &s->act, rows, c->hidden) || act_area(e, &s->attention, rows, q) ||
-        device_area(e, &s->normed, rows * c->hidden * f) ||
+    size_t partial = e->options.model->share.rank ? rows * c->hidden * f : 0;
+    if (device_area(e, &s->partial, partial) || act_area(e, &s->act, rows, c->hidden) ||
+        act_area(e, &s->attention, rows, q) || device_area(e, &s->normed, rows * c->hidden * f) ||
         device_area(e, &s->qkv, rows * qkv * f) ||
         device_area(e, &s->gate_up, rows * gate_up * f) ||
         act_area(e, &s->mid, gate_up ? rows : 1, c->intermediate ? c->intermediate : 1) ||
         device_area(e, &s->last, samples * c->hidden * f) ||
         act_area(e, &s->last_act, samples, c->hidden) ||
-        device_area(e, &s->logits, samples * c->vocab * f) ||
-        host_area(e, &s->token, samples * sizeof(int32_t)) ||
-        host_area(e, &s->logprob, samples * f) ||
-        host_area(e, &s->top_token, samples * ENGINE_TOPS_MAX * sizeof(int32_t)) ||
-        host_area(e, &s->top_logprob, samples * ENGINE_TOPS_MAX * f))
+        device_area(e, &s->logits, samples * c->vocab * f) || make_results(e, &s->results[0]) ||
+        make_results(e, &s->results[1]))
         return STATUS_NO_MEMORY;
     for (int i = 0; i < 3; i++) {
         if (device_area(e, &s->lora_hidden[i], rows * e->options.rank_max * f))
@@ -103,36 +113,56 @@ static size_t place_arrays(const struct engine_options *o, uint8_t *base, struct
         out->field = base ? (void *)(base + at) : NULL;                                            \
         at = round_up(at + (count) * sizeof *out->field, 64);                                      \
     } while (0)
-    PLACE(token, rows);
+    PLACE(token, rows + 1); // and the word for samples that nobody follows
     PLACE(position, rows);
     PLACE(sequence, rows);
     PLACE(lora_row, runs + 1);
     PLACE(lora_adapter, runs);
     PLACE(gather, runs);
+    PLACE(follow, runs);
     PLACE(sample, runs);
     PLACE(pages, runs * blocks * o->kv_shape.pages_per_block);
 #undef PLACE
     return at;
 }
 
-static enum status make_step(struct engine *e, struct step *step)
+// What a step has on the host: the planned one has no more.
+static enum status make_plan(struct engine *e, struct step *step)
 {
     const struct engine_options *o = &e->options;
     step->block.bytes = place_arrays(o, NULL, &step->host);
     step->runs = calloc(o->sequences_max, sizeof *step->runs);
-    if (!step->runs)
+    if (!step->runs || host_area(e, &step->block.host, step->block.bytes))
         return STATUS_NO_MEMORY;
+    (void)place_arrays(o, step->block.host, &step->host);
+    return STATUS_OK;
+}
+
+static enum status make_step(struct engine *e, struct step *step)
+{
+    const struct engine_options *o = &e->options;
     size_t row = o->model->config.hidden * sizeof(float);
-    enum status status = host_area(e, &step->block.host, step->block.bytes);
+    enum status status = make_plan(e, step);
     if (!status)
         status = device_area(e, &step->block.device, step->block.bytes);
     if (!status)
         status = device_area(e, &step->x, row_bucket(o->rows_max) * row);
-    if (status)
-        return status;
-    (void)place_arrays(o, step->block.host, &step->host);
-    (void)place_arrays(o, step->block.device, &step->device);
-    return STATUS_OK;
+    if (!status)
+        (void)place_arrays(o, step->block.device, &step->device);
+    return status;
+}
+
+static enum status make_steps(struct engine *e)
+{
+    const struct engine_options *o = &e->options;
+    struct block_copies *c = &e->copies;
+    enum status status = make_plan(e, &e->next);
+    for (int class = 0; class < ENGINE_CLASSES && !status; class ++)
+        status = make_step(e, &e->steps[class]);
+    c->room = o->sequences_max * o->kv_shape.pages_per_block; // one shared block each, at most
+    c->list = calloc(c->room, sizeof *c->list);
+    e->results.runs = calloc(o->sequences_max, sizeof *e->results.runs);
+    return c->list && e->results.runs ? status : STATUS_NO_MEMORY;
 }
 
 static enum status make_sequences(struct engine *e)
@@ -208,6 +238,7 @@ static enum status check_options(const struct engine_options *o, struct fault *f
 enum status engine_create(const struct engine_options *options, struct engine **out,
                           struct fault *fault)
 {
+    struct device_info info = {0};
     enum status status = check_options(options, fault);
     if (status)
         return status;
@@ -217,7 +248,9 @@ enum status engine_create(const struct engine_options *options, struct engine **
     e->options = *options;
     e->table = options->device->table;
     e->want.slot = e->want_next.slot = NO_SLOT;
-    uint32_t commands = options->model->config.layers * 32 + 64 + options->sequences_max;
+    options->device->table->info(options->device, &info);
+    uint32_t commands = options->model->config.layers * 32 + 64 +
+                        options->sequences_max * options->kv_shape.pages_per_block;
     status = e->table->stream_create(options->device, commands, &e->stream);
     if (!status)
         status = make_tables(e);
@@ -225,8 +258,10 @@ enum status engine_create(const struct engine_options *options, struct engine **
         status = make_sequences(e);
     if (!status)
         status = make_scratch(e);
-    for (int class = 0; class < ENGINE_CLASSES && !status; class ++)
-        status = make_step(e, &e->steps[class]);
+    if (!status && !info.host_access)
+        status = host_area(e, &e->logits, options->model->config.vocab * sizeof(float));
+    if (!status)
+        status = make_steps(e);
     if (status) {
         engine_destroy(e);
         return fault_set(fault, status,
@@ -241,6 +276,7 @@ static void release_scratch(struct engine *e)
 {
     struct scratch *s = &e->scratch;
     void *areas[] = {s->act,
+                     s->partial,
                      s->attention,
                      s->mid,
                      s->normed,
@@ -263,11 +299,21 @@ static void release_scratch(struct engine *e)
         if (areas[i])
             e->table->release(e->options.device, areas[i]);
     }
-    void *host[] = {s->token, s->logprob, s->top_token, s->top_logprob, s->need, s->expert_state};
+    const struct result_set *a = &s->results[0], *b = &s->results[1];
+    void *host[] = {a->token,       a->logprob,   a->top_token, a->top_logprob,
+                    b->token,       b->logprob,   b->top_token, b->top_logprob,
+                    s->need,        s->expert_state, e->logits};
     for (size_t i = 0; i < ARRAY_COUNT(host); i++) {
         if (host[i])
             e->table->release_host(e->options.device, host[i]);
     }
+}
+
+static void release_plan(struct engine *e, struct step *step)
+{
+    if (step->block.host)
+        e->table->release_host(e->options.device, step->block.host);
+    free(step->runs);
 }
 
 void engine_destroy(struct engine *engine)
@@ -280,10 +326,11 @@ void engine_destroy(struct engine *engine)
             engine->table->release(engine->options.device, step->block.device);
         if (step->x)
             engine->table->release(engine->options.device, step->x);
-        if (step->block.host)
-            engine->table->release_host(engine->options.device, step->block.host);
-        free(step->runs);
+        release_plan(engine, step);
     }
+    release_plan(engine, &engine->next);
+    free(engine->results.runs);
+    free(engine->copies.list);
     release_scratch(engine);
     if (engine->stream)
         engine->table->stream_destroy(engine->stream);
@@ -300,9 +347,12 @@ void engine_destroy(struct engine *engine)
 
 // ---- the turn ----
 
-// Ends every request that no running step holds; a step in flight is waited for first.
+// Ends every request that no running step holds; a step in flight is waited for first. Results that
+// have not gone out are lost.
 static void end_everything(struct engine *e, enum status status, const char *message)
 {
+    ahead_drop(e);
+    output_drop(e);
     for (int class = 0; class < ENGINE_CLASSES; class ++) {
         struct step *step = &e->steps[class];
         if (step->state == STEP_NONE || step->state == STEP_FLIGHT)
@@ -316,7 +366,7 @@ static void end_everything(struct engine *e, enum status status, const char *mes
     for (int state = SEQUENCE_QUEUED; state <= SEQUENCE_OUT; state++) {
         for (uint32_t slot = e->lists[state].head; slot != NO_SLOT;) {
             uint32_t next = e->sequences[slot].next;
-            if (!e->sequences[slot].in_step)
+            if (!e->sequences[slot].in_steps)
                 sequence_end(e, slot, status, ENGINE_FINISH_ERROR, message);
             slot = next;
         }
@@ -383,6 +433,8 @@ void engine_run(struct engine *engine)
             return;
         if (turn == ENGINE_BUSY) {
             waits = 0;
+        } else if (engine->current && engine->current->state == STEP_FLIGHT) {
+            (void)sched_yield(); // a device that computes by itself: its end is looked for
         } else if (turn == ENGINE_WAITING) {
             // A copy ends within microseconds to milliseconds: yield first, then sleep a little.
             if (++waits < 200)
@@ -398,7 +450,13 @@ void engine_run(struct engine *engine)
 const float *engine_logits(const struct engine *engine, uint32_t index)
 {
     CHECK(index < engine->options.sequences_max);
-    return engine->scratch.logits + (size_t)index * engine->options.model->config.vocab;
+    size_t vocab = engine->options.model->config.vocab;
+    const float *logits = engine->scratch.logits + (size_t)index * vocab;
+    if (!engine->logits) // the host can read them where they are
+        return logits;
+    CHECK(!engine->table->download(engine->options.device, engine->logits, logits,
+                                   vocab * sizeof(float)));
+    return engine->logits;
 }
 
 const uint32_t *engine_need(const struct engine *engine)
@@ -410,7 +468,11 @@ void engine_counters(const struct engine *engine, struct engine_counters *out)
 {
     *out = engine->counters;
     out->running = engine->lists[SEQUENCE_RUNNING].count + engine->lists[SEQUENCE_OUT].count;
+    for (uint32_t slot = engine->lists[SEQUENCE_ENDED].head; slot != NO_SLOT;
+         slot = engine->sequences[slot].next)
+        out->running += engine->sequences[slot].in_steps > 0; // surplus rows: they hold pages
     out->waiting = engine->lists[SEQUENCE_QUEUED].count;
+    out->captures = engine->table->captures(engine->stream);
 }
 
 void engine_check(const struct engine *engine)
@@ -423,15 +485,17 @@ void engine_check(const struct engine *engine)
             const struct sequence *s = &engine->sequences[slot];
             CHECK(s->state == (enum sequence_state)state);
             CHECK(s->computed <= s->length || state == SEQUENCE_FREE || state == SEQUENCE_ENDED);
-            CHECK(!s->in_step || state == SEQUENCE_RUNNING);
-            in_steps += s->in_step;
+            CHECK(!s->in_steps || state == SEQUENCE_RUNNING || state == SEQUENCE_ENDED);
+            CHECK(!s->ahead.goes_on);
+            in_steps += s->in_steps;
             count++;
         }
         CHECK(count == engine->lists[state].count);
         total += count;
     }
     CHECK(total == engine->sequence_slots);
-    uint32_t runs = 0, current = 0;
+    uint32_t runs = engine->results.waiting ? engine->results.plan.runs : 0, current = 0;
+    runs += engine->next.state == STEP_NONE ? 0 : engine->next.plan.runs;
     for (int class = 0; class < ENGINE_CLASSES; class ++) {
         const struct step *step = &engine->steps[class];
         runs += step->state == STEP_NONE ? 0 : step->plan.runs;

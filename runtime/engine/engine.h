@@ -42,6 +42,7 @@ struct engine_options {
     // Owned by the caller, used by the engine thread alone until engine_destroy.
     const struct model *model;
     struct device *device;
+    struct comm *comm; // NULL: this is the only rank; else of the model's share
     struct pool *pool;
     struct copy_queues *copies;
     const uint8_t *arena; // device arena of the pool
@@ -68,6 +69,7 @@ struct engine_options {
     // Test hook: forces the running step to be left at a preemption point. NULL in production.
     bool (*force_leave)(void *context, uint32_t step_class, uint32_t half);
     void *force_leave_context;
+    bool no_plan_ahead; // plan a step only when the one before has given its results
     bool may_block; // wait inside engine_turn for a submitted segment (the CPU backend's threads)
 };
 
@@ -84,7 +86,8 @@ enum engine_turn engine_turn(struct engine *engine);
 void engine_run(struct engine *engine);
 
 // Logits [vocab] of sample `index` of the last step that sampled, valid until the next turn. For
-// tests and tools that turn the engine themselves.
+// tests and tools that turn the engine themselves, with no_plan_ahead or when nothing follows: a
+// step that was planned ahead is already running when the results of the one before come out.
 const float *engine_logits(const struct engine *engine, uint32_t index);
 
 // Pairs per expert of the step that ran last, [MoE layers][experts]; NULL for a dense model.
@@ -98,10 +101,15 @@ MUST_USE enum status engine_register_adapter(struct engine *engine, const char *
 
 struct engine_counters {
     uint64_t steps, segments, gate_misses, pauses, swaps_out, swaps_in, drops;
-    uint64_t rows;                         // rows of finished steps
+    uint64_t rows;          // rows of finished steps
+    uint64_t planned_ahead; // steps that were planned while one ran, and entered
+    uint64_t ahead_dropped; // planned so, but given up
+    uint64_t rows_surplus;  // of sequences that had ended when the step was already planned
     uint64_t half_rows_run, half_rows_due; // half-layers x rows; equal when nothing ran twice
     uint64_t rows_recomputed;              // positions computed again because their KV was dropped
     uint64_t requests, finished, failed, prompt_tokens, cached_tokens, generated_tokens;
+    uint64_t submit_us, flight_us; // of segments: inside submit; from submit to retirement
+    uint64_t captures;             // units captured (device_table.captures)
     uint32_t running, waiting;
 };
 void engine_counters(const struct engine *engine, struct engine_counters *out);

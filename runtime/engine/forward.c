@@ -6,6 +6,11 @@
 //   half 2l   : x += O(attention(rope(norm(QKV(rmsnorm(x))))))            (+ LoRA on q, k, v, o)
 //   half 2l+1 : x += MLP(rmsnorm(x)), dense or router -> map -> experts -> combine    (+ LoRA)
 //   head      : sample(Head(rmsnorm(x[last rows])))
+//
+// With several ranks (kernels/comm.h) each computes its share of heads, units and experts, and x is
+// the same on all of them: rank 0 adds its part of a half-layer to x itself, the others put theirs
+// into scratch.partial, and the sum over ranks of those arrays is the new x. Router, norms and head
+// are computed by all. With one rank nothing of this is recorded.
 #include <math.h>
 
 #include "runtime/engine/internal.h"
@@ -82,12 +87,39 @@ static void gemm(struct engine *e, const void *x, const void *weight, float *y, 
     e->table->gemm(e->stream, &a);
 }
 
+// Where this rank's part of a half-layer goes: x itself (added), or an array of its own (replaced).
+struct part {
+    float *y;
+    bool add;
+};
+
+static struct part part_of(const struct engine *e, const struct step *step)
+{
+    bool first = e->options.model->share.rank == 0;
+    return (struct part){.y = first ? step->x : e->scratch.partial, .add = first};
+}
+
+static void sum_parts(struct engine *e, struct step *step, const struct part *part)
+{
+    const struct model *m = e->options.model;
+    if (m->share.world == 1)
+        return;
+    struct all_reduce_args a = {.comm = e->options.comm,
+                                .from = part->y,
+                                .to = step->x,
+                                .rows = step->plan.rows,
+                                .cols = m->config.hidden};
+    e->table->all_reduce(e->stream, &a);
+}
+
 static void attention_half(struct engine *e, struct step *step, uint32_t layer)
 {
     const struct model_config *c = &e->options.model->config;
     const struct model_layer *w = &e->options.model->layers[layer];
     struct scratch *s = &e->scratch;
-    uint32_t rows = step->plan.rows, q_n = c->heads * c->head_dim, kv_n = c->kv_heads * c->head_dim;
+    const struct model_share *share = &e->options.model->share;
+    uint32_t rows = step->plan.rows, q_n = share->heads * c->head_dim;
+    uint32_t kv_n = share->kv_heads * c->head_dim;
     size_t stride = q_n + 2 * kv_n;
     norm(e, step, w->attention_norm, NULL);
     shrink(e, step, LORA_Q, layer, s->act, c->hidden, 0);
@@ -111,7 +143,7 @@ static void attention_half(struct engine *e, struct step *step, uint32_t layer)
                          .position = step->device.position,
                          .kv = view,
                          .rows = rows,
-                         .heads = c->heads,
+                         .heads = share->heads,
                          .layer = layer,
                          .epsilon = c->rms_epsilon};
     e->table->qk_norm_rope_kv(e->stream, &qk);
@@ -122,13 +154,15 @@ static void attention_half(struct engine *e, struct step *step, uint32_t layer)
                                 .position = step->device.position,
                                 .kv = view,
                                 .rows = rows,
-                                .heads = c->heads,
+                                .heads = share->heads,
                                 .layer = layer,
                                 .scale = 1.0f / sqrtf((float)c->head_dim)};
     e->table->attention(e->stream, &at);
     shrink(e, step, LORA_O, layer, s->attention, q_n, 0);
-    gemm(e, s->attention, w->o, step->x, c->hidden, rows, c->hidden, q_n, true);
-    expand(e, step, LORA_O, layer, step->x, c->hidden, c->hidden, 0, -1);
+    struct part part = part_of(e, step);
+    gemm(e, s->attention, w->o, part.y, c->hidden, rows, c->hidden, q_n, part.add);
+    expand(e, step, LORA_O, layer, part.y, c->hidden, c->hidden, 0, -1);
+    sum_parts(e, step, &part);
 }
 
 static void dense_half(struct engine *e, struct step *step, uint32_t layer)
@@ -136,22 +170,22 @@ static void dense_half(struct engine *e, struct step *step, uint32_t layer)
     const struct model_config *c = &e->options.model->config;
     const struct model_layer *w = &e->options.model->layers[layer];
     struct scratch *s = &e->scratch;
-    uint32_t rows = step->plan.rows, n = (uint32_t)tile_interleaved_rows(c->intermediate);
+    uint32_t units = e->options.model->share.intermediate;
+    uint32_t rows = step->plan.rows, n = (uint32_t)tile_interleaved_rows(units);
     norm(e, step, w->mlp_norm, NULL);
     shrink(e, step, LORA_GATE, layer, s->act, c->hidden, 0);
     shrink(e, step, LORA_UP, layer, s->act, c->hidden, 1);
     gemm(e, s->act, w->gate_up, s->gate_up, n, rows, n, c->hidden, false);
-    expand(e, step, LORA_GATE, layer, s->gate_up, n, c->intermediate, 0, 0);
-    expand(e, step, LORA_UP, layer, s->gate_up, n, c->intermediate, 1, 1);
-    struct swiglu_args sw = {.gate_up = s->gate_up,
-                             .stride = n,
-                             .out = s->mid,
-                             .rows = rows,
-                             .intermediate = c->intermediate};
+    expand(e, step, LORA_GATE, layer, s->gate_up, n, units, 0, 0);
+    expand(e, step, LORA_UP, layer, s->gate_up, n, units, 1, 1);
+    struct swiglu_args sw = {
+        .gate_up = s->gate_up, .stride = n, .out = s->mid, .rows = rows, .intermediate = units};
     e->table->swiglu(e->stream, &sw);
-    shrink(e, step, LORA_DOWN, layer, s->mid, c->intermediate, 0);
-    gemm(e, s->mid, w->down, step->x, c->hidden, rows, c->hidden, c->intermediate, true);
-    expand(e, step, LORA_DOWN, layer, step->x, c->hidden, c->hidden, 0, -1);
+    shrink(e, step, LORA_DOWN, layer, s->mid, units, 0);
+    struct part part = part_of(e, step);
+    gemm(e, s->mid, w->down, part.y, c->hidden, rows, c->hidden, units, part.add);
+    expand(e, step, LORA_DOWN, layer, part.y, c->hidden, c->hidden, 0, -1);
+    sum_parts(e, step, &part);
 }
 
 static void moe_half(struct engine *e, struct step *step, uint32_t layer, bool from_gate)
@@ -181,7 +215,8 @@ static void moe_half(struct engine *e, struct step *step, uint32_t layer, bool f
                                .rows = rows,
                                .top_k = c->top_k,
                                .layer = layer,
-                               .resume = from_gate};
+                               .resume = from_gate,
+                               .mine = e->options.model->share.experts};
     e->table->moe_map(e->stream, &map);
     bool lora = has(step, LORA_GATE) || has(step, LORA_UP) || has(step, LORA_DOWN);
     struct moe_gemm_args g = {.work = s->moe,
@@ -195,9 +230,27 @@ static void moe_half(struct engine *e, struct step *step, uint32_t layer, bool f
                               .lora = lora ? &step->lora : NULL};
     e->table->moe_gate_up(e->stream, &g);
     e->table->moe_down(e->stream, &g);
-    struct moe_combine_args cb = {
-        .work = s->moe, .y = step->x, .rows = rows, .dim = c->hidden, .top_k = c->top_k};
+    struct part part = part_of(e, step);
+    struct moe_combine_args cb = {.work = s->moe,
+                                  .y = part.y,
+                                  .rows = rows,
+                                  .dim = c->hidden,
+                                  .top_k = c->top_k,
+                                  .mine = e->options.model->share.experts,
+                                  .replace = !part.add};
     e->table->moe_combine(e->stream, &cb);
+    sum_parts(e, step, &part);
+}
+
+// The tokens that the step before sampled, where this step's rows want them.
+static void follow_tokens(struct engine *e, const struct step *step)
+{
+    struct scatter_args a = {
+        .table = (uint32_t *)step->device.token,
+        .index = step->device.follow,
+        .value = (const uint32_t *)e->scratch.results[1 - step->result_set].token,
+        .count = step->followed};
+    e->table->scatter(e->stream, &a);
 }
 
 void forward_begin(struct engine *engine, struct step *step)
@@ -210,7 +263,11 @@ void forward_begin(struct engine *engine, struct step *step)
     if (step->places_changed)
         engine->table->copy(engine->stream, step->block.device, step->block.host, fixed + table);
     step->places_changed = false;
-    if (step->half == 0 && !step->resume_gate) {
+    bool begins = step->half == 0 && !step->resume_gate;
+    if (begins && step->followed)
+        follow_tokens(engine, step);
+    engine->table->unit(engine->stream);
+    if (begins) {
         struct embed_args a = {.token = step->device.token,
                                .table = o->model->embedding,
                                .x = step->x,
@@ -237,6 +294,7 @@ void forward_head(struct engine *engine, struct step *step)
     const struct model *m = engine->options.model;
     const struct model_config *c = &m->config;
     struct scratch *s = &engine->scratch;
+    struct result_set *results = &s->results[step->result_set];
     uint32_t rows = step->plan.samples;
     struct gather_args g = {.from = step->x,
                             .index = step->device.gather,
@@ -257,10 +315,10 @@ void forward_head(struct engine *engine, struct step *step)
                             .vocab = c->vocab,
                             .rows = rows,
                             .params = step->device.sample,
-                            .token = s->token,
-                            .logprob = s->logprob,
+                            .token = results->token,
+                            .logprob = results->logprob,
                             .tops = step->tops,
-                            .top_token = s->top_token,
-                            .top_logprob = s->top_logprob};
+                            .top_token = results->top_token,
+                            .top_logprob = results->top_logprob};
     engine->table->sample(engine->stream, &a);
 }

@@ -3,8 +3,8 @@
 //
 // Files: engine.c (life, the turn), commands.c (the port's commands), sequence.c (slots, lists,
 // admission, swapping), plan.c (pure policy), step.c (planning and the step's state machine),
-// forward.c (recording the model's half-layers into the stream), output.c (sampled tokens to text
-// and events), report.c (stats).
+// ahead.c (planning the next step while one runs), forward.c (recording the model's half-layers
+// into the stream), output.c (sampled tokens to text and events), report.c (stats).
 #ifndef POLDER_RUNTIME_ENGINE_INTERNAL_H
 #define POLDER_RUNTIME_ENGINE_INTERNAL_H
 
@@ -16,7 +16,9 @@
 //
 //   FREE -> QUEUED -> RUNNING <-> OUT (swapped out, or leaving / coming back)
 //            any of them -> ENDED (its DONE waits for room in the event ring) -> FREE
-// A sequence whose KV was dropped goes back to QUEUED with everything it has generated.
+// A sequence whose KV was dropped goes back to QUEUED with everything it has generated. One that
+// ends while a step still has rows of it (planned before its end was known) gives its DONE, keeps
+// its slot, KV and adapter, and becomes FREE when that step has released its rows.
 
 enum sequence_state {
     SEQUENCE_FREE,
@@ -34,7 +36,15 @@ struct sequence {
     uint64_t id, arrival;
     uint32_t tenant, class;
     adapter_id adapter;
-    bool has_adapter, adapter_pinned, has_kv, in_step, paused, cancelled, emitted_first;
+    bool has_adapter, adapter_pinned, has_kv, paused, cancelled, emitted_first, done_sent;
+    uint8_t in_steps; // steps with rows of it: one, and the next when that is planned ahead
+    // While the next step is planned ahead: where it stands after the running one.
+    struct sequence_ahead {
+        bool goes_on;    // it has rows in the running step and may have some in the next
+        bool samples;    // the running step samples a token that nobody knows yet,
+        uint32_t sample; // in this place
+        uint32_t computed;
+    } ahead;
     kv_sequence kv;
     int32_t *tokens;   // [context_max] prompt, then generated
     uint32_t length;   // tokens known
@@ -66,8 +76,7 @@ enum step_state {
     STEP_READY,  // its next half-layer can be recorded
     STEP_FLIGHT, // a segment is submitted
     STEP_GATE,   // a gate waits for experts
-    STEP_PAUSED, // left at a preemption point
-    STEP_RESULTS // sampled; waits for room in the event ring
+    STEP_PAUSED  // left at a preemption point
 };
 
 // The arrays a step's commands read, on the host and, at the same offsets, on the device.
@@ -79,6 +88,7 @@ struct step_block {
 struct step_arrays {
     int32_t *token;
     uint32_t *position, *sequence, *lora_row, *lora_adapter, *gather;
+    uint32_t *follow; // by sample of the step before: the row its token goes to, or rows_max
     struct sample_params *sample;
     uint32_t *pages;
 };
@@ -98,10 +108,44 @@ struct step {
     bool resume_gate;      // the first half of the next segment starts at its gate
     bool segment_head;     // the segment in flight ends with the head
     bool places_changed;   // the block must be copied to the device before the next segment
+    bool ahead_tried;      // the next step was planned, or could not be, while this one runs
+    uint32_t followed;     // samples of the step before, whose tokens are this one's input; 0: none
+    uint32_t result_set;   // of scratch.results
     uint32_t halves_run;
     uint32_t adapter_pages; // of its adapters, kept free for it while it is paused
     uint64_t epoch;
     uint64_t started_us;
+};
+
+// What a step sampled, in host-visible memory. There are two sets: one is read, by the host and as
+// input of the step after, while the other is written.
+struct result_set {
+    int32_t *token;
+    float *logprob;
+    int32_t *top_token;
+    float *top_logprob;
+};
+
+// The step that has retired last, until its results have gone out. Its rows are still held.
+struct results {
+    bool waiting;
+    struct step_plan plan;
+    struct plan_run *runs; // [sequences_max]
+    uint32_t tops, halves_run, set;
+};
+
+// Copies of KV blocks that the next segment takes along. Until that has retired nobody else may get
+// the pages they read and write, so they have an epoch of their own.
+struct block_copies {
+    struct block_copy {
+        void *to;
+        const void *from;
+        size_t bytes;
+    } * list; // [sequences_max * pages_per_block]
+    uint32_t count, room;
+    uint64_t epoch; // while count
+    bool in_flight; // recorded in the segment that is submitted, under flight_epoch
+    uint64_t flight_epoch;
 };
 
 // Work areas shared by all steps (nothing here outlives a preemption point, except while a gate
@@ -110,16 +154,14 @@ struct scratch {
     void *act, *attention, *mid;
     float *normed, *qkv, *gate_up;
     float *lora_hidden[3];
+    float *partial; // [rows][hidden] of ranks above 0
     struct moe_work moe;
     uint32_t *need;        // [moe layers][experts], host-visible
     uint8_t *expert_state; // [experts] of the gate that fired, host-visible
     float *last;           // [sequences_max][hidden]
     void *last_act;
     float *logits;
-    int32_t *token; // from here on host-visible
-    float *logprob;
-    int32_t *top_token;
-    float *top_logprob;
+    struct result_set results[2];
 };
 
 struct engine {
@@ -127,10 +169,18 @@ struct engine {
     const struct device_table *table;
     struct stream *stream;
     struct step steps[ENGINE_CLASSES];
-    struct step *current; // READY, FLIGHT, GATE or RESULTS; NULL between steps
-    bool copies_recorded; // copies of KV blocks stand in the stream, under copies_epoch
-    uint64_t copies_epoch;
+    struct step *current; // READY, FLIGHT or GATE; NULL between steps
+    // Steps are planned here and change places with the one of their class when they are entered.
+    // READY: planned ahead, while `current` runs its last segment. The device arrays and x are
+    // those of the class.
+    struct step next;
+    uint32_t next_queued; // sequences that were left waiting when it was planned
+    bool plans_ahead;     // while planning: the current step is running
+    bool short_of_room;   // somebody found no room in the last planning
+    struct results results;
+    struct block_copies copies;
     struct scratch scratch;
+    float *logits;       // [vocab] where engine_logits brings them to, or NULL
     uint32_t *moe_index; // [layers] number of the layer among MoE layers, or NO_SLOT
 
     struct sequence *sequences;
@@ -165,6 +215,9 @@ uint32_t sequence_find(const struct engine *engine, uint64_t id);
 void sequence_admit(struct engine *engine);
 uint32_t sequence_candidates(struct engine *engine);
 bool sequence_make_room(struct engine *engine, uint32_t for_slot, uint32_t pages);
+bool sequence_end_if_over(struct engine *engine, uint32_t slot, uint64_t now);
+bool sequence_is_over(const struct sequence *sequence, uint64_t now);
+void sequence_leave_step(struct engine *engine, uint32_t slot);
 void sequence_want(struct engine *engine, uint32_t slot, uint32_t pages);
 void sequence_fetch_ahead(struct engine *engine, uint32_t class_below);
 uint32_t sequence_pages_needed(const struct engine *engine, uint32_t tokens, bool has_adapter,
@@ -175,11 +228,20 @@ uint32_t sequence_waiting_class(const struct engine *engine);
 bool sequence_pages_allow(const struct engine *engine, uint32_t more_pages);
 
 // step.c
-bool step_plan_next(struct engine *engine);
+bool step_plan(struct engine *engine);  // into engine->next
+void step_enter(struct engine *engine); // what was planned becomes the current step
+void step_submit(struct engine *engine, struct step *step);
 bool step_advance(struct engine *engine); // false: nothing could be done now
 struct step *step_paused_most_urgent(struct engine *engine);
 void step_release_rows(struct engine *engine, struct step *step);
+void step_release_runs(struct engine *engine, const struct plan_run *runs, uint32_t count);
 void step_run_copies(struct engine *engine); // when no segment will take them along
+
+// ahead.c
+void ahead_plan(struct engine *engine, struct step *running);
+void ahead_drop(struct engine *engine);
+bool ahead_give_up_surplus(struct engine *engine, struct step *step);
+bool ahead_is_wanted(const struct engine *engine); // may what was planned ahead be entered?
 
 // forward.c
 void forward_begin(struct engine *engine, struct step *step);
@@ -187,7 +249,8 @@ void forward_half(struct engine *engine, struct step *step, uint32_t half, bool 
 void forward_head(struct engine *engine, struct step *step);
 
 // output.c
-bool output_results(struct engine *engine, struct step *step);
+bool output_results(struct engine *engine); // false: the event ring has no room
+void output_drop(struct engine *engine);    // gives waiting results up
 bool output_event(struct engine *engine, const void *record, size_t bytes);
 size_t output_room_needed(const struct engine *engine, uint32_t samples);
 

@@ -33,18 +33,17 @@ size_t output_room_needed(const struct engine *engine, uint32_t samples)
 
 static void emit_text(struct engine *e, struct sequence *s, uint32_t sample, size_t ready)
 {
-    const struct scratch *sc = &e->scratch;
+    const struct result_set *set = &e->scratch.results[e->results.set];
     struct engine_text text = {.kind = ENGINE_TEXT,
-                               .token = sc->token[sample],
+                               .token = set->token[sample],
                                .id = s->id,
                                .index = s->generated - 1,
-                               .logprob = sc->logprob[sample],
+                               .logprob = set->logprob[sample],
                                .tops = s->tops,
                                .text_bytes = (uint32_t)ready};
-    const struct step *step = e->current;
     for (uint32_t i = 0; i < s->tops; i++) {
-        text.top_token[i] = sc->top_token[(size_t)sample * step->tops + i];
-        text.top_logprob[i] = sc->top_logprob[(size_t)sample * step->tops + i];
+        text.top_token[i] = set->top_token[(size_t)sample * e->results.tops + i];
+        text.top_logprob[i] = set->top_logprob[(size_t)sample * e->results.tops + i];
     }
     memcpy(e->record, &text, sizeof text);
     memcpy(e->record + sizeof text, s->text.held, ready);
@@ -95,7 +94,7 @@ static void finish_text(struct engine *e, struct sequence *s)
 static bool take_token(struct engine *e, uint32_t slot, uint32_t sample)
 {
     struct sequence *s = &e->sequences[slot];
-    int32_t token = e->scratch.token[sample];
+    int32_t token = e->scratch.results[e->results.set].token[sample];
     if (token < 0) {
         sequence_end(e, slot, STATUS_NUMERIC, ENGINE_FINISH_ERROR,
                      "The model produced a value that is not a number for this request.");
@@ -127,33 +126,55 @@ static bool take_token(struct engine *e, uint32_t slot, uint32_t sample)
     return true;
 }
 
-bool output_results(struct engine *engine, struct step *step)
+// The rows of the step are done: computed, committed, counted.
+static void take_rows(struct engine *e, const struct results *r)
 {
-    if (ring_free(engine->options.port->events) < output_room_needed(engine, step->plan.samples))
-        return false;
-    uint32_t sample = 0, runs = step->plan.runs;
-    engine->counters.rows += step->plan.rows;
-    engine->counters.half_rows_run += (uint64_t)step->halves_run * step->plan.rows;
-    engine->counters.half_rows_due += 2ull * engine->options.model->config.layers * step->plan.rows;
-    for (uint32_t i = 0; i < runs; i++) {
-        const struct plan_run *run = &step->runs[i];
-        struct sequence *s = &engine->sequences[run->slot];
+    e->counters.rows += r->plan.rows;
+    e->counters.half_rows_run += (uint64_t)r->halves_run * r->plan.rows;
+    e->counters.half_rows_due += 2ull * e->options.model->config.layers * r->plan.rows;
+    for (uint32_t i = 0; i < r->plan.runs; i++) {
+        const struct plan_run *run = &r->runs[i];
+        struct sequence *s = &e->sequences[run->slot];
+        if (s->state != SEQUENCE_RUNNING) {
+            e->counters.rows_surplus += run->count; // it had ended before
+            continue;
+        }
         uint32_t end = run->position + run->count;
         uint32_t prompt_before = s->high_water < s->prompt ? s->high_water : s->prompt;
         s->computed = end;
         s->high_water = end > s->high_water ? end : s->high_water;
         uint32_t prompt_now = s->high_water < s->prompt ? s->high_water : s->prompt;
-        engine->counters.prompt_tokens += prompt_now - prompt_before;
-        kv_commit(engine->options.kv, s->kv, s->tokens, end);
+        e->counters.prompt_tokens += prompt_now - prompt_before;
+        kv_commit(e->options.kv, s->kv, s->tokens, end);
     }
-    // Releasing the rows first lets a sequence end; the runs themselves stay until the next plan.
-    step_release_rows(engine, step);
-    engine->current = step; // emit_text reads the width of the top lists
-    for (uint32_t i = 0; i < runs; i++) {
-        const struct plan_run *run = &step->runs[i];
-        if (run->samples)
-            (void)take_token(engine, run->slot, sample++);
+}
+
+void output_drop(struct engine *engine)
+{
+    struct results *r = &engine->results;
+    if (r->waiting)
+        step_release_runs(engine, r->runs, r->plan.runs);
+    r->waiting = false;
+}
+
+bool output_results(struct engine *engine)
+{
+    struct results *r = &engine->results;
+    if (ring_free(engine->options.port->events) < output_room_needed(engine, r->plan.samples))
+        return false;
+    take_rows(engine, r);
+    // Releasing the rows first lets a sequence end at once, unless the next step has rows of it.
+    step_release_runs(engine, r->runs, r->plan.runs);
+    uint64_t now = clock_now_us(&engine->options.clock);
+    for (uint32_t i = 0, sample = 0; i < r->plan.runs; i++) {
+        const struct plan_run *run = &r->runs[i];
+        uint32_t at = sample;
+        sample += run->samples;
+        if (engine->sequences[run->slot].state != SEQUENCE_RUNNING)
+            continue;
+        if (!run->samples || take_token(engine, run->slot, at))
+            (void)sequence_end_if_over(engine, run->slot, now);
     }
-    engine->current = NULL;
+    r->waiting = false;
     return true;
 }

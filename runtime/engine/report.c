@@ -99,12 +99,15 @@ size_t report_stats(struct engine *engine, char *out, size_t room)
     put(&w,
         ",\"engine\":{\"steps\":%llu,\"rows\":%llu,\"segments\":%llu,\"gate_misses\":%llu,"
         "\"pauses\":%llu,\"swaps_out\":%llu,\"swaps_in\":%llu,\"drops\":%llu,"
-        "\"half_rows_run\":%llu,\"half_rows_due\":%llu,\"rows_recomputed\":%llu},",
+        "\"half_rows_run\":%llu,\"half_rows_due\":%llu,\"rows_recomputed\":%llu,"
+        "\"planned_ahead\":%llu,\"ahead_dropped\":%llu,\"rows_surplus\":%llu},",
         (unsigned long long)c.steps, (unsigned long long)c.rows, (unsigned long long)c.segments,
         (unsigned long long)c.gate_misses, (unsigned long long)c.pauses,
         (unsigned long long)c.swaps_out, (unsigned long long)c.swaps_in,
         (unsigned long long)c.drops, (unsigned long long)c.half_rows_run,
-        (unsigned long long)c.half_rows_due, (unsigned long long)c.rows_recomputed);
+        (unsigned long long)c.half_rows_due, (unsigned long long)c.rows_recomputed,
+        (unsigned long long)c.planned_ahead, (unsigned long long)c.ahead_dropped,
+        (unsigned long long)c.rows_surplus);
     put_pool(&w, engine);
     put_kv(&w, engine);
     put_copies(&w, engine);

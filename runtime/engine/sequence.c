@@ -3,8 +3,9 @@
 //
 // Owns which sequences are running; does not decide rows (plan.c) nor touch the device (forward.c).
 // Invariants: 1. a slot is in exactly the list of its state. 2. lists QUEUED, RUNNING and OUT are
-// ordered by (class, arrival). 3. a sequence in a step is RUNNING and is neither swapped nor
-// dropped. 4. every sequence that left FREE gives one DONE event and then returns to FREE.
+// ordered by (class, arrival). 3. a sequence in a step is RUNNING, or ENDED with surplus rows, and
+// is neither swapped nor dropped. 4. every sequence that left FREE gives one DONE event and then
+// returns to FREE, when no step holds it any more.
 #include <stdio.h>
 #include <string.h>
 
@@ -83,8 +84,8 @@ void sequence_end(struct engine *engine, uint32_t slot, enum status status,
 {
     struct sequence *s = &engine->sequences[slot];
     CHECK(s->state != SEQUENCE_FREE && s->state != SEQUENCE_ENDED);
-    CHECK(!s->in_step);
-    release_held(engine, s);
+    if (!s->in_steps)
+        release_held(engine, s);
     s->end_status = status;
     s->finish = finish;
     (void)snprintf(s->message, sizeof s->message, "%s", message ? message : "");
@@ -115,34 +116,64 @@ static bool emit_done(struct engine *engine, struct sequence *s)
 void sequence_flush_ended(struct engine *engine)
 {
     struct sequence_list *list = &engine->lists[SEQUENCE_ENDED];
-    while (list->head != NO_SLOT) {
-        uint32_t slot = list->head;
+    for (uint32_t slot = list->head; slot != NO_SLOT;) {
         struct sequence *s = &engine->sequences[slot];
-        if (!emit_done(engine, s))
-            return;
-        engine->counters.finished += s->end_status == STATUS_OK;
-        engine->counters.failed += s->end_status != STATUS_OK;
-        sequence_move(engine, slot, SEQUENCE_FREE);
+        uint32_t next = s->next;
+        if (!s->done_sent) {
+            if (!emit_done(engine, s))
+                return;
+            s->done_sent = true;
+            engine->counters.finished += s->end_status == STATUS_OK;
+            engine->counters.failed += s->end_status != STATUS_OK;
+        }
+        if (!s->in_steps)
+            sequence_move(engine, slot, SEQUENCE_FREE);
+        slot = next;
     }
 }
 
-// Ends what was cancelled or is past its deadline, unless a step holds it (output.c ends it then).
-static bool is_over(const struct sequence *s, uint64_t now)
+// A step has released its rows: what had ended meanwhile lets go of what it holds.
+void sequence_leave_step(struct engine *engine, uint32_t slot)
 {
-    return s->cancelled || (s->deadline_us && now >= s->deadline_us);
+    struct sequence *s = &engine->sequences[slot];
+    if (s->state == SEQUENCE_ENDED && !s->in_steps)
+        release_held(engine, s);
 }
 
-// A paused step may wait for long: when one of its requests is over, the step is given up. Its
-// other rows are planned again from where they stood before it.
+bool sequence_is_over(const struct sequence *sequence, uint64_t now)
+{
+    return sequence->cancelled || (sequence->deadline_us && now >= sequence->deadline_us);
+}
+
+// Ends what was cancelled or is past its deadline.
+bool sequence_end_if_over(struct engine *engine, uint32_t slot, uint64_t now)
+{
+    if (!sequence_is_over(&engine->sequences[slot], now))
+        return false;
+    if (engine->sequences[slot].cancelled)
+        sequence_end(engine, slot, STATUS_CANCELLED, ENGINE_FINISH_CANCELLED,
+                     "The request was cancelled.");
+    else
+        sequence_end(engine, slot, STATUS_DEADLINE, ENGINE_FINISH_ERROR,
+                     "The deadline passed before the answer was complete.");
+    return true;
+}
+
+// A paused step may wait for long: when one of its requests is over, or all had ended before, the
+// step is given up. Its other rows are planned again from where they stood before it.
 static void abandon_paused(struct engine *e, uint64_t now)
 {
     for (int class = 0; class < ENGINE_CLASSES; class ++) {
         struct step *step = &e->steps[class];
         bool over = false;
-        for (uint32_t i = 0; step->state == STEP_PAUSED && i < step->plan.runs; i++)
-            over = over || is_over(&e->sequences[step->runs[i].slot], now);
+        for (uint32_t i = 0; step->state == STEP_PAUSED && i < step->plan.runs; i++) {
+            const struct sequence *s = &e->sequences[step->runs[i].slot];
+            over = over || (s->state == SEQUENCE_RUNNING && sequence_is_over(s, now));
+        }
         if (over)
             step_release_rows(e, step);
+        else if (step->state == STEP_PAUSED)
+            (void)ahead_give_up_surplus(e, step);
     }
 }
 
@@ -152,14 +183,10 @@ void sequence_expire(struct engine *engine)
     abandon_paused(engine, now);
     for (int state = SEQUENCE_QUEUED; state <= SEQUENCE_OUT; state++) {
         for (uint32_t slot = engine->lists[state].head; slot != NO_SLOT;) {
-            struct sequence *s = &engine->sequences[slot];
+            const struct sequence *s = &engine->sequences[slot];
             uint32_t next = s->next;
-            if (!s->in_step && s->cancelled)
-                sequence_end(engine, slot, STATUS_CANCELLED, ENGINE_FINISH_CANCELLED,
-                             "The request was cancelled.");
-            else if (!s->in_step && s->deadline_us && now >= s->deadline_us)
-                sequence_end(engine, slot, STATUS_DEADLINE, ENGINE_FINISH_ERROR,
-                             "The deadline passed before the answer was complete.");
+            if (!s->in_steps) // what a step holds is looked at with its results (output.c)
+                (void)sequence_end_if_over(engine, slot, now);
             slot = next;
         }
     }
@@ -195,7 +222,7 @@ bool sequence_pages_allow(const struct engine *engine, uint32_t more_pages)
 void sequence_drop_kv(struct engine *engine, uint32_t slot)
 {
     struct sequence *s = &engine->sequences[slot];
-    CHECK(!s->in_step);
+    CHECK(!s->in_steps);
     if (s->has_kv)
         kv_close(engine->options.kv, s->kv);
     s->has_kv = false;
@@ -253,7 +280,7 @@ static uint32_t find_victim(const struct engine *e, uint32_t for_slot)
     for (uint32_t slot = e->lists[SEQUENCE_RUNNING].tail; slot != NO_SLOT;
          slot = e->sequences[slot].previous) {
         const struct sequence *victim = &e->sequences[slot];
-        if (slot == for_slot || victim->in_step || !victim->has_kv)
+        if (slot == for_slot || victim->in_steps || !victim->has_kv)
             continue;
         if (victim->paused)
             return slot;
@@ -268,6 +295,9 @@ static uint32_t find_victim(const struct engine *e, uint32_t for_slot)
 bool sequence_make_room(struct engine *engine, uint32_t for_slot, uint32_t pages)
 {
     sequence_want(engine, for_slot, pages);
+    engine->short_of_room = true;
+    if (engine->plans_ahead)
+        return false; // the plan after the running step does it
     if (someone_is_leaving(engine))
         return true;
     uint32_t victim = find_victim(engine, for_slot);
@@ -292,6 +322,12 @@ static uint32_t pages_to_start(const struct engine *e, const struct sequence *s)
     return sequence_pages_needed(e, tokens, s->has_adapter, s->adapter);
 }
 
+// Not held by a step, or by the running one alone while the next is planned ahead.
+static bool may_be_planned(const struct sequence *s)
+{
+    return !s->in_steps || s->ahead.goes_on;
+}
+
 // A seat: sequences_max sequences of its class and of more urgent ones may take part in planning.
 // Those of less urgent classes keep their KV and wait; those of paused steps and of paused clients
 // do not count.
@@ -299,8 +335,8 @@ static bool has_seat(const struct engine *e, uint32_t slot)
 {
     uint32_t class = e->sequences[slot].class, seats = 0;
     for (uint32_t i = e->lists[SEQUENCE_RUNNING].head; i != NO_SLOT; i = e->sequences[i].next)
-        seats +=
-            e->sequences[i].class <= class && !e->sequences[i].paused && !e->sequences[i].in_step;
+        seats += e->sequences[i].class <= class && !e->sequences[i].paused &&
+                 may_be_planned(&e->sequences[i]);
     for (uint32_t i = e->lists[SEQUENCE_OUT].head; i != NO_SLOT; i = e->sequences[i].next)
         seats += e->sequences[i].class <= class && !e->sequences[i].paused &&
                  kv_state(e->options.kv, e->sequences[i].kv) == KV_COMING;
@@ -438,15 +474,17 @@ uint32_t sequence_candidates(struct engine *engine)
     for (uint32_t slot = engine->lists[SEQUENCE_RUNNING].head; slot != NO_SLOT;
          slot = engine->sequences[slot].next) {
         const struct sequence *s = &engine->sequences[slot];
-        if (s->in_step || s->paused || s->cancelled)
+        if (!may_be_planned(s) || s->paused || s->cancelled)
             continue;
+        uint32_t computed = s->ahead.goes_on ? s->ahead.computed : s->computed;
+        uint32_t length = s->length + (s->ahead.goes_on && s->ahead.samples);
         engine->candidates[count++] = (struct plan_candidate){
             .slot = slot,
             .class = s->class,
             .arrival = s->arrival,
             .tenant = s->tenant,
-            .position = s->computed,
-            .pending = s->length - s->computed,
+            .position = computed,
+            .pending = length - computed,
             .adapter = s->has_adapter ? adapter_view_index(engine->options.adapters, s->adapter)
                                       : PLAN_NO_ADAPTER,
         };
@@ -478,7 +516,7 @@ uint32_t sequence_waiting_class(const struct engine *engine)
         for (uint32_t slot = engine->lists[state].head; slot != NO_SLOT;
              slot = engine->sequences[slot].next) {
             const struct sequence *s = &engine->sequences[slot];
-            if (s->in_step || s->paused || s->cancelled)
+            if (s->in_steps || s->paused || s->cancelled)
                 continue;
             if (s->has_adapter && !adapter_is_resident(engine->options.adapters, s->adapter))
                 continue;

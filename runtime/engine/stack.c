@@ -16,6 +16,7 @@
 
 #include "base/check.h"
 #include "base/log.h"
+#include "runtime/engine/stack_device.h"
 
 struct stack {
     struct stack_options options;
@@ -137,17 +138,14 @@ static enum status lock_state(struct stack *s, struct fault *fault)
 static enum status make_device_and_model(struct stack *s, struct fault *fault)
 {
     struct stack_options *o = &s->options;
-    if (o->device && strcmp(o->device, "cpu") != 0)
-        return fault_set(fault, STATUS_UNSUPPORTED,
-                         "there is no device \"%s\" in this build; use --device cpu.", o->device);
-    struct cpu_options cpu = {
-        .threads = o->threads, .dtype = o->dtype, .instruction_set = o->instruction_set};
-    enum status status = device_create_cpu(&cpu, &s->device, fault);
+    enum status status = stack__device_open(o, &s->device, fault);
     if (status)
         return status;
     struct model_options model = {.directory = o->model,
                                   .state_directory = o->state_directory,
                                   .page_bytes = o->page_bytes,
+                                  .rank = o->comm ? o->comm->rank : 0,
+                                  .world = o->comm ? o->comm->world : 1,
                                   .progress = o->progress,
                                   .progress_context = o->progress_context};
     status = model_load(s->device, &model, &s->model, fault);
@@ -157,10 +155,13 @@ static enum status make_device_and_model(struct stack *s, struct fault *fault)
     return check_context(o, &s->model->config, fault);
 }
 
+// The epoch rule says that no segment reads the page now. A failure is the device's: the next
+// segment ends with it.
 static void zero_pages(void *context, void *memory, size_t bytes)
 {
-    (void)context;
-    memset(memory, 0, bytes); // CPU pages; the epoch rule says that no segment reads them now
+    struct device *device = context;
+    if (device->table->zero_now(device, memory, bytes))
+        log_line(LOG_ERROR, "a page could not be zeroed.");
 }
 
 static enum status make_arenas(struct stack *s, struct fault *fault)
@@ -173,15 +174,13 @@ static enum status make_arenas(struct stack *s, struct fault *fault)
         return fault_set(fault, STATUS_INVALID,
                          "--pool-bytes holds not even one page of %zu bytes.", s->page_bytes);
     if (table->alloc(s->device, s->pool_bytes, &memory))
-        return fault_set(
-            fault, STATUS_NO_MEMORY,
-            "a pool of %llu bytes was asked for and could not be had; lower --pool-bytes.",
-            (unsigned long long)s->pool_bytes);
+        return stack__no_room(s->device, "a pool", s->pool_bytes, "--pool-bytes", fault);
     s->device_arena = memory;
-    s->host_arena = aligned_alloc(4096, round_up(s->host_bytes, 4096));
-    if (!s->host_arena)
-        return fault_set(fault, STATUS_NO_MEMORY, "a host tier of %llu bytes could not be had.",
-                         (unsigned long long)s->host_bytes);
+    if (table->alloc_host(s->device, s->host_bytes, &memory))
+        return fault_set(fault, STATUS_NO_MEMORY,
+                         "a host tier of %llu MiB could not be had; lower --host-bytes.",
+                         (unsigned long long)(s->host_bytes >> 20));
+    s->host_arena = memory;
     return STATUS_OK;
 }
 
@@ -197,12 +196,8 @@ static enum status make_pool(struct stack *s, struct fault *fault)
     const struct expert_shape *shape = &s->model->expert_shape;
     uint32_t experts = shape->layers * shape->experts;
     uint32_t owners = o->tenants_max + 1; // and one for the base model's experts
-    struct link_options speeds = {.h2d_gbytes_per_s = o->h2d_gbytes_per_s,
-                                  .d2h_gbytes_per_s = o->d2h_gbytes_per_s,
-                                  .read_gbytes_per_s = o->read_gbytes_per_s,
-                                  .latency_us = o->link_latency_us};
     struct link *link = NULL;
-    enum status status = copy_link_threads(&speeds, &link);
+    enum status status = stack__link_open(o, s->device, &link);
     if (status)
         return fault_set(fault, status, "the copy threads could not be started.");
     struct copy_options copies = {.link = link,
@@ -228,7 +223,8 @@ static enum status make_pool(struct stack *s, struct fault *fault)
                                 .device_arena = s->device_arena,
                                 .host_arena = s->host_arena,
                                 .copies = s->copies,
-                                .zero = zero_pages};
+                                .zero = zero_pages,
+                                .zero_context = s->device};
     return pool_create(&pool, &s->pool, fault);
 }
 
@@ -298,6 +294,7 @@ static enum status make_residents(struct stack *s, struct fault *fault)
         return status;
     fill_base(s);
     struct adapter_options adapters = {.pool = s->pool,
+                                       .device = s->device,
                                        .arena = s->device_arena,
                                        .base = s->base,
                                        .clock = clock_monotonic(),
@@ -317,6 +314,7 @@ static enum status make_engine(struct stack *s, struct fault *fault)
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory for the engine's queues.");
     struct engine_options engine = {.model = s->model,
                                     .device = s->device,
+                                    .comm = o->comm,
                                     .pool = s->pool,
                                     .copies = s->copies,
                                     .arena = s->device_arena,
@@ -340,7 +338,8 @@ static enum status make_engine(struct stack *s, struct fault *fault)
                                     .trace_context = o->trace_context,
                                     .force_leave = o->force_leave,
                                     .force_leave_context = o->force_leave_context,
-                                    .may_block = true};
+                                    .no_plan_ahead = o->no_plan_ahead,
+                                    .may_block = stack__may_block(s->device)};
     return engine_create(&engine, &s->engine, fault);
 }
 
@@ -355,12 +354,14 @@ static enum status build(struct stack *s, struct fault *fault)
         return status;
     const struct model_config *c = &s->model->config;
     s->page_bytes = s->model->page_bytes;
-    status = kv_shape_choose(c->layers, c->kv_heads, c->head_dim, s->model->dtype, s->page_bytes,
-                             &s->kv_shape, fault);
+    status = kv_shape_choose(c->layers, s->model->share.kv_heads, c->head_dim, s->model->dtype,
+                             s->page_bytes, &s->kv_shape, fault);
     if (status)
         return status;
     choose_sizes(&s->options, c, &s->model->expert_shape, s->page_bytes, &s->kv_shape,
                  &s->pool_bytes, &s->host_bytes);
+    if (!s->options.pool_bytes)
+        stack__fit_pool(&s->options, s->device, s->page_bytes, &s->pool_bytes);
     random_bytes(&s->secret, sizeof s->secret);
     status = make_arenas(s, fault);
     if (!status)
@@ -439,6 +440,8 @@ void stack_destroy(struct stack *stack)
 {
     if (!stack)
         return;
+    if (stack->options.comm)
+        stack->options.comm->table->leave(stack->options.comm); // nobody waits for this rank
     if (stack->running)
         stop(stack);
     engine_destroy(stack->engine);
@@ -451,7 +454,8 @@ void stack_destroy(struct stack *stack)
     pool_destroy(stack->pool);
     if (stack->device_arena)
         stack->device->table->release(stack->device, stack->device_arena);
-    free(stack->host_arena);
+    if (stack->host_arena)
+        stack->device->table->release_host(stack->device, stack->host_arena);
     model_destroy(stack->model);
     if (stack->device)
         stack->device->table->destroy(stack->device);

@@ -13,12 +13,15 @@
 #include "runtime/engine/engine.h"
 
 struct stack_options {
-    const char *model;           // Hugging Face directory
-    const char *state_directory; // expert store, converted adapters; made when missing
-    const char *device;          // "cpu" (NULL: cpu)
+    const char *model;             // Hugging Face directory
+    const char *state_directory;   // expert store, converted adapters; made when missing
+    const char *device;            // "cpu" (NULL: cpu), "cuda:N"
+    double gpu_memory_utilization; // share of the GPU's free memory for the pool; 0: as needed
+    bool batch_invariant;          // of a GPU: bits of a row do not depend on the other rows
     enum dtype dtype;
     const char *instruction_set; // NULL: the best this processor has
     uint32_t threads;            // 0: all cores
+    struct comm *comm;    // NULL: alone; else loads and computes the share of comm->rank. Not owned
     uint64_t pool_bytes;  // 0: experts + KV of kv_contexts_default contexts + adapters' share
     uint64_t host_bytes;  // 0: 256 MiB, at least eight pages
     size_t page_bytes;    // 0: chosen to waste least
@@ -29,7 +32,7 @@ struct stack_options {
     uint32_t segment_halves_max;                                  // 0: 12
     double h2d_gbytes_per_s, d2h_gbytes_per_s, read_gbytes_per_s; // 0: as fast as it goes
     uint32_t link_latency_us;
-    bool no_prefix_sharing;
+    bool no_prefix_sharing, no_plan_ahead;
     bool owns_state; // a server: one per state directory, and it tidies what a kill left there
     struct engine_text_decoder decoder;
     void (*trace)(void *context, const char *line);

@@ -1,15 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Steps: planning the next one, and the state machine that runs it.
 //
-//   NONE -plan-> READY -submit-> FLIGHT -retired-> READY (more halves) | PAUSED (left at a
-//   preemption point) | GATE (experts are missing) | RESULTS (sampled) -> NONE GATE -experts
-//   there-> READY (re-enters at the gate);  PAUSED -resume-> READY
+//   NONE -planned in engine->next, entered-> READY -submit-> FLIGHT -retired-> READY (more halves)
+//   | PAUSED (left at a preemption point) | GATE (experts are missing) | NONE (all halves done:
+//   what it sampled stands in engine->results until it has gone out) GATE -experts there-> READY
+//   (re-enters at the gate);  PAUSED -resume-> READY
+//
+// A step is planned between two steps or, as a rule, while the one before runs its last segment
+// (ahead.c); then it is submitted as soon as that has retired, before the results go out.
 //
 // Invariants: 1. at most one step is current; a paused one is of a less urgent class than every
 // step that runs meanwhile. 2. a segment in flight holds one pool epoch; copies of KV blocks that
 // wait for the next segment hold another. 3. a step that is not PAUSED pins the KV and the adapters
-// of its rows; a paused one pins the KV, and adapters from when they arrive for its resuming. 4. a
-// half-layer is computed once.
+// of its rows, and so do waiting results; a paused one pins the KV, and adapters from when they
+// arrive for its resuming. 4. a half-layer is computed once. 5. while results wait, at most the
+// first segment of the step after is submitted.
 #include <string.h>
 
 #include "base/check.h"
@@ -40,6 +45,7 @@ static void unpin_adapter(struct engine *e, struct sequence *s)
 struct secured {
     uint32_t kept, adapter_pages; // of distinct adapters
     uint32_t awaited;             // of adapters that runs before are waiting for
+    uint32_t beside;              // of the running step's adapters
 };
 
 static bool holds_adapter(const struct engine *e, const struct secured *held, adapter_id adapter)
@@ -59,11 +65,11 @@ static bool pin_adapter(struct engine *e, struct secured *held, uint32_t slot, u
     struct adapters *adapters = e->options.adapters;
     if (!holds_adapter(e, held, s->adapter))
         *more = adapter_page_count(adapters, s->adapter);
-    if (!sequence_pages_allow(e, held->adapter_pages + *more)) {
+    if (!sequence_pages_allow(e, held->beside + held->adapter_pages + *more)) {
         (void)sequence_make_room(e, slot, *more + e->options.kv_shape.pages_per_block);
         return false;
     }
-    if (!adapter_is_resident(adapters, s->adapter)) {
+    if (!s->adapter_pinned && !adapter_is_resident(adapters, s->adapter)) {
         enum status status = STATUS_FULL; // tried again at the next plan
         if (adapter_fetch_status(adapters, s->adapter) == STATUS_IO) {
             sequence_end(e, slot, STATUS_IO, ENGINE_FINISH_ERROR,
@@ -71,40 +77,53 @@ static bool pin_adapter(struct engine *e, struct secured *held, uint32_t slot, u
             return false;
         }
         sequence_want(e, slot, *more + e->options.kv_shape.pages_per_block);
-        if (sequence_pages_allow(e, held->adapter_pages + held->awaited + *more))
+        if (sequence_pages_allow(e, held->beside + held->adapter_pages + held->awaited + *more))
             status = adapter_fetch(adapters, s->adapter, (enum copy_class)s->class, COPY_ADAPTER);
         held->awaited += status ? 0 : *more;
         return false;
     }
-    adapter_pin(adapters, s->adapter);
+    if (!s->adapter_pinned) // by the running step
+        adapter_pin(adapters, s->adapter);
     s->adapter_pinned = true;
     adapter_used(adapters, s->adapter);
     return true;
 }
 
-// Copies of KV blocks wait in the stream for the next segment: until that has retired nobody else
-// may get the pages they read and write, so they have an epoch of their own.
+// See struct block_copies.
 static void copy_block(void *context, void *to, const void *from, size_t bytes)
 {
     struct engine *e = context;
-    if (!e->copies_recorded)
-        e->copies_epoch = pool_epoch_open(e->options.pool);
-    e->copies_recorded = true;
-    e->table->copy(e->stream, to, from, bytes);
+    struct block_copies *c = &e->copies;
+    CHECK(c->count < c->room);
+    if (!c->count)
+        c->epoch = pool_epoch_open(e->options.pool);
+    c->list[c->count++] = (struct block_copy){to, from, bytes};
+}
+
+static void record_copies(struct engine *e)
+{
+    struct block_copies *c = &e->copies;
+    CHECK(!c->in_flight);
+    for (uint32_t i = 0; i < c->count; i++)
+        e->table->copy(e->stream, c->list[i].to, c->list[i].from, c->list[i].bytes);
+    c->in_flight = c->count;
+    c->flight_epoch = c->epoch;
+    c->count = 0;
 }
 
 static void copies_retired(struct engine *e)
 {
-    if (e->copies_recorded)
-        pool_epoch_retire(e->options.pool, e->copies_epoch);
-    e->copies_recorded = false;
+    if (e->copies.in_flight)
+        pool_epoch_retire(e->options.pool, e->copies.flight_epoch);
+    e->copies.in_flight = false;
 }
 
 void step_run_copies(struct engine *engine)
 {
     struct segment_result result;
-    if (!engine->copies_recorded)
+    if (!engine->copies.count)
         return;
+    record_copies(engine);
     enum status status = engine->table->submit(engine->stream);
     if (!status)
         status = engine->table->wait(engine->stream, &result);
@@ -136,22 +155,26 @@ static bool secure(struct engine *e, const struct plan_run *run, struct secured 
     if (s->has_adapter && !pin_adapter(e, held, run->slot, &adapter_pages))
         return false;
     adapter_pages += held->adapter_pages;
+    uint32_t beside = held->beside + adapter_pages;
+    uint32_t spare = e->plans_ahead ? e->options.kv_shape.pages_per_block : 0; // see below
     struct kv_copier copier = {.copy = copy_block, .context = e};
     enum status status = STATUS_FULL;
-    if (sequence_pages_allow(e, adapter_pages + more_pages(e, s, tokens)))
+    if (sequence_pages_allow(e, beside + spare + more_pages(e, s, tokens)))
         status = kv_reserve(e->options.kv, s->kv, tokens, &copier);
     if (!status)
         s->reserved = tokens;
-    // Copy-on-write may have taken a block more than was counted.
-    if (status || !sequence_pages_allow(e, adapter_pages)) {
-        unpin_adapter(e, s);
-        step_run_copies(
-            e); // it may have to leave before the next segment, with what the copies bring
+    // Copy-on-write may have taken a block more than was counted; while a step runs nobody could be
+    // sent out for it.
+    if (status || !sequence_pages_allow(e, beside)) {
+        if (!s->in_steps)
+            unpin_adapter(e, s);
+        if (!e->plans_ahead) // it may have to leave before the next segment, with what they bring
+            step_run_copies(e);
         (void)sequence_make_room(e, run->slot, adapter_pages + more_pages(e, s, tokens));
         return false;
     }
     kv_pin(e->options.kv, s->kv);
-    s->in_step = true;
+    s->in_steps++;
     held->adapter_pages = adapter_pages;
     held->kept++;
     return true;
@@ -161,15 +184,19 @@ static void fill_rows(struct engine *e, struct step *step, const struct plan_run
                       uint32_t index, uint32_t *samples)
 {
     struct sequence *s = &e->sequences[run->slot];
+    uint32_t sampled = s->ahead.goes_on && s->ahead.samples; // one more than the host knows
     for (uint32_t i = 0; i < run->count; i++) {
-        step->host.token[run->row + i] = s->tokens[run->position + i];
-        step->host.position[run->row + i] = run->position + i;
-        step->host.sequence[run->row + i] = index;
+        uint32_t at = run->position + i, row = run->row + i;
+        step->host.position[row] = at;
+        step->host.sequence[row] = index;
+        step->host.token[row] = at < s->length ? s->tokens[at] : 0;
+        if (at >= s->length)
+            step->host.follow[s->ahead.sample] = row;
     }
     if (run->samples) {
         step->host.gather[*samples] = run->row + run->count - 1;
         step->host.sample[*samples] = s->sampling;
-        step->host.sample[*samples].counter = s->generated;
+        step->host.sample[*samples].counter = s->generated + sampled;
         step->tops = s->tops > step->tops ? s->tops : step->tops;
         (*samples)++;
     }
@@ -214,19 +241,58 @@ static void fill_step(struct engine *e, struct step *step)
 {
     uint32_t samples = 0;
     step->tops = 0;
-    for (uint32_t i = 0; i < step->plan.runs; i++) {
-        const struct plan_run *run = &step->runs[i];
-        const struct sequence *s = &e->sequences[run->slot];
-        fill_rows(e, step, run, i, &samples);
-        for (uint32_t p = run->position; p < run->position + run->count; p++)
-            e->counters.rows_recomputed += p < s->high_water;
-    }
+    step->followed = e->plans_ahead ? e->current->plan.samples : 0;
+    for (uint32_t i = 0; i < step->followed; i++)
+        step->host.follow[i] = e->options.rows_max; // to nobody
+    for (uint32_t i = 0; i < step->plan.runs; i++)
+        fill_rows(e, step, &step->runs[i], i, &samples);
     CHECK(samples == step->plan.samples);
     step->half = 0;
     step->halves_run = 0;
-    step->resume_gate = step->segment_head = false;
-    step->started_us = clock_now_us(&e->options.clock);
+    step->resume_gate = step->segment_head = step->ahead_tried = false;
     step->state = STEP_READY;
+}
+
+// The pages and pins of what was chosen; false when nobody can run.
+static bool secure_runs(struct engine *e, struct plan_run *runs, uint32_t chosen,
+                        struct secured *held)
+{
+    for (uint32_t i = 0; i < chosen && !(e->plans_ahead && e->short_of_room); i++) {
+        struct plan_run run = runs[i];
+        if (secure(e, &run, held))
+            runs[held->kept - 1] = run;
+    }
+    return held->kept;
+}
+
+bool step_plan(struct engine *engine)
+{
+    const struct step *paused = step_paused_most_urgent(engine);
+    struct step *step = &engine->next;
+    engine->want = engine->want_next;
+    engine->want_next.slot = NO_SLOT;
+    engine->short_of_room = false;
+    sequence_bring_back(engine);
+    sequence_admit(engine);
+    uint32_t count = sequence_candidates(engine);
+    struct plan_limits limits = {.rows_max = engine->options.rows_max,
+                                 .runs_max = engine->options.sequences_max,
+                                 .class_below = paused ? paused->plan.class : ENGINE_CLASSES,
+                                 .less_urgent_prefill_max = (engine->options.rows_max + 3) / 4};
+    uint32_t chosen = plan_choose(engine->candidates, count, &limits, engine->runs);
+    struct secured held = {.beside = engine->plans_ahead ? engine->current->adapter_pages : 0};
+    if (!secure_runs(engine, engine->runs, chosen, &held))
+        return false;
+    plan_layout(engine->runs, held.kept, &step->plan);
+    const struct step *place = &engine->steps[step->plan.class];
+    step->device = place->device;
+    step->block.device = place->block.device;
+    step->x = place->x;
+    step->adapter_pages = held.adapter_pages;
+    memcpy(step->runs, engine->runs, held.kept * sizeof *step->runs);
+    fill_step(engine, step);
+    fill_places(engine, step);
+    return true;
 }
 
 static void trace(struct engine *e, const struct step *step)
@@ -237,42 +303,24 @@ static void trace(struct engine *e, const struct step *step)
     e->options.trace(e->options.trace_context, e->line);
 }
 
-bool step_plan_next(struct engine *engine)
+void step_enter(struct engine *engine)
 {
-    const struct step *paused = step_paused_most_urgent(engine);
-    engine->want = engine->want_next;
-    engine->want_next.slot = NO_SLOT;
-    sequence_bring_back(engine);
-    sequence_admit(engine);
-    uint32_t count = sequence_candidates(engine);
-    struct plan_limits limits = {.rows_max = engine->options.rows_max,
-                                 .runs_max = engine->options.sequences_max,
-                                 .class_below = paused ? paused->plan.class : ENGINE_CLASSES,
-                                 .less_urgent_prefill_max = (engine->options.rows_max + 3) / 4};
-    // The runs are chosen into the step of the most urgent class that could run.
-    struct plan_run *runs = engine->runs;
-    uint32_t chosen = plan_choose(engine->candidates, count, &limits, runs);
-    struct secured held = {.kept = 0};
-    for (uint32_t i = 0; i < chosen; i++) {
-        struct plan_run run = runs[i];
-        if (secure(engine, &run, &held))
-            runs[held.kept - 1] = run;
+    struct step *step = &engine->steps[engine->next.plan.class], unused = *step;
+    CHECK(step->state == STEP_NONE && engine->next.state == STEP_READY && !engine->current);
+    *step = engine->next;
+    engine->next = unused;
+    step->plan.step = engine->steps_made++;
+    step->result_set = engine->results.waiting ? 1 - engine->results.set : 0;
+    step->started_us = clock_now_us(&engine->options.clock);
+    for (uint32_t i = 0; i < step->plan.runs; i++) {
+        const struct plan_run *run = &step->runs[i];
+        const struct sequence *s = &engine->sequences[run->slot];
+        for (uint32_t p = run->position; p < run->position + run->count; p++)
+            engine->counters.rows_recomputed += p < s->high_water;
     }
-    if (!held.kept)
-        return false;
-    struct step_plan plan = {.step = engine->steps_made++};
-    plan_layout(runs, held.kept, &plan);
-    struct step *step = &engine->steps[plan.class];
-    CHECK(step->state == STEP_NONE);
-    step->plan = plan;
-    step->adapter_pages = held.adapter_pages;
-    memcpy(step->runs, runs, held.kept * sizeof *runs);
-    fill_step(engine, step);
-    fill_places(engine, step);
     trace(engine, step);
     engine->current = step;
     engine->counters.steps++;
-    return true;
 }
 
 // ---- pins ----
@@ -283,14 +331,22 @@ static void unpin_adapters(struct engine *e, struct step *step)
         unpin_adapter(e, &e->sequences[step->runs[i].slot]);
 }
 
+void step_release_runs(struct engine *engine, const struct plan_run *runs, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        struct sequence *s = &engine->sequences[runs[i].slot];
+        kv_unpin(engine->options.kv, s->kv);
+        CHECK(s->in_steps);
+        s->in_steps--;
+        if (!s->in_steps)
+            unpin_adapter(engine, s);
+        sequence_leave_step(engine, runs[i].slot);
+    }
+}
+
 void step_release_rows(struct engine *engine, struct step *step)
 {
-    unpin_adapters(engine, step);
-    for (uint32_t i = 0; i < step->plan.runs; i++) {
-        struct sequence *s = &engine->sequences[step->runs[i].slot];
-        kv_unpin(engine->options.kv, s->kv);
-        s->in_step = false;
-    }
+    step_release_runs(engine, step->runs, step->plan.runs);
     step->state = STEP_NONE;
     if (engine->current == step)
         engine->current = NULL;
@@ -300,10 +356,13 @@ void step_release_rows(struct engine *engine, struct step *step)
 static void fail_step(struct engine *e, struct step *step, enum status status, const char *message)
 {
     log_line(LOG_ERROR, "step %llu failed: %s", (unsigned long long)step->plan.step, message);
-    uint32_t runs = step->plan.runs;
+    ahead_drop(e);
     step_release_rows(e, step);
-    for (uint32_t i = 0; i < runs; i++)
-        sequence_end(e, step->runs[i].slot, status, ENGINE_FINISH_ERROR, message);
+    for (uint32_t i = 0; i < step->plan.runs; i++) {
+        uint32_t slot = step->runs[i].slot;
+        if (e->sequences[slot].state == SEQUENCE_RUNNING) // others ended before: surplus rows
+            sequence_end(e, slot, status, ENGINE_FINISH_ERROR, message);
+    }
 }
 
 // Nothing on the device can be relied on any more, page tables and cached KV included: the engine
@@ -356,12 +415,22 @@ static bool resume(struct engine *e, struct step *step)
 
 // ---- running ----
 
+// All experts are on the device: no gate will fire, so that several units may be sent at once.
+static bool nothing_can_miss(const struct engine *e)
+{
+    struct expert_stats stats = {0};
+    if (e->options.experts)
+        experts_stats(e->options.experts, &stats);
+    return stats.resident == stats.total;
+}
+
 static uint32_t segment_length(const struct engine *e, const struct step *step)
 {
     if (e->options.force_leave)
         return 1;
-    if (step->plan.class == ENGINE_INTERACTIVE)
-        return e->options.segment_halves_max; // nobody may overtake it
+    if (step->plan.class == ENGINE_INTERACTIVE) // nobody may overtake it
+        return nothing_can_miss(e) ? 2 * e->options.model->config.layers
+                                   : e->options.segment_halves_max;
     if (sequence_waiting_class(e) < step->plan.class)
         return 1; // it is left at the next preemption point
     float half_us = e->half_us_per_row * (float)step->plan.rows;
@@ -371,24 +440,59 @@ static uint32_t segment_length(const struct engine *e, const struct step *step)
     return n ? n : 1;
 }
 
+// Half-layers of the unit that begins at `half`: whole units begin at multiples of the longest
+// segment, so that few different ones are ever captured; what lies between is taken one by one.
+static uint32_t unit_length(const struct engine *e, uint32_t half, uint32_t end)
+{
+    uint32_t whole = e->options.segment_halves_max, all = 2 * e->options.model->config.layers;
+    if (half % whole == 0 && (half + whole <= end || end == all))
+        return whole;
+    return 1;
+}
+
 static enum status submit(struct engine *e, struct step *step)
 {
     uint32_t halves = 2 * e->options.model->config.layers;
     uint32_t end = step->half + segment_length(e, step);
     step->segment_end = end < halves ? end : halves;
+    record_copies(e);
     if (e->options.experts)
         experts_flush(e->options.experts, e->stream);
+    if (e->options.adapters)
+        adapters_flush(e->options.adapters, e->stream);
     forward_begin(e, step);
-    for (uint32_t h = step->half; h < step->segment_end; h++)
+    for (uint32_t h = step->half, unit_end = h; h < step->segment_end; h++) {
+        if (h == unit_end) {
+            if (h != step->half)
+                e->table->unit(e->stream);
+            unit_end = h + unit_length(e, h, step->segment_end);
+        }
         forward_half(e, step, h, h == step->half && step->resume_gate);
+    }
     step->segment_head = step->segment_end == halves && step->plan.samples;
-    if (step->segment_head)
+    if (step->segment_head) {
+        e->table->unit(e->stream);
         forward_head(e, step);
+    }
     step->epoch = pool_epoch_open(e->options.pool);
     e->submitted_us = clock_now_us(&e->options.clock);
     step->state = STEP_FLIGHT;
+    step->ahead_tried = step->segment_end < halves;
     e->counters.segments++;
-    return e->table->submit(e->stream);
+    enum status status = e->table->submit(e->stream);
+    e->counters.submit_us += clock_now_us(&e->options.clock) - e->submitted_us;
+    return status;
+}
+
+void step_submit(struct engine *engine, struct step *step)
+{
+    if (!submit(engine, step))
+        return;
+    pool_epoch_retire(engine->options.pool, step->epoch);
+    copies_retired(engine);
+    if (engine->results.waiting)
+        (void)output_results(engine); // the step before was sound
+    device_failed(engine, step, STATUS_DEVICE, "The device refused a segment.");
 }
 
 static void account_experts(struct engine *e, uint32_t from, uint32_t to)
@@ -417,6 +521,8 @@ static void gate_bring(struct engine *e, struct step *step)
 
 static void at_preemption_point(struct engine *e, struct step *step)
 {
+    if (ahead_give_up_surplus(e, step))
+        return;
     sequence_fetch_ahead(e, step->plan.class);
     struct plan_leave_inputs in = {.step_class = step->plan.class,
                                    .waiting_class = sequence_waiting_class(e)};
@@ -436,12 +542,37 @@ static void at_preemption_point(struct engine *e, struct step *step)
 static void measure(struct engine *e, const struct step *step)
 {
     uint64_t us = clock_now_us(&e->options.clock) - e->submitted_us;
+    e->counters.flight_us += us;
     uint32_t halves = step->segment_end - step->half;
     float per = (float)us / (float)(halves * step->plan.rows);
     e->half_us_per_row = e->half_us_per_row > 0 ? 0.8f * e->half_us_per_row + 0.2f * per : per;
     // What a cached token costs to compute again, for the price of KV.
     kv_set_recompute(e->options.kv,
                      e->half_us_per_row * 2 * (float)e->options.model->config.layers);
+}
+
+// All halves are done: what was sampled waits to go out, and the next step, if it was planned
+// ahead, starts first.
+static void finished(struct engine *e, struct step *step)
+{
+    struct plan_run *runs = e->results.runs;
+    CHECK(!e->results.waiting);
+    e->results = (struct results){.waiting = true,
+                                  .plan = step->plan,
+                                  .runs = step->runs,
+                                  .tops = step->tops,
+                                  .halves_run = step->halves_run,
+                                  .set = step->result_set};
+    step->runs = runs;
+    step->state = STEP_NONE;
+    e->current = NULL;
+    if (!ahead_is_wanted(e)) {
+        ahead_drop(e);
+        return;
+    }
+    step_enter(e);
+    e->counters.planned_ahead++;
+    step_submit(e, e->current);
 }
 
 static void retired(struct engine *e, struct step *step, const struct segment_result *result)
@@ -456,6 +587,8 @@ static void retired(struct engine *e, struct step *step, const struct segment_re
         step->half = half;
         step->state = STEP_GATE;
         e->counters.gate_misses++;
+        ahead_drop(e); // experts come first, and copies hold pages back
+        step_run_copies(e);
         gate_bring(e, step);
         return;
     }
@@ -468,7 +601,7 @@ static void retired(struct engine *e, struct step *step, const struct segment_re
     if (step->half < 2 * e->options.model->config.layers)
         at_preemption_point(e, step);
     else
-        step->state = STEP_RESULTS;
+        finished(e, step);
 }
 
 static bool advance_flight(struct engine *e, struct step *step)
@@ -506,29 +639,37 @@ static bool advance_gate(struct engine *e, struct step *step)
     return true;
 }
 
+static bool advance_nothing(struct engine *e)
+{
+    if (e->copies.count) { // of a step that was planned ahead and given up
+        step_run_copies(e);
+        return true;
+    }
+    if (step_plan(e)) {
+        step_enter(e);
+        return true;
+    }
+    struct step *paused = step_paused_most_urgent(e);
+    return paused && resume(e, paused);
+}
+
 bool step_advance(struct engine *engine)
 {
     struct step *step = engine->current;
-    if (!step) {
-        if (step_plan_next(engine))
-            return true;
-        struct step *paused = step_paused_most_urgent(engine);
-        return paused && resume(engine, paused);
-    }
+    if (engine->results.waiting)
+        return output_results(engine);
+    if (!step)
+        return advance_nothing(engine);
     switch (step->state) {
     case STEP_READY:
-        if (submit(engine, step)) {
-            pool_epoch_retire(engine->options.pool, step->epoch);
-            copies_retired(engine);
-            device_failed(engine, step, STATUS_DEVICE, "The device refused a segment.");
-        }
+        step_submit(engine, step);
         return true;
     case STEP_FLIGHT:
+        if (!step->ahead_tried)
+            ahead_plan(engine, step);
         return advance_flight(engine, step);
     case STEP_GATE:
         return advance_gate(engine, step);
-    case STEP_RESULTS:
-        return output_results(engine, step);
     default:
         CHECK(false);
     }

@@ -193,6 +193,30 @@ enum status checkpoint_open(const char *directory, struct checkpoint **out, stru
     return STATUS_OK;
 }
 
+enum status checkpoint_open_reader(struct reader *reader, struct checkpoint **out,
+                                   struct fault *fault)
+{
+    struct checkpoint *checkpoint = calloc(1, sizeof *checkpoint);
+    char *name = strdup(SINGLE_NAME);
+    if (!checkpoint || !name) {
+        free(checkpoint);
+        free(name);
+        reader_close(reader);
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory while opening the checkpoint.");
+    }
+    struct shard *shard = &checkpoint->shards[checkpoint->shard_count++];
+    *shard = (struct shard){.name = name, .reader = reader};
+    enum status status = safetensors_open(reader, name, &shard->file, fault);
+    if (!status)
+        status = sort_weights(checkpoint, fault);
+    if (status) {
+        checkpoint_close(checkpoint);
+        return status;
+    }
+    *out = checkpoint;
+    return STATUS_OK;
+}
+
 void checkpoint_close(struct checkpoint *checkpoint)
 {
     if (!checkpoint)

@@ -26,6 +26,9 @@ struct weight {
 
 MUST_USE enum status checkpoint_open(const char *directory, struct checkpoint **out,
                                      struct fault *fault);
+// Of one safetensors file, which it owns from here on, whatever comes out.
+MUST_USE enum status checkpoint_open_reader(struct reader *reader, struct checkpoint **out,
+                                            struct fault *fault);
 void checkpoint_close(struct checkpoint *checkpoint);
 uint64_t checkpoint_bytes(const struct checkpoint *checkpoint); // of all tensors
 

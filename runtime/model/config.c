@@ -14,6 +14,7 @@
 
 #include "base/check.h"
 #include "runtime/model/fields.h"
+#include "runtime/model/synth.h"
 
 enum {
     CONFIG_BYTES_MAX = 4 << 20,
@@ -405,6 +406,12 @@ static enum status merge_generation(const char *directory, struct model_config *
 
 enum status model_config_load(const char *directory, struct model_config *out, struct fault *fault)
 {
+    if (synth_is_name(directory)) {
+        struct synth_source *source = NULL;
+        enum status named = synth_open(directory, &source, out, fault);
+        synth_close(source);
+        return named;
+    }
     *out = (struct model_config){0};
     char *text = NULL;
     size_t bytes = 0;

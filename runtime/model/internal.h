@@ -6,6 +6,7 @@
 
 #include "runtime/model/checkpoint.h"
 #include "runtime/model/model.h"
+#include "runtime/model/synth.h"
 
 // The shape of the routed experts under a page size; all zero for a dense model.
 struct expert_shape model__expert_shape(const struct model_config *config, enum dtype dtype,
@@ -21,6 +22,8 @@ struct loader {
     struct model *model;
     struct checkpoint *checkpoint;
     bool fill;
+    bool rows_wanted;           // dense weights as padded rows, not tiles (device_info.dense_tiles)
+    struct synth_source *synth; // of "synth:NAME"; NULL: a directory
     void (*progress)(void *context, uint64_t bytes); // bytes read since the last call; may be NULL
     void *progress_context;
     uint8_t *rows, *tiles; // staging, grown as needed

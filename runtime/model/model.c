@@ -129,24 +129,62 @@ static enum status open_store(struct loader *loader, const char *state_directory
 
 // ---- life ----
 
+enum status model_share(const struct model_config *config, uint32_t rank, uint32_t world,
+                        struct model_share *out, struct fault *fault)
+{
+    const struct {
+        const char *what;
+        uint32_t count;
+    } parts[] = {{"attention heads", config->heads},
+                 {"KV heads", config->kv_heads},
+                 {"MLP units", config->intermediate},
+                 {"experts", config->experts}};
+    world = world ? world : 1;
+    if (rank >= world)
+        return fault_set(fault, STATUS_INVALID, "rank %u of %u: ranks count from 0.", rank, world);
+    for (size_t i = 0; i < ARRAY_COUNT(parts); i++)
+        if (parts[i].count % world)
+            return fault_set(fault, STATUS_UNSUPPORTED,
+                             "the model's %u %s cannot be shared evenly by %u ranks.",
+                             parts[i].count, parts[i].what, world);
+    uint32_t experts = config->experts / world;
+    *out = (struct model_share){.rank = rank,
+                                .world = world,
+                                .heads = config->heads / world,
+                                .kv_heads = config->kv_heads / world,
+                                .intermediate = config->intermediate / world};
+    if (world > 1)
+        out->experts = (struct expert_range){.first = rank * experts, .count = experts};
+    return STATUS_OK;
+}
+
 // Configuration, shards, page size and the counting pass: what model_load and model_fit share.
-static enum status prepare(struct loader *loader, const char *directory, size_t page_bytes,
+static enum status prepare(struct loader *loader, const struct model_options *options,
                            size_t *page_out, struct fault *fault)
 {
     struct model *model = loader->model;
-    enum status status = model_config_load(directory, &model->config, fault);
+    const char *directory = options->directory;
+    enum status status = STATUS_OK;
+    if (synth_is_name(directory))
+        status = synth_open(directory, &loader->synth, &model->config, fault);
+    else
+        status = model_config_load(directory, &model->config, fault);
     if (!status)
-        status = model__page_bytes(&model->config, model->dtype, page_bytes, page_out, fault);
+        status = model_share(&model->config, options->rank, options->world, &model->share, fault);
+    if (!status)
+        status =
+            model__page_bytes(&model->config, model->dtype, options->page_bytes, page_out, fault);
     if (status)
         return status;
     model->expert_shape = model__expert_shape(&model->config, model->dtype, *page_out);
     model->layers = calloc(model->config.layers, sizeof *model->layers);
     if (!model->layers)
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory while loading the model.");
-    status = checkpoint_open(directory, &loader->checkpoint, fault);
+    status = loader->synth ? synth_checkpoint(loader->synth, &loader->checkpoint, fault)
+                           : checkpoint_open(directory, &loader->checkpoint, fault);
     if (!status)
         status = model__place(loader, fault);
-    if (!status)
+    if (!status && !loader->synth)
         status = model__experts_claim(loader, fault);
     if (!status)
         status = checkpoint_finish(loader->checkpoint, model->config.tied_embeddings, fault);
@@ -158,19 +196,23 @@ static enum status load(struct loader *loader, const struct model_options *optio
 {
     struct model *model = loader->model;
     size_t page_bytes = 0;
-    enum status status =
-        prepare(loader, options->directory, options->page_bytes, &page_bytes, fault);
+    enum status status = prepare(loader, options, &page_bytes, fault);
     if (status)
         return status;
     model->page_bytes = page_bytes;
     // Every tensor is read twice, for the digest and for its place; a store that exists saves its
     // part.
     progress->total = 2 * checkpoint_bytes(loader->checkpoint);
-    status = make_digest(loader, options->directory, fault);
+    if (loader->synth)
+        model->digest = synth_digest(loader->synth);
+    else
+        status = make_digest(loader, options->directory, fault);
     loader->fill = true;
     if (!status)
         status = model__place(loader, fault);
-    if (!status && model->expert_shape.experts)
+    if (!status && model->expert_shape.experts && loader->synth)
+        status = synth_store(loader->synth, &model->expert_shape, &model->expert_store, fault);
+    else if (!status && model->expert_shape.experts)
         status = open_store(loader, options->state_directory, fault);
     if (!status)
         report(progress, progress->total);
@@ -188,9 +230,13 @@ enum status model_load(struct device *device, const struct model_options *option
     model->device = device;
     model->dtype = info.dtype;
     struct progress progress = {.options = options};
-    struct loader loader = {.model = model, .progress = report, .progress_context = &progress};
+    struct loader loader = {.model = model,
+                            .rows_wanted = !info.dense_tiles,
+                            .progress = report,
+                            .progress_context = &progress};
     enum status status = load(&loader, options, &progress, fault);
     checkpoint_close(loader.checkpoint);
+    synth_close(loader.synth);
     model__loader_clear(&loader);
     if (status) {
         model_destroy(model);
@@ -234,8 +280,10 @@ enum status model_fit(const char *directory, enum dtype dtype, size_t page_bytes
     struct model model = {.dtype = dtype};
     struct loader loader = {.model = &model};
     *out = (struct model_fit){0};
-    enum status status = prepare(&loader, directory, page_bytes, &out->page_bytes, fault);
+    struct model_options options = {.directory = directory, .page_bytes = page_bytes};
+    enum status status = prepare(&loader, &options, &out->page_bytes, fault);
     checkpoint_close(loader.checkpoint);
+    synth_close(loader.synth);
     free(model.layers);
     if (status) {
         model_config_clear(&model.config);

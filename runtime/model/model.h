@@ -40,9 +40,22 @@ MUST_USE enum status model_config_parse(const char *text, size_t bytes, struct m
                                         struct fault *fault);
 void model_config_clear(struct model_config *config);
 
+// What this rank of several (kernels/comm.h) holds: a whole number of heads, units and experts.
+// With one rank: all of them.
+struct model_share {
+    uint32_t rank, world;
+    uint32_t heads, kv_heads, intermediate;
+    struct expert_range experts;
+};
+
+// The share of a rank; refuses what does not divide. world 0 counts as 1.
+MUST_USE enum status model_share(const struct model_config *config, uint32_t rank, uint32_t world,
+                                 struct model_share *out, struct fault *fault);
+
 struct model_layer {
     float *attention_norm, *mlp_norm; // [hidden]
     float *q_norm, *k_norm;           // [head_dim]
+    // Heads, KV heads and units of the share.
     void *qkv;            // tiles, (heads + 2 * kv_heads) * head_dim x hidden, q then k then v
     void *o;              // tiles, hidden x heads * head_dim
     float *router;        // [experts][hidden], MoE layers
@@ -50,7 +63,8 @@ struct model_layer {
 };
 
 struct model {
-    struct model_config config;
+    struct model_config config; // of the whole model
+    struct model_share share;
     enum dtype dtype;
     struct device *device;
     void *embedding; // [vocab][hidden] row-major, compute dtype
@@ -70,6 +84,7 @@ struct model_options {
     const char
         *state_directory; // where the expert store is kept (named by digest, dtype and page size)
     size_t page_bytes;    // 0: chosen to waste least
+    uint32_t rank, world; // loads the share of one rank; world 0: all
     void (*progress)(void *context, uint64_t done_bytes, uint64_t total_bytes);
     void *progress_context;
 };

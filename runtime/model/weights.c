@@ -8,10 +8,14 @@
 //   self_attn.o_proj, mlp.down_proj         -> tiles
 //   norms, mlp.gate.weight (router)         -> fp32
 //
+// A rank of several (model_share) takes its rows of q, k, v, gate and up and its columns of o and
+// down; the rest, the router included, it has whole.
+//
 // It owns names and placement; what a file may contain is checkpoint.c's. Nothing is read in the
 // counting pass (loader.fill = false), so a checkpoint that does not fit config.json is refused at
 // once. Data goes file -> row-major chunk -> tiles of the chunk -> device; chunks are whole blocks
-// of 64 rows, so that a chunk of tiles is contiguous on the device.
+// of 64 rows, so that a chunk of tiles is contiguous on the device. "Tiles" below are padded rows
+// instead where the device takes its dense weights so (device_info.dense_tiles).
 #include "runtime/model/internal.h"
 
 #include <math.h>
@@ -25,28 +29,72 @@
 
 enum { STAGING_BYTES = 4 << 20, NAME_BYTES = 128, PARTS_MAX = 3 };
 
-// The one place where bytes cross to the device. CPU device memory is plain memory.
-static void device_upload(struct device *device, void *to, const void *from, size_t bytes)
+// The one place where bytes cross to the device.
+static enum status device_upload(struct device *device, void *to, const void *from, size_t bytes,
+                                 struct fault *fault)
 {
-    (void)device;
-    memcpy(to, from, bytes);
+    enum status status = device->table->upload(device, to, from, bytes);
+    return status ? fault_set(fault, status, "copying weights to the device failed.") : STATUS_OK;
+}
+
+// tile_pack, or where the device wants rows: the same rows, interleaved alike, each rounded up to
+// whole tiles of columns. Both forms of whole blocks of 64 rows have the same size.
+static void dense_pack(const struct loader *loader, size_t rows, size_t cols, int half)
+{
+    enum dtype dtype = loader->model->dtype;
+    size_t row_bytes = cols * dtype_bytes(dtype), stride = round_up(row_bytes, TILE_ROW_BYTES);
+    if (!loader->rows_wanted) {
+        tile_pack(dtype, loader->rows, rows, cols, half, loader->tiles);
+        return;
+    }
+    for (size_t r = 0; r < rows; r++) {
+        size_t at = half < 0 ? r : tile_interleaved_row(r, (size_t)half);
+        memcpy(loader->tiles + at * stride, loader->rows + r * row_bytes, row_bytes);
+    }
 }
 
 struct part {
     char name[NAME_BYTES];
-    uint64_t rows;
+    uint64_t rows, first; // taken: [first, first + rows)
+    uint64_t all;         // rows of the tensor
     const struct weight *weight;
 };
 
 static struct part part(uint64_t rows, const char *format, ...) PRINTF_LIKE(2, 3);
 static struct part part(uint64_t rows, const char *format, ...)
 {
-    struct part out = {.rows = rows};
+    struct part out = {.rows = rows, .all = rows};
     va_list list;
     va_start(list, format);
     (void)vsnprintf(out.name, sizeof out.name, format, list);
     va_end(list);
     return out;
+}
+
+// This rank's rows of it.
+static struct part part_share(const struct loader *loader, struct part whole)
+{
+    const struct model_share *share = &loader->model->share;
+    whole.rows = whole.all / share->world;
+    whole.first = whole.rows * share->rank;
+    return whole;
+}
+
+// The columns of a tensor that are taken.
+struct columns {
+    size_t all, first, count;
+};
+
+static struct columns columns_whole(size_t count)
+{
+    return (struct columns){.all = count, .count = count};
+}
+
+static struct columns columns_share(const struct loader *loader, size_t all)
+{
+    const struct model_share *share = &loader->model->share;
+    size_t count = all / share->world;
+    return (struct columns){.all = all, .first = count * share->rank, .count = count};
 }
 
 static enum status grow(uint8_t **buffer, size_t *has, size_t needs, struct fault *fault)
@@ -84,8 +132,9 @@ static enum status take(struct loader *loader, size_t bytes, void *out, struct f
 static enum status read_rows(struct loader *loader, const struct part *source, uint64_t first,
                              size_t count, size_t cols, void *out, struct fault *fault)
 {
+    uint64_t from = (source->first + first) * cols;
     enum status status =
-        weight_read(source->weight, loader->model->dtype, first * cols, out, count * cols, fault);
+        weight_read(source->weight, loader->model->dtype, from, out, count * cols, fault);
     if (!status && loader->progress)
         loader->progress(loader->progress_context,
                          count * cols * tensor_type_bytes(source->weight->tensor->type));
@@ -96,7 +145,7 @@ static enum status claim(struct loader *loader, struct part *parts, size_t count
                          struct fault *fault)
 {
     for (size_t i = 0; i < count; i++) {
-        uint64_t shape[] = {parts[i].rows, cols};
+        uint64_t shape[] = {parts[i].all, cols};
         enum status status =
             checkpoint_claim(loader->checkpoint, parts[i].name, shape, 2, &parts[i].weight, fault);
         if (status)
@@ -120,7 +169,8 @@ static enum status place_f32(struct loader *loader, const char *name, const uint
     if (!status)
         status = weight_read(weight, DTYPE_F32, 0, loader->rows, count, fault);
     if (!status)
-        device_upload(loader->model->device, *out, loader->rows, count * sizeof(float));
+        status =
+            device_upload(loader->model->device, *out, loader->rows, count * sizeof(float), fault);
     if (!status && loader->progress)
         loader->progress(loader->progress_context, weight->tensor->bytes);
     return status;
@@ -162,30 +212,40 @@ static enum status read_stacked(struct loader *loader, const struct part *parts,
     return STATUS_OK;
 }
 
+// Leaves the taken columns of `count` staged rows, close together.
+static void take_columns(struct loader *loader, size_t count, const struct columns *columns)
+{
+    size_t element = dtype_bytes(loader->model->dtype), bytes = columns->count * element;
+    for (size_t r = 0; columns->count < columns->all && r < count; r++)
+        memmove(loader->rows + r * bytes,
+                loader->rows + (r * columns->all + columns->first) * element, bytes);
+}
+
 // Tiles of the parts one below the other.
 static enum status place_tiles(struct loader *loader, struct part *parts, size_t part_count,
-                               size_t cols, void **out, struct fault *fault)
+                               struct columns columns, void **out, struct fault *fault)
 {
     enum dtype dtype = loader->model->dtype;
-    size_t rows = 0, step = chunk_rows(dtype, cols);
+    size_t rows = 0, cols = columns.count, step = chunk_rows(dtype, columns.all);
     for (size_t i = 0; i < part_count; i++)
         rows += (size_t)parts[i].rows;
-    enum status status = claim(loader, parts, part_count, cols, fault);
+    enum status status = claim(loader, parts, part_count, columns.all, fault);
     if (!status)
         status = take(loader, tile_count(dtype, rows, cols) * TILE_BYTES, out, fault);
     if (status || !loader->fill)
         return status;
-    status = prepare_staging(loader, step, cols, fault);
+    status = prepare_staging(loader, step, columns.all, fault);
     for (size_t r = 0; !status && r < rows; r += step) {
         size_t count = min_size(step, rows - r), tiles = tile_count(dtype, count, cols);
-        status = read_stacked(loader, parts, part_count, r, count, cols, fault);
+        status = read_stacked(loader, parts, part_count, r, count, columns.all, fault);
         if (status)
             break;
+        take_columns(loader, count, &columns);
         memset(loader->tiles, 0, tiles * TILE_BYTES);
-        tile_pack(dtype, loader->rows, count, cols, -1, loader->tiles);
-        device_upload(loader->model->device,
-                      (uint8_t *)*out + tile_count(dtype, r, cols) * TILE_BYTES, loader->tiles,
-                      tiles * TILE_BYTES);
+        dense_pack(loader, count, cols, -1);
+        status = device_upload(loader->model->device,
+                               (uint8_t *)*out + tile_count(dtype, r, cols) * TILE_BYTES,
+                               loader->tiles, tiles * TILE_BYTES, fault);
     }
     return status;
 }
@@ -210,12 +270,12 @@ static enum status place_interleaved(struct loader *loader, struct part *parts, 
         for (int half = 0; !status && half < 2; half++) {
             status = read_rows(loader, &parts[half], r, count, cols, loader->rows, fault);
             if (!status)
-                tile_pack(dtype, loader->rows, count, cols, half, loader->tiles);
+                dense_pack(loader, count, cols, half);
         }
         if (!status)
-            device_upload(loader->model->device,
-                          (uint8_t *)*out + tile_count(dtype, 2 * r, cols) * TILE_BYTES,
-                          loader->tiles, tiles * TILE_BYTES);
+            status = device_upload(loader->model->device,
+                                   (uint8_t *)*out + tile_count(dtype, 2 * r, cols) * TILE_BYTES,
+                                   loader->tiles, tiles * TILE_BYTES, fault);
     }
     return status;
 }
@@ -236,14 +296,14 @@ static enum status place_embedding(struct loader *loader, struct fault *fault)
         size_t count = min_size(step, config->vocab - r);
         status = read_rows(loader, &table, r, count, config->hidden, loader->rows, fault);
         if (!status)
-            device_upload(model->device, (uint8_t *)model->embedding + r * row_bytes, loader->rows,
-                          count * row_bytes);
+            status = device_upload(model->device, (uint8_t *)model->embedding + r * row_bytes,
+                                   loader->rows, count * row_bytes, fault);
     }
     if (status)
         return status;
     struct part head =
         part(config->vocab, "%s", config->tied_embeddings ? table.name : "lm_head.weight");
-    return place_tiles(loader, &head, 1, config->hidden, &model->head, fault);
+    return place_tiles(loader, &head, 1, columns_whole(config->hidden), &model->head, fault);
 }
 
 // 1 / theta^(2i / head_dim) in fp32, as transformers computes it.
@@ -259,8 +319,7 @@ static enum status place_inv_freq(struct loader *loader, struct fault *fault)
     for (uint32_t i = 0; i < count; i++)
         values[i] = 1.0f / powf((float)model->config.rope_theta,
                                 (float)(2 * i) / (float)model->config.head_dim);
-    device_upload(model->device, model->inv_freq, values, count * sizeof(float));
-    return STATUS_OK;
+    return device_upload(model->device, model->inv_freq, values, count * sizeof(float), fault);
 }
 
 static enum status place_norm(struct loader *loader, uint32_t layer, const char *which,
@@ -279,6 +338,8 @@ static enum status place_attention(struct loader *loader, uint32_t layer, struct
     struct part qkv[PARTS_MAX] = {part(q, "model.layers.%u.self_attn.q_proj.weight", layer),
                                   part(kv, "model.layers.%u.self_attn.k_proj.weight", layer),
                                   part(kv, "model.layers.%u.self_attn.v_proj.weight", layer)};
+    for (size_t i = 0; i < PARTS_MAX; i++)
+        qkv[i] = part_share(loader, qkv[i]);
     struct part o = part(config->hidden, "model.layers.%u.self_attn.o_proj.weight", layer);
     enum status status =
         place_norm(loader, layer, "input_layernorm", config->hidden, &to->attention_norm, fault);
@@ -289,9 +350,10 @@ static enum status place_attention(struct loader *loader, uint32_t layer, struct
         status =
             place_norm(loader, layer, "self_attn.k_norm", config->head_dim, &to->k_norm, fault);
     if (!status)
-        status = place_tiles(loader, qkv, PARTS_MAX, config->hidden, &to->qkv, fault);
+        status =
+            place_tiles(loader, qkv, PARTS_MAX, columns_whole(config->hidden), &to->qkv, fault);
     if (!status)
-        status = place_tiles(loader, &o, 1, (size_t)q, &to->o, fault);
+        status = place_tiles(loader, &o, 1, columns_share(loader, (size_t)q), &to->o, fault);
     return status;
 }
 
@@ -311,10 +373,13 @@ static enum status place_mlp(struct loader *loader, uint32_t layer, struct fault
     struct part gate_up[] = {
         part(config->intermediate, "model.layers.%u.mlp.gate_proj.weight", layer),
         part(config->intermediate, "model.layers.%u.mlp.up_proj.weight", layer)};
+    for (size_t i = 0; i < ARRAY_COUNT(gate_up); i++)
+        gate_up[i] = part_share(loader, gate_up[i]);
     struct part down = part(config->hidden, "model.layers.%u.mlp.down_proj.weight", layer);
     status = place_interleaved(loader, gate_up, config->hidden, &to->gate_up, fault);
     if (!status)
-        status = place_tiles(loader, &down, 1, config->intermediate, &to->down, fault);
+        status = place_tiles(loader, &down, 1, columns_share(loader, config->intermediate),
+                             &to->down, fault);
     return status;
 }
 

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Builds, tests and benches on a machine with a GPU, in one go:
+#
+#   bench/gpu_run.sh                 make cuda, then every part below
+#   bench/gpu_run.sh PART...         only these: kernels engine sanitizer step kernels-bench copies
+#   bench/gpu_run.sh --pack FILE     build here, pack programs and libraries for a machine where
+#                                    the Debian packages cannot be installed
+#   bench/gpu_run.sh --from FILE [PART...]   there: unpack and run, without building
+#
+# Prints one line per test program; logs and results go to $OUT (default: build-cuda/gpu_run).
+set -u
+cd "$(dirname "$0")/.."
+bin=$PWD/build-cuda
+pack=""
+case "${1:-}" in
+    --pack)
+        make cuda || exit 1
+        stage=$(mktemp -d)
+        mkdir -p "$stage/bin" "$stage/lib"
+        find build-cuda -type f -perm -100 \( -name 'test_kernels_*' -o -name 'test_goldens*' -o -name 'test_engine*' \
+            -o -name 'test_cuda*' -o -name test_backends -o -name 'bench_*' -o -name polder \) ! -name '*_cpu' \
+            ! -name test_kernels_stream -exec cp {} "$stage/bin/" \;
+        strip "$stage"/bin/* 2> /dev/null
+        for p in "$stage"/bin/*; do ldd "$p" 2> /dev/null; done | awk '$3 ~ /^\// { print $3 }' | sort -u |
+            grep -Ev '/(libc|libm|libdl|libpthread|librt|libcublas|libcublasLt|libcusparse|libnccl|libnvJitLink|libstdc\+\+|libgcc_s|libgomp)\.so' |
+            while read -r so; do cp -L "$so" "$stage/lib/"; done
+        git rev-parse HEAD > "$stage/commit"
+        XZ_OPT="-9 -T2" tar -C "$stage" -cJf "$2" . && ls -l "$2"
+        rm -rf "$stage"
+        exit 0 ;;
+    --from)
+        pack=$(mktemp -d)
+        tar -C "$pack" -xJf "$2" || exit 1
+        bin=$pack/bin
+        shift 2
+        nvidia=$(python3 -c 'import nvidia, os; print(os.path.dirname(nvidia.__file__ or list(nvidia.__path__)[0]))' 2> /dev/null)
+        LD_LIBRARY_PATH=$pack/lib:/usr/local/cuda/lib64:$(ls -d "$nvidia"/*/lib 2> /dev/null | tr '\n' ':')
+        export LD_LIBRARY_PATH ;;
+    *) make cuda || exit 1 ;;
+esac
+OUT=${OUT:-$PWD/build-cuda/gpu_run}
+mkdir -p "$OUT"
+commit=$(cat "$pack/commit" 2> /dev/null || git rev-parse HEAD)
+device=$(nvidia-smi --query-gpu=name --format=csv,noheader 2> /dev/null | head -n 1)
+echo "commit $commit on ${device:-no GPU}"
+ran=0 failed=0 skipped=0
+find_program() { [ -x "$bin/$1" ] && echo "$bin/$1" || find "$bin" -type f -name "$1" -perm -100 | head -n 1; }
+
+# one NAME [ENV...] -- PROGRAM [ARG...]
+one() {
+    local name=$1 start=$SECONDS
+    shift
+    env POLDER_TEST_DEVICE=cuda:0 POLDER_TEST_GPU_ONLY=1 timeout "${LIMIT:-150}" "$@" > "$OUT/$name.log" 2>&1
+    local code=$?
+    ran=$((ran + 1))
+    if [ $code -eq 77 ] || grep -q '^SKIPPED' "$OUT/$name.log"; then
+        skipped=$((skipped + 1)); echo "skip $name: $(grep -m1 SKIPPED "$OUT/$name.log")"
+    elif [ $code -ne 0 ]; then
+        failed=$((failed + 1)); echo "FAIL $name ($code, $((SECONDS - start)) s)"; grep -vE '^\[ *(RUN|OK)' "$OUT/$name.log" | tail -n "${TAIL:-12}"
+    else
+        echo "ok   $name ($((SECONDS - start)) s)"
+    fi
+}
+
+parts=${*:-kernels engine sanitizer step kernels-bench copies}
+for part in $parts; do
+    case $part in
+        kernels) for t in dense attention lora moe sample; do one "kernels_$t" "$(find_program test_kernels_$t)"; done ;;
+        kernels-*) one "kernels_${part#kernels-}" "$(find_program "test_kernels_${part#kernels-}")" ;;
+        engine) for t in test_cuda test_cuda_combine test_backends test_goldens test_goldens_demo test_engine test_engine_demo; do one "$t" "$(find_program $t)"; done ;;
+        sanitizer)
+            for tool in memcheck racecheck initcheck synccheck; do
+                for t in dense attention lora moe sample; do
+                    LIMIT=${SANITIZER_LIMIT:-120} one "$tool-$t" compute-sanitizer --tool $tool --error-exitcode 9 "$(find_program test_kernels_$t)"
+                done
+            done ;;
+        *) one "$part" "$(find_program "$part")" ;;
+    esac
+done
+echo "{\"commit\":\"$commit\",\"device\":\"$device\",\"tests_run\":$ran,\"failed\":$failed,\"skipped\":$skipped}" | tee "$OUT/summary.json"
+[ $failed -eq 0 ]

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// The link of a device with copy engines of its own: host-to-device and device-to-host chunks go to
+// the device table's copy_start, file reads to the thread link's reader. Speeds are not paced here:
+// they are what the hardware gives. Host pages must be alloc_host memory.
+#include <stdlib.h>
+
+#include "base/check.h"
+#include "kernels/device.h"
+#include "unified_pool/copy.h"
+
+struct device_link {
+    struct link link;
+    struct device *device;
+    struct link *reads; // owned
+    enum status status[COPY_RESOURCES];
+};
+
+static enum copy_direction direction_of(enum copy_resource resource)
+{
+    return resource == COPY_H2D ? COPY_TO_DEVICE : COPY_TO_HOST;
+}
+
+static void device_link_start(struct link *link, const struct copy_chunk *chunk)
+{
+    struct device_link *self = (struct device_link *)link;
+    if (chunk->resource == COPY_READ) {
+        self->reads->start(self->reads, chunk);
+        return;
+    }
+    self->status[chunk->resource] = self->device->table->copy_start(
+        self->device, direction_of(chunk->resource), chunk->to, chunk->from, chunk->bytes);
+}
+
+static bool device_link_poll(struct link *link, enum copy_resource resource, enum status *status)
+{
+    struct device_link *self = (struct device_link *)link;
+    if (resource == COPY_READ)
+        return self->reads->poll(self->reads, resource, status);
+    if (!self->device->table->copy_poll(self->device, direction_of(resource), status))
+        return false;
+    if (self->status[resource])
+        *status = self->status[resource];
+    self->status[resource] = STATUS_OK;
+    return true;
+}
+
+static void device_link_destroy(struct link *link)
+{
+    struct device_link *self = (struct device_link *)link;
+    enum status ignored;
+    for (int r = COPY_H2D; r <= COPY_D2H; r++)
+        while (!device_link_poll(link, (enum copy_resource)r, &ignored))
+            ; // a chunk of at most a few MiB
+    self->reads->destroy(self->reads);
+    free(self);
+}
+
+enum status copy_link_device(struct device *device, const struct link_options *options,
+                             struct link **out)
+{
+    struct device_link *self = calloc(1, sizeof *self);
+    if (!self)
+        return STATUS_NO_MEMORY;
+    enum status status = copy_link_threads(options, &self->reads);
+    if (status) {
+        free(self);
+        return status;
+    }
+    self->link = (struct link){device_link_start, device_link_poll, device_link_destroy};
+    self->device = device;
+    *out = &self->link;
+    return STATUS_OK;
+}
