@@ -572,7 +572,7 @@ static void decode_launch(const struct cuda_launch *l, const struct attention_ar
                   decode_bytes<DIM>(l->rows_max), l->control, l->slot, *a, *plan);
 }
 
-// Never zero as a bit pattern of an address: cp.async of 16 bytes from every row of K and V.
+// Whether every row of K and V begins at a multiple of 16 bytes and is a multiple of 16 long.
 static bool rows_are_wide(const struct kv_view *kv)
 {
     return kv->shape.head_dim % 8 == 0 && kv->page_bytes % 16 == 0 &&
@@ -603,6 +603,9 @@ void cuda__attention(const struct cuda_launch *l, const struct attention_args *a
     plan.counters = (uint32_t *)l->partials;
     plan.partials = (float *)(plan.counters + COUNTERS);
     plan.partial_floats = ATTENTION_PARTIAL_BYTES / sizeof(float) - COUNTERS;
+    plan.runs = l->rows_max > PREFILL_ROWS && !l->device->invariant;
+    if (plan.runs)
+        cuda__attention_prefill(l, &a, &plan);
     if (s->head_dim <= 64)
         decode_launch<64>(l, &a, &plan);
     else if (s->head_dim <= 128)
@@ -621,5 +624,5 @@ enum status cuda__attention_prepare(struct cuda_device *device)
              cudaFuncSetAttribute(attention_kernel<128>, most, (int)decode_bytes<128>(MOST_ROWS)));
     CUDA_TRY(device,
              cudaFuncSetAttribute(attention_kernel<256>, most, (int)decode_bytes<256>(MOST_ROWS)));
-    return STATUS_OK;
+    return cuda__attention_prefill_prepare(device);
 }
