@@ -16,7 +16,7 @@
 //
 // Task: the (at most 16) query heads of one pass of one KV head of one row x one segment
 // (attention_schedule.cuh), a CTA of 4 warps. The heads are the 16 rows of mma.m16n8k16; unused
-// rows are computed and dropped, which costs nothing, for the bytes bound. Warp w owns the tiles of
+// rows are computed and dropped: the bytes bound, not the products. Warp w owns the tiles of
 // 16 tokens w, w + 4, w + 8, w + 12 of the segment, its SLOTS, and loads K and V of each itself
 // with cp.async into its own ring of STAGES tiles, so that between the barriers of a task no warp
 // waits for another. The ring runs on into the next task: at the end of a task STAGES - 1 tiles of
