@@ -22,7 +22,7 @@
 // waits for another. The ring runs on into the next task: at the end of a task STAGES - 1 tiles of
 // the next one are in flight, and the page numbers of the one after that are in registers (a lane
 // holds two tokens' pages). Per tile: scores (dim / 16 x 2 mma), online softmax, acc += p V (dim /
-// 8 mma). Then the four warps put acc, m and l side by side in shared memory (acc into the tile
+// 8 x 2 mma). Then the four warps put acc, m and l side by side in shared memory (acc into the tile
 // just consumed) and warp w merges rows w, w + 4, ..., lane t owning columns 2t + 64j and the next.
 //
 // A row of one segment is then written. Else the segment goes to scratch; the CTA that finishes a
@@ -35,8 +35,8 @@
 // and 1 CTAs per multiprocessor, with 192 KiB of tiles at most in flight. Bound by bytes:
 // rows * context * kv_heads * dim * 4, e.g. 64 x 1024 x 8 x 128: 268 MB for K and V of one layer in
 // bf16 (2 x 134 MB), 89 us at 3.0 TB/s; scratch adds 2 * (dim + 2) * 4 / 256 bytes per query head
-// and token, 3% at 4 heads. Tolerance 2^-8 of sum p |v|: p and the result are each rounded once to
-// bf16.
+// and token, 3% at 4 heads. Tolerance 2^-8 of sum p |v|: the rounding of the result to bf16 can
+// take all of it, which is why p has two terms.
 #include "kernels/cuda/attention_schedule.cuh"
 
 enum { TILE_TOKENS = 16, SLOTS = KV_SEGMENT / TILE_TOKENS / DECODE_WARPS };

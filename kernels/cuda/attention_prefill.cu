@@ -29,7 +29,8 @@
 // KiB: two CTAs per multiprocessor, one for 256. Bound by tensor cores: 4 * heads * dim * (tokens
 // seen) flops per row; 2048 tokens of 32 heads of 128: 34 GFLOP, 35 us at the
 // dense peak of 989 TFLOP/s, which mma.sync, unlike wgmma, cannot reach. Tolerance: 2^-8 of sum p
-// |v| for the rounding of the result, and 2^-9 / sqrt(tokens) for that of p.
+// |v| for the rounding of the result, and about
+// 2^-9 / sqrt(tokens) for that of p.
 #include "kernels/cuda/attention.cuh"
 
 enum { PREFILL_WARPS = 4, PREFILL_THREADS = PREFILL_WARPS * 32, KV_TILE = 64 };
