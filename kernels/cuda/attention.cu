@@ -16,13 +16,13 @@
 //
 // Task: the (at most 16) query heads of one pass of one KV head of one row x one segment
 // (attention_schedule.cuh), a CTA of 4 warps. The heads are the 16 rows of mma.m16n8k16; unused
-// rows are computed and dropped, which costs nothing, for the bytes bound. Warp w owns the tiles of
+// rows are computed and dropped: the bytes bound, not the products. Warp w owns the tiles of
 // 16 tokens w, w + 4, w + 8, w + 12 of the segment, its SLOTS, and loads K and V of each itself
 // with cp.async into its own ring of STAGES tiles, so that between the barriers of a task no warp
 // waits for another. The ring runs on into the next task: at the end of a task STAGES - 1 tiles of
 // the next one are in flight, and the page numbers of the one after that are in registers (a lane
 // holds two tokens' pages). Per tile: scores (dim / 16 x 2 mma), online softmax, acc += p V (dim /
-// 8 mma). Then the four warps put acc, m and l side by side in shared memory (acc into the tile
+// 8 x 2 mma). Then the four warps put acc, m and l side by side in shared memory (acc into the tile
 // just consumed) and warp w merges rows w, w + 4, ..., lane t owning columns 2t + 64j and the next.
 //
 // A row of one segment is then written. Else the segment goes to scratch; the CTA that finishes a
@@ -35,8 +35,8 @@
 // and 1 CTAs per multiprocessor, with 192 KiB of tiles at most in flight. Bound by bytes:
 // rows * context * kv_heads * dim * 4, e.g. 64 x 1024 x 8 x 128: 268 MB for K and V of one layer in
 // bf16 (2 x 134 MB), 89 us at 3.0 TB/s; scratch adds 2 * (dim + 2) * 4 / 256 bytes per query head
-// and token, 3% at 4 heads. Tolerance 2^-8 of sum p |v|: p and the result are each rounded once to
-// bf16.
+// and token, 3% at 4 heads. Tolerance 2^-8 of sum p |v|: the rounding of the result to bf16 can
+// take all of it, which is why p has two terms.
 #include "kernels/cuda/attention_schedule.cuh"
 
 enum { TILE_TOKENS = 16, SLOTS = KV_SEGMENT / TILE_TOKENS / DECODE_WARPS };
@@ -572,7 +572,7 @@ static void decode_launch(const struct cuda_launch *l, const struct attention_ar
                   decode_bytes<DIM>(l->rows_max), l->control, l->slot, *a, *plan);
 }
 
-// Never zero as a bit pattern of an address: cp.async of 16 bytes from every row of K and V.
+// Whether every row of K and V begins at a multiple of 16 bytes and is a multiple of 16 long.
 static bool rows_are_wide(const struct kv_view *kv)
 {
     return kv->shape.head_dim % 8 == 0 && kv->page_bytes % 16 == 0 &&
@@ -603,6 +603,9 @@ void cuda__attention(const struct cuda_launch *l, const struct attention_args *a
     plan.counters = (uint32_t *)l->partials;
     plan.partials = (float *)(plan.counters + COUNTERS);
     plan.partial_floats = ATTENTION_PARTIAL_BYTES / sizeof(float) - COUNTERS;
+    plan.runs = l->rows_max > PREFILL_ROWS && !l->device->invariant;
+    if (plan.runs)
+        cuda__attention_prefill(l, &a, &plan);
     if (s->head_dim <= 64)
         decode_launch<64>(l, &a, &plan);
     else if (s->head_dim <= 128)
@@ -621,5 +624,5 @@ enum status cuda__attention_prepare(struct cuda_device *device)
              cudaFuncSetAttribute(attention_kernel<128>, most, (int)decode_bytes<128>(MOST_ROWS)));
     CUDA_TRY(device,
              cudaFuncSetAttribute(attention_kernel<256>, most, (int)decode_bytes<256>(MOST_ROWS)));
-    return STATUS_OK;
+    return cuda__attention_prefill_prepare(device);
 }
