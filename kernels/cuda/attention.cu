@@ -492,7 +492,7 @@ static __global__ void __launch_bounds__(DECODE_THREADS, decode_shape<DIM>::CTAS
     extern __shared__ __align__(128) uint8_t memory[];
     decode_shared<DIM> *shared = (decode_shared<DIM> *)memory;
     uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, rows, stage = 0;
-    if (!segment_enter(control, control_slot, &rows))
+    if (!segment_enter_alone(control, control_slot, &rows))
         return;
     schedule_view view;
     schedule_make(&shared->plan, shared->mask, a, plan, rows, &view);

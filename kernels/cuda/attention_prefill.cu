@@ -424,7 +424,7 @@ static __global__ void __launch_bounds__(PREFILL_THREADS, prefill_shape<DIM>::CT
     extern __shared__ __align__(128) uint8_t memory[];
     prefill_shared<DIM> *shared = (prefill_shared<DIM> *)memory;
     uint32_t rows, begin = (gridDim.y - 1 - blockIdx.y) * shape::ROWS;
-    if (!segment_enter(control, control_slot, &rows) || begin >= rows)
+    if (!segment_enter_alone(control, control_slot, &rows) || begin >= rows)
         return;
     for (uint32_t i = threadIdx.x; i < (shape::WORDS + 3) / 4 * 128; i += PREFILL_THREADS) {
         uint32_t row = begin + i - 32; // wraps below zero: beyond all rows

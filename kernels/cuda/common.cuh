@@ -37,6 +37,16 @@ __device__ __forceinline__ bool segment_enter(const struct cuda_control *control
     return miss == NO_MISS;
 }
 
+// Without letting the next kernel begin: for kernels whose shared memory leaves it no room.
+__device__ __forceinline__ bool segment_enter_alone(const struct cuda_control *control,
+                                                    uint32_t slot, uint32_t *rows)
+{
+    pdl_wait();
+    const volatile uint32_t *c = (const volatile uint32_t *)control;
+    *rows = c[4 + slot];
+    return c[0] == NO_MISS;
+}
+
 // The same for moe_gate_up and moe_down, which run during a miss of their own layer.
 __device__ __forceinline__ bool segment_enter_moe(const struct cuda_control *control, uint32_t slot,
                                                   uint32_t layer, uint32_t *rows)

@@ -240,7 +240,7 @@ static void narrow_few(const struct cuda_launch *l, const struct gemm_args *a)
     if (tall + 0.02f >= two && tall + 0.02f >= three)
         narrow_launch<1, 1, 2>(l, a);
     else
-        narrow_launch<1, 1, 1>(l, a, two >= three ? 2 : 3);
+        narrow_launch<1, 1, 1>(l, a, two > three + 0.02f ? 2 : 3);
 }
 
 // Units of 32 rows halve the reading of x, where they leave a unit for every CTA.
