@@ -9,9 +9,9 @@
 extern "C" {
 #endif
 
-// y[rows][n] (row stride y_stride) = x W^T of `rows` rows that begin at x, on the stream; added when
-// args say so and y is their y. False
-// when cuBLASLt knows no algorithm for this shape; nothing was launched then.
+// y[rows][n] (row stride y_stride) = x W^T of `rows` rows that begin at x, on l's stream; added
+// when args say so and y is their y. False when cuBLASLt knows no algorithm for this shape; nothing
+// was launched then.
 bool cuda__gemm_blas(const struct cuda_launch *l, const struct gemm_args *a, const void *x,
                      float *y, size_t y_stride, uint32_t rows);
 
