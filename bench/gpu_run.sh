@@ -84,7 +84,7 @@ for part in $parts; do
     case $part in
         kernels) for t in dense attention lora moe sample; do one "kernels_$t" "$(find_program test_kernels_$t)"; done ;;
         test-*) one "kernels_${part#test-}" "$(find_program "test_kernels_${part#test-}")" ;;
-        engine) for t in test_cuda test_cuda_combine test_backends test_goldens test_goldens_demo test_engine test_engine_demo; do one "$t" "$(find_program $t)"; done ;;
+        engine) for t in test_cuda test_cuda_libraries test_backends test_goldens test_goldens_demo test_engine test_engine_demo; do one "$t" "$(find_program $t)"; done ;;
         sanitizer)
             for tool in memcheck racecheck initcheck synccheck; do
                 for t in dense attention lora moe sample; do

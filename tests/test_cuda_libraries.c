@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// moe_combine against cuSPARSE: y += P H, where P is the CSR matrix [rows][pairs] with top_k gates
-// in each row (columns are the row's own pairs) and H the expert outputs [pairs][dim]. Both sum in
-// fp32; the library's order is its own, so the tolerance is that of sums.
+// The CUDA backend beside the libraries. moe_combine against cuSPARSE: y += P H, where P is the CSR
+// matrix [rows][pairs] with top_k gates in each row (columns are the row's own pairs) and H the
+// expert outputs [pairs][dim]. Both sum in fp32; the library's order is its own, so the tolerance
+// is that of sums.
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -16,6 +17,7 @@
 #include <cusparse.h>
 
 #include "engine_driver.h"
+#include "kernels/comm.h"
 #include "tests/test_kernels_rig.h"
 
 struct product {
@@ -160,9 +162,38 @@ static void test_cuda_combine_matches_cusparse(void **state)
     device->table->destroy(device);
 }
 
+// NCCL with one rank: the key, the communicator and the collective itself, on a stream.
+static void test_cuda_nccl_sums_one_rank(void **state)
+{
+    (void)state;
+    enum { COUNT = 1000 };
+    struct cuda_options options = {.dtype = DTYPE_BF16};
+    struct device *device = NULL;
+    struct comm_key key;
+    struct comm *comm = NULL;
+    struct fault fault = {.text = ""};
+    assert_int_equal(device_create_cuda(&options, &device, NULL), STATUS_OK);
+    struct product p = {.device = device, .t = device->table};
+    if (comm_key_make(&key, &fault) || comm_create_nccl(&key, 0, 1, &comm, &fault))
+        fail_msg("%s", fault.text);
+    float *from = random_host(COUNT), *sum = malloc(COUNT * sizeof *sum);
+    void *device_from = uploaded(&p, from, COUNT * 4), *device_to = uploaded(&p, sum, COUNT * 4);
+    assert_int_equal(comm->table->all_reduce(comm, NULL, device_from, device_to, COUNT), STATUS_OK);
+    assert_int_equal(cudaDeviceSynchronize(), 0);
+    assert_int_equal(p.t->download(device, sum, device_to, COUNT * 4), STATUS_OK);
+    assert_memory_equal(sum, from, COUNT * 4);
+    comm->table->destroy(comm);
+    p.t->release(device, device_from);
+    p.t->release(device, device_to);
+    free(from);
+    free(sum);
+    device->table->destroy(device);
+}
+
 int main(void)
 {
     driver_skip_without_device();
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_cuda_combine_matches_cusparse)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_cuda_combine_matches_cusparse),
+                                       cmocka_unit_test(test_cuda_nccl_sums_one_rank)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
