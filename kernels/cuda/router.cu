@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(128)
     logits_kernel(const struct cuda_control *control, uint32_t slot, struct router_args a,
                   float *logits)
 {
-    constexpr uint32_t STEP = FOUR ? 4 : 1;
+    constexpr uint32_t STEP = FOUR ? 4 : 1, BATCH = EXPERTS > 1 ? 1 : ROWS > 2 ? 4 : 8;
     uint32_t lane = threadIdx.x % 32, expert = blockIdx.x * EXPERTS, rows;
     const float *w[EXPERTS], *x[ROWS];
     for (int e = 0; e < EXPERTS; e++)
@@ -58,19 +58,26 @@ __global__ void __launch_bounds__(128)
     for (int r = 0; r < ROWS; r++)
         x[r] = a.x + (uint64_t)min(first + r, rows - 1) * a.dim;
     float sum[EXPERTS][ROWS] = {};
-#pragma unroll(EXPERTS == 1 && ROWS <= 2 ? 8 : 1)
-    for (uint32_t k = lane * STEP; k < a.dim; k += 32 * STEP) {
-        float4 wk[EXPERTS];
+    for (uint32_t k0 = lane * STEP; k0 < a.dim; k0 += BATCH * 32 * STEP) {
+        float4 wk[BATCH][EXPERTS], xk[BATCH][ROWS]; // all requested before the first is needed
 #pragma unroll
-        for (int e = 0; e < EXPERTS; e++)
-            wk[e] = column_load<FOUR>(w[e], k);
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            float4 xk = column_load<FOUR>(x[r], k);
+        for (int b = 0; b < BATCH; b++) {
+            uint32_t k = k0 + b * 32 * STEP;
+            bool inside = k < a.dim;
 #pragma unroll
             for (int e = 0; e < EXPERTS; e++)
-                sum[e][r] = dot_add(sum[e][r], xk, wk[e]);
+                wk[b][e] = inside ? column_load<FOUR>(w[e], k) : make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int r = 0; r < ROWS; r++)
+                xk[b][r] = inside ? column_load<FOUR>(x[r], k) : make_float4(0, 0, 0, 0);
         }
+#pragma unroll
+        for (int b = 0; b < BATCH; b++)
+#pragma unroll
+            for (int r = 0; r < ROWS; r++)
+#pragma unroll
+                for (int e = 0; e < EXPERTS; e++)
+                    sum[e][r] = dot_add(sum[e][r], xk[b][r], wk[b][e]);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
