@@ -69,6 +69,7 @@ static struct outcome run_model(const char *name, uint64_t pool_bytes)
                               .sequences_max = 2,
                               .rows_max = PROMPT,
                               .pool_bytes = pool_bytes,
+                              .no_plan_ahead = true, // engine_need is that of the step that ended
                               .no_prefix_sharing = true};
     if (stack_create(&o, &stack, &fault))
         fail_msg("%s", fault.text);
