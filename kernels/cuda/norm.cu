@@ -104,24 +104,45 @@ static __global__ void __launch_bounds__(NORM_THREADS)
     }
 }
 
-template <bool WIDE>
+// A thread does CHUNKS times four units, all requested before the first is needed.
+template <bool WIDE, int CHUNKS>
 static __global__ void __launch_bounds__(SWIGLU_THREADS)
     swiglu_kernel(const struct cuda_control *control, uint32_t slot, struct swiglu_args a,
                   uint32_t act_cols)
 {
-    uint32_t rows, row = blockIdx.x, unit = 4 * (blockIdx.y * SWIGLU_THREADS + threadIdx.x);
-    if (!segment_enter(control, slot, &rows) || row >= rows || unit >= act_cols)
+    uint32_t rows, row = blockIdx.x;
+    uint32_t first = 4 * (blockIdx.y * SWIGLU_THREADS * CHUNKS + threadIdx.x);
+    if (!segment_enter(control, slot, &rows) || row >= rows)
         return;
     const float *from = a.gate_up + (uint64_t)row * a.stride;
-    uint32_t gate_at = unit / 8 * 16 + unit % 8, end = (a.intermediate + 7) / 8 * 16;
-    float4 gate = row_load4<WIDE>(from, gate_at, end);
-    float4 up = row_load4<WIDE>(from, gate_at + 8, end);
-    float x = unit < a.intermediate ? silu(gate.x) * up.x : 0.0f;
-    float y = unit + 1 < a.intermediate ? silu(gate.y) * up.y : 0.0f;
-    float z = unit + 2 < a.intermediate ? silu(gate.z) * up.z : 0.0f;
-    float w = unit + 3 < a.intermediate ? silu(gate.w) * up.w : 0.0f;
-    *(uint2 *)((bf16 *)a.out + (uint64_t)row * act_cols + unit) =
-        make_uint2(pack_bf16(x, y), pack_bf16(z, w));
+    uint32_t end = (a.intermediate + 7) / 8 * 16;
+    float4 gate[CHUNKS], up[CHUNKS];
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        uint32_t unit = first + 4 * c * SWIGLU_THREADS, at = unit / 8 * 16 + unit % 8;
+        gate[c] = row_load4<WIDE>(from, at, end);
+        up[c] = row_load4<WIDE>(from, at + 8, end);
+    }
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        uint32_t unit = first + 4 * c * SWIGLU_THREADS;
+        float x = unit < a.intermediate ? silu(gate[c].x) * up[c].x : 0.0f;
+        float y = unit + 1 < a.intermediate ? silu(gate[c].y) * up[c].y : 0.0f;
+        float z = unit + 2 < a.intermediate ? silu(gate[c].z) * up[c].z : 0.0f;
+        float w = unit + 3 < a.intermediate ? silu(gate[c].w) * up[c].w : 0.0f;
+        if (unit < act_cols)
+            *(uint2 *)((bf16 *)a.out + (uint64_t)row * act_cols + unit) =
+                make_uint2(pack_bf16(x, y), pack_bf16(z, w));
+    }
+}
+
+template <bool WIDE, int CHUNKS>
+static void swiglu_launch(const struct cuda_launch *l, const struct swiglu_args *a)
+{
+    uint32_t act_cols = (uint32_t)cuda__act_cols(a->intermediate), each = 4 * CHUNKS;
+    uint32_t parts = (act_cols + each * SWIGLU_THREADS - 1) / (each * SWIGLU_THREADS);
+    launch_kernel(l, swiglu_kernel<WIDE, CHUNKS>, dim3(l->rows_max, parts), dim3(SWIGLU_THREADS), 0,
+                  l->control, l->slot, *a, act_cols);
 }
 
 template <int V>
@@ -154,9 +175,11 @@ void cuda__swiglu(const struct cuda_launch *l, const struct swiglu_args *a)
     CHECK(a->stride >= (a->intermediate + 7) / 8 * 16);
     if (!l->rows_max || !a->intermediate)
         return;
-    uint32_t act_cols = (uint32_t)cuda__act_cols(a->intermediate);
-    uint32_t parts = (act_cols / 4 + SWIGLU_THREADS - 1) / SWIGLU_THREADS;
     bool wide = a->stride % 4 == 0 && (uintptr_t)a->gate_up % 16 == 0;
-    launch_kernel(l, wide ? swiglu_kernel<true> : swiglu_kernel<false>, dim3(l->rows_max, parts),
-                  dim3(SWIGLU_THREADS), 0, l->control, l->slot, *a, act_cols);
+    if (!wide)
+        swiglu_launch<false, 1>(l, a);
+    else if (l->rows_max < 32)
+        swiglu_launch<true, 1>(l, a);
+    else
+        swiglu_launch<true, 4>(l, a);
 }
