@@ -25,6 +25,7 @@ enum { STEPS_MAX = 4096, BATCHES_MAX = 16, WARM_STEPS = 4, PREFILL_TIMES = 5 };
 struct arguments {
     const char *model, *device, *state;
     uint32_t batch[BATCHES_MAX], batches, context, steps, prefill;
+    bool batch_invariant;
     double read_gbytes_per_s, matmul_tflops;
 };
 
@@ -265,6 +266,8 @@ static bool parse(struct arguments *a, int count, char **values)
             a->steps = (uint32_t)atoi(value);
         else if (!strcmp(key, "--prefill"))
             a->prefill = (uint32_t)atoi(value);
+        else if (!strcmp(key, "--batch-invariant"))
+            a->batch_invariant = strcmp(value, "0") != 0;
         else if (!strcmp(key, "--read-ceiling"))
             a->read_gbytes_per_s = atof(value);
         else if (!strcmp(key, "--matmul-ceiling"))
@@ -295,6 +298,7 @@ static enum status open_stack(struct bench *b, struct fault *fault)
     uint64_t kv = (uint64_t)fit.kv_bytes_per_token * room * (batch_max + 1);
     struct stack_options o = {.model = a->model,
                               .device = a->device,
+                              .batch_invariant = a->batch_invariant,
                               .state_directory = a->state,
                               .context_max = room,
                               .sequences_max = batch_max,

@@ -4,8 +4,8 @@
 // Router: logits[row][e] = sum_k x[row][k] W[e][k], fp32 throughout (tf32 would reorder experts).
 // A warp owns EXPERTS experts x ROWS rows. Lane l takes the columns 4 (l + 32 i) .. + 3, i
 // ascending, then the lanes are summed by a butterfly: the order depends on dim alone, so a row's
-// bits are the same in every variant, batch and bucket. Few rows: one expert per warp, so that W
-// (1 MiB for 128 x 2048) is spread over the machine; it is fetched into L2 before the wait. Many
+// bits are the same in every variant, batch and bucket. Few rows: one or two experts per warp, so
+// that W (1 MiB for 128 x 2048) is spread over the machine; it is in L2 before the wait. Many
 // rows: 4 x 8, bound by L1 loads (12 per 128 FMA, about half of the fp32 peak). The logits stand
 // in l->work; a second kernel (a warp per row, experts in registers, e = lane + 32 i) takes the
 // softmax and the top-k by argmax over the warp, ties to the lower index.
@@ -26,8 +26,13 @@ enum { MAP_THREADS = 1024, MAP_WARPS = 32, COMBINE_THREADS = 256, ROUTER_FEW = 1
 
 template <bool FOUR> __device__ __forceinline__ float4 column_load(const float *p, uint32_t k)
 {
-    if (FOUR)
-        return *(const float4 *)(p + k);
+    if (FOUR) {
+        float4 v; // volatile: requested where it is written, not where it is needed
+        asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                     : "l"(p + k));
+        return v;
+    }
     return make_float4(p[k], 0, 0, 0);
 }
 
@@ -36,14 +41,19 @@ __device__ __forceinline__ float dot_add(float sum, float4 a, float4 b)
     return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
 }
 
-// grid: (experts / EXPERTS, rows / (ROWS * warps)).
-template <int EXPERTS, int ROWS, bool FOUR>
+// A warp has EXPERTS x ROWS dots. The warps of a CTA have other rows of the same experts, or,
+// ACROSS, other experts for the same rows, which then come from L2 once per CTA: x of 64 rows read
+// by each of 128 experts would be 64 MB.
+// grid: (experts / EXPERTS, rows / (ROWS * warps)); ACROSS: (experts / (EXPERTS * warps),
+// rows / ROWS).
+template <int EXPERTS, int ROWS, bool ACROSS, bool FOUR>
 __global__ void __launch_bounds__(128)
     logits_kernel(const struct cuda_control *control, uint32_t slot, struct router_args a,
                   float *logits)
 {
-    constexpr uint32_t STEP = FOUR ? 4 : 1, BATCH = EXPERTS > 1 ? 1 : ROWS > 2 ? 4 : 8;
-    uint32_t lane = threadIdx.x % 32, expert = blockIdx.x * EXPERTS, rows;
+    constexpr uint32_t STEP = FOUR ? 4 : 1, BATCH = EXPERTS > 2 ? 1 : EXPERTS > 1 ? 4 : 8;
+    uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, rows;
+    uint32_t expert = (ACROSS ? blockIdx.x * warps + warp : blockIdx.x) * EXPERTS;
     const float *w[EXPERTS], *x[ROWS];
     for (int e = 0; e < EXPERTS; e++)
         w[e] = a.weight + (uint64_t)min(expert + e, a.experts - 1) * a.dim;
@@ -52,8 +62,8 @@ __global__ void __launch_bounds__(128)
             asm volatile("prefetch.global.L2 [%0];" ::"l"(w[0] + k));
     if (!segment_enter(control, slot, &rows))
         return;
-    uint32_t first = (blockIdx.y * (blockDim.x / 32) + threadIdx.x / 32) * ROWS;
-    if (first >= rows)
+    uint32_t first = (ACROSS ? blockIdx.y : blockIdx.y * warps + warp) * ROWS;
+    if (first >= rows || expert >= a.experts)
         return;
     for (int r = 0; r < ROWS; r++)
         x[r] = a.x + (uint64_t)min(first + r, rows - 1) * a.dim;
@@ -62,22 +72,24 @@ __global__ void __launch_bounds__(128)
         float4 wk[BATCH][EXPERTS], xk[BATCH][ROWS]; // all requested before the first is needed
 #pragma unroll
         for (int b = 0; b < BATCH; b++) {
-            uint32_t k = k0 + b * 32 * STEP;
-            bool inside = k < a.dim;
+            // Columns behind the end read the last ones: a load under a condition would not be
+            // requested ahead.
+            uint32_t k = min(k0 + b * 32 * STEP, a.dim - STEP);
 #pragma unroll
             for (int e = 0; e < EXPERTS; e++)
-                wk[b][e] = inside ? column_load<FOUR>(w[e], k) : make_float4(0, 0, 0, 0);
+                wk[b][e] = column_load<FOUR>(w[e], k);
 #pragma unroll
             for (int r = 0; r < ROWS; r++)
-                xk[b][r] = inside ? column_load<FOUR>(x[r], k) : make_float4(0, 0, 0, 0);
+                xk[b][r] = column_load<FOUR>(x[r], k);
         }
 #pragma unroll
         for (int b = 0; b < BATCH; b++)
+            if (k0 + b * 32 * STEP < a.dim)
 #pragma unroll
-            for (int r = 0; r < ROWS; r++)
+                for (int r = 0; r < ROWS; r++)
 #pragma unroll
-                for (int e = 0; e < EXPERTS; e++)
-                    sum[e][r] = dot_add(sum[e][r], xk[b][r], wk[b][e]);
+                    for (int e = 0; e < EXPERTS; e++)
+                        sum[e][r] = dot_add(sum[e][r], xk[b][r], wk[b][e]);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
@@ -350,16 +362,22 @@ static void logits_launch(const struct cuda_launch *l, const struct router_args 
 {
     uint32_t rows = l->rows_max;
     if (rows == 1)
-        launch_kernel(l, logits_kernel<1, 1, FOUR>, dim3(a->experts), dim3(32), 0, l->control,
-                      l->slot, *a, logits);
-    else if (rows <= 2)
-        launch_kernel(l, logits_kernel<1, 2, FOUR>, dim3(a->experts), dim3(32), 0, l->control,
-                      l->slot, *a, logits);
-    else if (rows <= 64)
-        launch_kernel(l, logits_kernel<1, 4, FOUR>, dim3(a->experts, (rows + 15) / 16), dim3(128),
-                      0, l->control, l->slot, *a, logits);
+        launch_kernel(l, logits_kernel<1, 1, false, FOUR>, dim3(a->experts), dim3(32), 0,
+                      l->control, l->slot, *a, logits);
+    else if (rows <= 4)
+        launch_kernel(l, logits_kernel<1, 1, false, FOUR>, dim3(a->experts, 1), dim3(128), 0,
+                      l->control, l->slot, *a, logits);
+    else if (rows <= 16)
+        launch_kernel(l, logits_kernel<2, 2, true, FOUR>,
+                      dim3((a->experts + 7) / 8, (rows + 1) / 2), dim3(128), 0, l->control, l->slot,
+                      *a, logits);
+    else if (rows <= 128)
+        launch_kernel(l, logits_kernel<2, 4, true, FOUR>,
+                      dim3((a->experts + 7) / 8, (rows + 3) / 4), dim3(128), 0, l->control, l->slot,
+                      *a, logits);
     else
-        launch_kernel(l, logits_kernel<4, 8, FOUR>, dim3((a->experts + 3) / 4, (rows + 31) / 32),
+        launch_kernel(l, logits_kernel<4, 8, false, FOUR>,
+                      dim3((a->experts + 3) / 4, (rows + 31) / 32),
                       dim3(128), 0, l->control, l->slot, *a, logits);
 }
 
