@@ -174,7 +174,8 @@ static void walk(struct tally *tally, const char *folder, visit each)
 static void visit_source(struct tally *tally, const char *path, const char *name)
 {
     const char *dot = strrchr(name, '.');
-    if (dot && (!strcmp(dot, ".c") || !strcmp(dot, ".h") || !strcmp(dot, ".cu")))
+    if (dot &&
+        (!strcmp(dot, ".c") || !strcmp(dot, ".h") || !strcmp(dot, ".cu") || !strcmp(dot, ".cuh")))
         check_file(tally, path, name);
 }
 

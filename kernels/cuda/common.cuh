@@ -148,8 +148,8 @@ __device__ __forceinline__ void barrier_wait(uint64_t *b, uint32_t phase)
 // 1-D bulk copy global -> shared, counted by the barrier. 16-byte aligned, multiple of 16.
 __device__ __forceinline__ void bulk_load(void *to, const void *from, uint32_t bytes, uint64_t *b)
 {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-                 "[%3];" ::"r"(shared_address(to)),
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], "
+                 "%2, [%3];" ::"r"(shared_address(to)),
                  "l"(from), "r"(bytes), "r"(shared_address(b))
                  : "memory");
 }
