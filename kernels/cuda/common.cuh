@@ -167,6 +167,19 @@ __device__ __forceinline__ void async_commit()
     asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
+// The barrier counts one arrival of this thread when all its async_load16 so far have landed.
+__device__ __forceinline__ void async_arrive(uint64_t *b)
+{
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(b))
+                 : "memory");
+}
+
+// Makes what is visible to this thread in shared memory visible to wgmma and bulk copies.
+__device__ __forceinline__ void async_proxy_fence()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 template <int N> __device__ __forceinline__ void async_wait()
 {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
@@ -213,7 +226,7 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high)
 
 __device__ __forceinline__ float silu(float x)
 {
-    return x / (1.0f + __expf(-x));
+    return __fdividef(x, 1.0f + __expf(-x)); // within 2 ulp; NaN stays NaN
 }
 
 // The address of row `row` of a LoRA slice (lora.h: lora_row_at).
