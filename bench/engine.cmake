@@ -1,7 +1,14 @@
 add_executable(bench_step_cpu bench_step_cpu.c)
 target_link_libraries(bench_step_cpu PRIVATE polder_stack polder_base Threads::Threads m)
-add_executable(bench_step bench_step.c)
+add_executable(bench_step bench_step.c bench_lora.c)
 target_link_libraries(bench_step PRIVATE polder_stack polder_base m)
+target_compile_definitions(bench_step PRIVATE POLDER_COMMIT="${POLDER_COMMIT}")
 add_test(NAME bench_step_smoke COMMAND bench_step --model synth:tiny --batch 1,3 --context 40
     --steps 5 --prefill 64)
 set_tests_properties(bench_step_smoke PROPERTIES LABELS fast TIMEOUT 60)
+add_test(NAME bench_step_adapters_smoke COMMAND bench_step --model synth:tiny,tied=0 --batch 1,5 --context 40
+    --steps 5 --adapters 3 --rank 4,8 --read-ceiling 40)
+add_test(NAME bench_step_adapters_refusal COMMAND bench_step --model synth:tiny --batch 2 --context 40
+    --steps 5 --adapters 8 --rank 512 --targets attention --pool-mib 2)
+set_tests_properties(bench_step_adapters_refusal PROPERTIES PASS_REGULAR_EXPRESSION "cannot hold 8 adapters")
+set_tests_properties(bench_step_adapters_smoke bench_step_adapters_refusal PROPERTIES LABELS fast TIMEOUT 60)

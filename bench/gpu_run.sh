@@ -2,7 +2,8 @@
 # Builds, tests and benches on a machine with a GPU, in one go:
 #
 #   bench/gpu_run.sh                 make cuda, then every part below
-#   bench/gpu_run.sh PART...         only these: kernels engine sanitizer step kernels-bench copies
+#   bench/gpu_run.sh PART...         only these: kernels engine sanitizer step step-adapters
+#                                    kernels-bench copies
 #   bench/gpu_run.sh --pack FILE     build here, pack programs and libraries for a machine where
 #                                    the Debian packages cannot be installed
 #   bench/gpu_run.sh --from FILE [PART...]   there: unpack and run, without building
@@ -62,24 +63,54 @@ one() {
     fi
 }
 
-# step: whole steps of three shapes, with the ceilings of this run.
-step() {
-    local line read matmul start=$SECONDS
-    line=$("$(find_program bench_kernels_cuda)" none) || { echo "FAIL ceilings"; failed=$((failed + 1)); return; }
+# ceilings: measures the read and the matmul ceiling of this run into `read` and `matmul`.
+ceilings() {
+    local line
+    line=$("$(find_program bench_kernels_cuda)" none) || { echo "FAIL ceilings"; failed=$((failed + 1)); return 1; }
     read=$(sed -n 's/.*"read_gb_per_s":\([0-9.]*\).*/\1/p' <<< "$line")
     matmul=$(sed -n 's/.*"matmul_tflop_per_s":\([0-9.]*\).*/\1/p' <<< "$line")
+}
+
+# show FILE: the numbers of its lines that matter, a line each.
+show() {
+    grep -o '"bench":"step_[a-z]*"\|"model":"[^"]*"\|"median_ms":[0-9.]*\|"batch":[0-9]*\|"tflops":[0-9.]*\|"roofline[a-z_]*":[0-9.]*\|"captures":[0-9]*\|"submit_share":[0-9.]*\|"gate_misses":[0-9]*\|"distinct[a-z_]*":[0-9.]*\|"[a-z]*_s":[0-9.]*\|"ranks":[^]]*]\|"targets":"[a-z]*"\|"\(base\|adapter\|added\|floor\|allowed\)_ms":[-0-9.]*\|"[a-z]*_gate_misses":[0-9]*\|"[a-z]*_experts_per_layer":[0-9.]*\|"rows_[a-z_]*":[0-9]*\|"reached":[a-z]*' "$1" |
+        tr '\n' ' ' | sed 's/"bench"/\n&/g'
+    echo
+}
+
+# step: whole steps of three shapes, with the ceilings of this run.
+step() {
+    local read matmul start=$SECONDS
+    ceilings || return
     for model in ${MODELS:-llama-3-8b olmoe-1b-7b qwen3-30b-a3b}; do
         timeout 200 "$(find_program bench_step)" --model "synth:$model" --device cuda:0 --batch "${BATCHES:-1,8,32,64}" \
             --steps 30 --context 1024 --prefill "${PREFILL:-2048}" --read-ceiling "$read" --matmul-ceiling "$matmul" >> "$OUT/step.jsonl" 2> "$OUT/step_$model.log" ||
             { echo "FAIL bench_step $model: $(tail -n 3 "$OUT/step_$model.log")"; failed=$((failed + 1)); }
         echo "     bench_step $model ($((SECONDS - start)) s)"
     done
-    grep -o '"bench":"step_[a-z]*"\|"model":"[^"]*"\|"median_ms":[0-9.]*\|"batch":[0-9]*\|"tflops":[0-9.]*\|"roofline[a-z_]*":[0-9.]*\|"captures":[0-9]*\|"submit_share":[0-9.]*\|"gate_misses":[0-9]*\|"distinct[a-z_]*":[0-9.]*\|"load_s":[0-9.]*\|"fill_s":[0-9.]*' "$OUT/step.jsonl" |
-        tr '\n' ' ' | sed 's/"bench"/\n&/g'
-    echo
+    show "$OUT/step.jsonl"
 }
 
-parts=${*:-kernels engine sanitizer step kernels-bench copies}
+# step_adapters_of MODEL ADAPTERS RANKS TARGETS
+step_adapters_of() {
+    local start=$SECONDS log="$OUT/step_adapters_$1_$3.log"
+    timeout "${LIMIT:-300}" "$(find_program bench_step)" --model "synth:$1" --device cuda:0 --adapters "$2" --rank "$3" --targets "$4" \
+        --batch "${ADAPTER_BATCHES:-64}" --steps 30 --context 1024 --read-ceiling "$read" >> "$OUT/step_adapters.jsonl" 2> "$log" ||
+        { echo "FAIL bench_step $*: $(tail -n 3 "$log")"; failed=$((failed + 1)); }
+    echo "     bench_step $* ($((SECONDS - start)) s)"
+}
+
+# step-adapters: what resident LoRA adapters add to a decode step, one a row.
+step_adapters() {
+    local read matmul
+    ceilings || return
+    step_adapters_of llama-3-8b 64 16 all
+    step_adapters_of llama-3-8b 64 8,16,32,64 all
+    step_adapters_of olmoe-1b-7b 64 8 attention
+    show "$OUT/step_adapters.jsonl"
+}
+
+parts=${*:-kernels engine sanitizer step step-adapters kernels-bench copies}
 for part in $parts; do
     case $part in
         kernels) for t in dense attention lora moe sample; do one "kernels_$t" "$(find_program test_kernels_$t)"; done ;;
@@ -92,6 +123,7 @@ for part in $parts; do
                 done
             done ;;
         step) step ;;
+        step-adapters) step_adapters ;;
         kernels-bench) LIMIT=300 one bench_kernels_cuda "$(find_program bench_kernels_cuda)" ;;
         copies) one bench_copies "$(find_program bench_copies)" ;;
         *) one "$part" "$(find_program "$part")" ;;

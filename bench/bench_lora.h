@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// Random LoRA adapters for a stack under benchmark: how large they are, and getting all of them
+// onto the device. Everything is called by the thread that turns the engine.
+#ifndef POLDER_BENCH_BENCH_LORA_H
+#define POLDER_BENCH_BENCH_LORA_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "runtime/engine/stack.h"
+
+enum { BENCH_LORA_RANKS_MAX = 16 };
+
+// `count` adapters; adapter i has rank[i % ranks] on every projection, or only on q, k, v and o.
+struct bench_lora {
+    uint32_t count, ranks, rank[BENCH_LORA_RANKS_MAX];
+    bool attention_only;
+};
+
+void bench_lora_name(uint32_t index, char out[ADAPTER_NAME_MAX]);
+
+// Pool pages of all adapters, packed as the store packs them.
+uint64_t bench_lora_pages(const struct bench_lora *lora, const struct adapter_base *base,
+                          size_t page_bytes);
+
+// Bytes of the slices that a decode step of `batch` rows reads, row i with adapter i % count: every
+// slice of the adapters in the batch, but of the routed experts' only min(top_k, experts) a layer
+// and adapter. Exact for one row an adapter, too low for more (they may be routed elsewhere).
+double bench_lora_step_bytes(const struct bench_lora *lora, const struct adapter_base *base,
+                             uint32_t top_k, uint32_t batch);
+
+// Makes and registers the adapters, then turns the engine until all are resident. `scratch` is a
+// directory to write in; what is written there is gone on return, whatever the result. LIMIT, with
+// a sentence, when the pool cannot hold them beside the experts.
+MUST_USE enum status bench_lora_load(const struct bench_lora *lora, struct stack *stack,
+                                     const char *scratch, struct fault *fault);
+
+// All are resident, and no adapter was given back since the stack was made.
+MUST_USE enum status bench_lora_check(const struct bench_lora *lora, struct stack *stack,
+                                      struct fault *fault);
+
+#endif
