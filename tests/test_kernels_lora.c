@@ -55,6 +55,16 @@ static void lora_case(struct rig *rig, uint32_t d_in, uint32_t d_out, uint32_t r
           *before = rig_alloc(rig, (size_t)rows * stride * 4);
     memcpy(before, y, (size_t)rows * stride * sizeof(float));
     enum lora_module module = half < 0 ? LORA_Q : half ? LORA_UP : LORA_GATE;
+    // Before them, others of the same unit: a backend may begin early behind two of them.
+    float *aside = rig_poison(rig, (size_t)rows * l.batch.rank_max);
+    for (int i = 0; i < 4; i++) // different commands, or they were launched together
+        rig->table->lora_shrink(rig->stream,
+                                &(struct lora_shrink_args){.batch = &l.batch,
+                                                           .x = act,
+                                                           .hidden = i % 2 ? aside : hidden,
+                                                           .layer = 1,
+                                                           .d_in = i % 2 ? d_in : d_in - 8,
+                                                           .module = module});
     rig->table->lora_shrink(rig->stream, &(struct lora_shrink_args){.batch = &l.batch,
                                                                     .x = act,
                                                                     .hidden = hidden,

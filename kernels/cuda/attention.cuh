@@ -135,11 +135,3 @@ static __device__ __forceinline__ float quad_sum(float x)
     x += __shfl_xor_sync(0xffffffffu, x, 1);
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
-
-// 4 bytes global -> shared; `bytes` 0 writes zeros.
-static __device__ __forceinline__ void async_load4(void *to, const void *from, uint32_t bytes)
-{
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)),
-                 "l"(from), "r"(bytes)
-                 : "memory");
-}

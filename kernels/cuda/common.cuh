@@ -69,6 +69,11 @@ __device__ __forceinline__ uint32_t control_lora_rank(const struct cuda_control 
     return ((const volatile uint32_t *)control)[2];
 }
 
+__device__ __forceinline__ uint32_t control_rows(const struct cuda_control *control, uint32_t slot)
+{
+    return ((const volatile uint32_t *)control)[4 + slot];
+}
+
 // Launches with the attribute that lets the kernel's prologue overlap the end of the one before.
 template <typename... Params, typename... Args>
 static inline void launch_kernel(const struct cuda_launch *l, void (*kernel)(Params...), dim3 grid,
@@ -158,6 +163,14 @@ __device__ __forceinline__ void bulk_load(void *to, const void *from, uint32_t b
 __device__ __forceinline__ void async_load16(void *to, const void *from, uint32_t bytes = 16)
 {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes)
+                 : "memory");
+}
+
+// The same of 4 bytes, through L1.
+__device__ __forceinline__ void async_load4(void *to, const void *from, uint32_t bytes = 4)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)),
                  "l"(from), "r"(bytes)
                  : "memory");
 }

@@ -18,7 +18,9 @@
 //
 // Every kernel begins with segment_enter (common.cuh): it waits for the kernel before it
 // (programmatic dependent launch), reads the control block and leaves when the segment has missed.
-// Only loads of static weights may stand before that wait; nothing may be written before it.
+// Only loads of static weights may stand before that wait; nothing may be written before it. In a
+// settled launch (below) what was written before the unit may be read too: since every kernel lets
+// the next begin only after its own wait, the kernel before the last one is done by then.
 #ifndef POLDER_KERNELS_CUDA_CUDA_H
 #define POLDER_KERNELS_CUDA_CUDA_H
 
@@ -79,6 +81,7 @@ struct cuda_launch {
     uint32_t slot;                // control->rows[slot] is the number of rows
     uint32_t rows_max;            // bucket: the grid covers this many rows
     bool can_miss;                // a moe_map stands before it in the segment
+    bool settled;                 // two kernels or more of the same unit stand before it
     bool captured;                // under capture (rows_max is a bucket), else rows_max is exact
     // Scratch of the stream, device memory.
     uint8_t *partials;       // ATTENTION_PARTIAL_BYTES

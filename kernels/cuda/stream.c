@@ -305,10 +305,12 @@ static void launch_copy(struct cuda_stream *s, const struct copy_args *a, cudaSt
 static void launch_commands(struct cuda_stream *s, uint32_t begin, uint32_t end,
                             cudaStream_t stream)
 {
-    for (uint32_t i = begin; i < end;) {
+    uint32_t launches = 0; // of one kernel or more
+    for (uint32_t i = begin; i < end; launches++) {
         struct command *c = &s->commands[i];
         struct cuda_launch l = launch_of(s, c, stream);
         uint32_t n = 1;
+        l.settled = c->captured && launches >= 2;
         switch (c->op) {
         case OP_COPY:
             launch_copy(s, &c->a.copy, stream);
