@@ -398,15 +398,15 @@ enum engine_turn engine_turn(struct engine *engine)
     sequence_expire(engine);
     sequence_flush_ended(engine);
     if (engine->broken)
-        end_everything(engine, STATUS_DEVICE,
-                       "The device failed; the server has to be started anew.");
+        end_everything(engine, STATUS_DEVICE, ENGINE_BROKEN);
     else if (engine->quit)
         end_everything(engine, STATUS_SHUTTING_DOWN, "The server was shut down.");
     if (step_advance(engine))
         worked = true;
     sequence_flush_ended(engine);
     if (engine->draining && nothing_lives(engine)) {
-        struct engine_control stopped = {.kind = ENGINE_STOPPED};
+        struct engine_control stopped = {.kind = ENGINE_STOPPED,
+                                         .status = engine->broken ? STATUS_DEVICE : STATUS_OK};
         if (!output_event(engine, &stopped, sizeof stopped))
             return ENGINE_WAITING;
         engine->halted = true;

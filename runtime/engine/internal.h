@@ -85,6 +85,9 @@ struct step_block {
     size_t bytes;
 };
 
+// What a request is told that was not in the step when the device failed.
+#define ENGINE_BROKEN "The device failed; the server has to be started anew."
+
 struct step_arrays {
     int32_t *token;
     uint32_t *position, *sequence, *lora_row, *lora_adapter, *gather;
