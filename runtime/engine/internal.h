@@ -183,8 +183,9 @@ struct engine {
     struct results results;
     struct block_copies copies;
     struct scratch scratch;
-    float *logits;       // [vocab] where engine_logits brings them to, or NULL
-    uint32_t *moe_index; // [layers] number of the layer among MoE layers, or NO_SLOT
+    size_t refused_bytes; // at start: the area the device had no room for
+    float *logits;        // [vocab] where engine_logits brings them to, or NULL
+    uint32_t *moe_index;  // [layers] number of the layer among MoE layers, or NO_SLOT
 
     struct sequence *sequences;
     int32_t *tokens;

@@ -173,7 +173,10 @@ static enum status make_arenas(struct stack *s, struct fault *fault)
     if (!s->device_pages)
         return fault_set(fault, STATUS_INVALID,
                          "--pool-bytes holds not even one page of %zu bytes.", s->page_bytes);
-    if (table->alloc(s->device, s->pool_bytes, &memory))
+    enum status status = table->alloc(s->device, s->pool_bytes, &memory);
+    if (status == STATUS_DEVICE)
+        return fault_set(fault, status, "the device failed while the pool was made.");
+    if (status)
         return stack__no_room(s->device, "a pool", s->pool_bytes, "--pool-bytes", fault);
     s->device_arena = memory;
     if (table->alloc_host(s->device, s->host_bytes, &memory))
