@@ -215,11 +215,7 @@ static int serve_stack(const struct settings *s, struct face *face, struct fault
     }
     if (!s->tenants)
         log_line(LOG_WARN, "no --tenants file: anyone who can connect is served, as one tenant");
-    enum status status = server_run(&o, fault);
-    if (!status)
-        return EXIT_DONE;
-    (void)complain(fault);
-    return status == STATUS_DEVICE ? EXIT_DEVICE : EXIT_FAILED;
+    return server_run(&o, fault) ? complain(fault) : EXIT_DONE;
 }
 
 // Every registered adapter keeps its store file open, every client a socket.
@@ -248,7 +244,7 @@ int command_serve(const struct settings *settings)
     int code = EXIT_FAILED;
     if (wire_text_load(settings, &face.text, &fault) ||
         wire_stack(settings, face.text.tokenizer, tenants, true, &face.stack, &fault))
-        (void)complain(&fault);
+        code = complain(&fault);
     else
         code = serve_stack(settings, &face, &fault);
     stack_destroy(face.stack);
