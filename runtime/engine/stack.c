@@ -636,6 +636,19 @@ uint32_t stack_load_adapters(struct stack *stack,
 
 // ---- dry run ----
 
+enum status stack_device_free(const struct stack_options *options, uint64_t *free_bytes,
+                              struct fault *fault)
+{
+    struct device *device = NULL;
+    enum status status = stack__device_open(options, &device, fault);
+    if (status)
+        return status;
+    size_t available = device->table->free_bytes(device);
+    *free_bytes = available == SIZE_MAX ? UINT64_MAX : available;
+    device->table->destroy(device);
+    return STATUS_OK;
+}
+
 // Work areas, tables and queues, as engine.c, pool.c and kv.c size them, to within a few percent.
 static void fit_memory(const struct stack_options *o, const struct model_config *c,
                        const struct kv_shape *kv, struct stack_fit *out)
