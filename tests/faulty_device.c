@@ -4,7 +4,8 @@
 //
 // It fails as a GPU does: a segment that is refused or that ends badly, and from then on every call
 // answers DEVICE. What it does is said by the environment, which only this file reads:
-//   FAULTY_KIND    "refuse": submit fails; "segment": the segment runs and ends badly
+//   FAULTY_KIND    "refuse": submit fails; "segment": the segment runs and ends badly; "nan": the
+//                  first row that is sampled next has a logit that is not a number, once
 //   FAULTY_FILE    the fault is armed once this file exists; FAULTY_FILE.at gets the monotonic time
 //                  in seconds at which the engine is told of it
 //   FAULTY_AFTER   submits that go well after that
@@ -13,6 +14,7 @@
 //
 // The device is the CPU's own with another table, a copy in which some entries are these; what they
 // need stands behind that copy.
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -34,6 +36,8 @@ struct faulty {
     useconds_t slow;
     size_t memory, taken; // memory 0: as much as there is
     bool armed, ends_badly, failed;
+    bool spoils, spoilt; // a row of the segment in flight; done
+    float nan[16];
 };
 
 static struct faulty *faulty_of(const struct device *device)
@@ -65,7 +69,7 @@ static enum status faulty_submit(struct stream *stream)
     if (f->kind && !f->armed)
         f->armed = access(f->file, F_OK) == 0;
     (void)usleep(f->slow);
-    if (!f->armed || f->after--)
+    if (!f->armed || !strcmp(f->kind, "nan") || f->after--)
         return f->real->submit(stream);
     if (!strcmp(f->kind, "refuse")) {
         strike(f);
@@ -75,8 +79,22 @@ static enum status faulty_submit(struct stream *stream)
     return f->real->submit(stream);
 }
 
+// A row of logits is spoilt on its way to the sampler.
+static void faulty_sample(struct stream *stream, const struct sample_args *a)
+{
+    struct faulty *f = faulty_of(stream->device);
+    if (f->armed && !strcmp(f->kind, "nan") && !f->spoilt) {
+        f->real->copy(stream, (void *)(uintptr_t)a->logits, f->nan, sizeof f->nan);
+        f->spoils = true;
+    }
+    f->real->sample(stream, a);
+}
+
 static void ended(struct faulty *f, struct segment_result *result)
 {
+    if (f->spoils) // after a miss the sampler did not run; it is recorded again
+        f->spoilt = !result->missed;
+    f->spoils = false;
     if (f->ends_badly && !f->failed)
         strike(f);
     if (f->failed)
@@ -169,6 +187,8 @@ enum status __wrap_device_create_cpu(const struct cpu_options *options, struct d
     f->after = after ? strtoull(after, NULL, 10) : 0;
     f->slow = slow ? (useconds_t)strtoul(slow, NULL, 10) : 0;
     f->memory = memory ? strtoull(memory, NULL, 10) : 0;
+    for (int i = 0; i < 16; i++)
+        f->nan[i] = NAN;
     f->table.destroy = faulty_destroy;
     f->table.alloc = faulty_alloc;
     f->table.free_bytes = faulty_free_bytes;
@@ -176,6 +196,7 @@ enum status __wrap_device_create_cpu(const struct cpu_options *options, struct d
     f->table.download = faulty_download;
     f->table.zero_now = faulty_zero_now;
     f->table.submit = faulty_submit;
+    f->table.sample = faulty_sample;
     f->table.poll = faulty_poll;
     f->table.wait = faulty_wait;
     (*out)->table = &f->table;

@@ -226,6 +226,27 @@ def test_fault_while_draining():
         return check_end(scene)
 
 
+def test_fault_nan_is_one_row():
+    """One answer ends with numeric; its neighbours in the step, and whoever comes later, get what they get alone."""
+    prompts = ["static int ext4_", "The kernel", "a", "int main"]
+    with Scene("nan", 0, slow=2000) as scene:
+        listener, ids = scene.ask("key-alpha", prompts, max_tokens=200)
+        until(lambda: listener.pieces() >= set(ids))
+        scene.arm()
+        until(lambda: all(listener.finals(msgid) for msgid in ids))
+        finals = [listener.finals(msgid) for msgid in ids]
+        assert all(len(final) == 1 for final in finals), finals
+        errors = [error for ((_, error, _),) in finals if error]
+        assert len(errors) == 1 and errors[0]["code"] == "numeric" and "not a number" in errors[0]["message"], errors
+        for ((_, error, result),), prompt in zip(finals, prompts):
+            alone = scene.operator.generate(prompt, temperature=0, ignore_eos=True, max_tokens=200)
+            assert error or result["text"] == alone["text"], (prompt, result, alone)
+        scene.server.process.terminate()
+        assert scene.server.process.wait(WAIT) == 0, scene.server.log_text()
+        listener.thread.join(WAIT)
+        return errors[0]["message"]
+
+
 def test_fault_generate():
     """Without a server: the same exit code."""
     trigger = os.path.join(FOLDER.name, "trigger")
