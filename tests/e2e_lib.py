@@ -20,6 +20,7 @@ except ImportError:
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 POLDER = os.path.abspath(os.environ.get("POLDER", os.path.join(ROOT, "build/runtime/cli/polder")))
+FAULTY = os.path.abspath(os.environ.get("POLDER_FAULTY", os.path.join(ROOT, "build/tests/polder_faulty")))
 MODEL = os.path.join(ROOT, "models/demo")
 ADAPTERS = os.path.join(MODEL, "adapters")
 WAIT = float(os.environ.get("POLDER_TEST_WAIT", "60"))
@@ -36,9 +37,9 @@ def environment(**more):
     return clean
 
 
-def run(*words, stdin=b"", env=None, timeout=WAIT):
+def run(*words, stdin=b"", env=None, timeout=WAIT, binary=POLDER):
     """The binary; returns (exit code, stdout, stderr) as text."""
-    done = subprocess.run([POLDER, *map(str, words)], input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    done = subprocess.run([binary, *map(str, words)], input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           env=environment(**(env or {})), timeout=timeout)
     return done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
 
@@ -142,19 +143,21 @@ class Server:
     """polder serve on a Unix socket and a TCP port of its choice. `state` may be shared between servers that
     do not run at the same time: the expert store is built once."""
 
-    def __init__(self, state, tenants, *options):
+    def __init__(self, state, tenants, *options, binary=POLDER, env=None):
+        self.env = env or {}
         self.folder = tempfile.TemporaryDirectory(prefix="polder-e2e-")
         self.unix = os.path.join(self.folder.name, "socket")
         self.tenants = os.path.join(self.folder.name, "tenants.yaml")
         self.log = os.path.join(self.folder.name, "log")
         self.write_tenants(tenants)
-        self.command = [POLDER, "serve", "--model", MODEL, "--state-dir", state, "--tenants", self.tenants, "--port",
+        self.command = [binary, "serve", "--model", MODEL, "--state-dir", state, "--tenants", self.tenants, "--port",
                         "0", "--uds", self.unix, *map(str, options)]
         self.start()
 
     def start(self):
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=log, env=environment())
+            self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=log,
+                                            env=environment(**self.env))
         ready, _, _ = select.select([self.process.stdout], [], [], WAIT)
         line = self.process.stdout.readline().decode() if ready else ""
         assert "ready on" in line, "the server did not start: %r\n%s" % (line, self.log_text())

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The binary `polder` from outside: every command, its options, its refusals and its exit codes (0 done, 1 failed
-with a sentence, 2 wrong usage)."""
+with a sentence, 2 wrong usage; 3, a device that fails, is in tests/test_e2e_fault.py)."""
+import glob
 import os
 import pty
 import sys
@@ -181,6 +182,43 @@ def test_cli_dry_run():
     failure("serve", "--dry-run", "--model", MODEL, "--max-model-len", "1000000", says="max-model-len")
     failure("serve", "--dry-run", "--model", path("nowhere"), says="nowhere")
     failure("serve", "--dry-run", says="--model")
+
+
+# ---- a GPU that is not there (with one: printed, not tested) ----
+
+def no_gpu():
+    """What the refusal says in this build: one without CUDA names the way to build with it; else the reason."""
+    if os.environ.get("POLDER_HAS_CUDA", "0") == "0":
+        return ["cuda:0", "no CUDA backend", "make cuda", "--device cpu"]
+    return None if glob.glob("/dev/nvidia[0-9]*") else ["no usable GPU", "--device cpu"]
+
+
+def test_cli_gpu_missing():
+    says = no_gpu()
+    if not says:
+        return "SKIPPED: there is a GPU"
+    for command in (["serve", "--port", "0"], ["generate", "--prompt", "a"]):
+        out = failure(*command, "--model", MODEL, "--state-dir", STATE, "--device", "cuda:0", says=says)
+        assert "ready" not in out, out
+    return run("serve", "--port", "0", "--model", MODEL, "--state-dir", STATE, "--device", "cuda:0")[2].strip().split("\n")[-1]
+
+
+def test_cli_device_names():
+    for name in ("abacus", "cuda:x", "cuda:-1", "cuda0", "cuda:"):
+        refused("--device", name, says=[name, "cuda:0"])
+        failure("serve", "--dry-run", "--model", MODEL, "--device", name, says=[name, "cuda:0"])
+
+
+def test_cli_dry_run_without_the_gpu():
+    says = no_gpu()
+    if not says:
+        return "SKIPPED: there is a GPU"
+    code, out, err = run("serve", "--dry-run", "--model", MODEL, "--device", "cuda:0")
+    assert code == 0 and not err and "all experts" in out and out.endswith("fits cuda:0 was not checked\n"), (code, out, err)
+    line = next(line for line in out.split("\n") if line.startswith("cuda:0"))
+    assert "memory not checked: " in line and all(part in line for part in says), line
+    failure("serve", "--dry-run", "--model", MODEL, "--device", "cuda:0", "--host-bytes", "60000G", says="host memory")
+    return line
 
 
 # ---- generate ----

@@ -18,7 +18,7 @@ int command_stats(const struct settings *settings);
 int command_adapter(const struct settings *settings);
 int command_synth(const struct settings *settings);
 
-// "polder: " sentence to standard error; returns EXIT_FAILED.
+// "polder: " sentence to standard error; returns EXIT_FAILED, or EXIT_DEVICE for STATUS_DEVICE.
 int complain(const struct fault *fault);
 
 #endif

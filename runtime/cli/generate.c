@@ -105,7 +105,7 @@ static int show_done(const struct settings *s, const struct engine_done *done)
     }
     if (done->status) {
         (void)fprintf(stderr, "polder: %s\n", done->message);
-        return EXIT_FAILED;
+        return done->status == STATUS_DEVICE ? EXIT_DEVICE : EXIT_FAILED;
     }
     double first = (double)done->first_token_us / 1e3;
     double rest = (double)(done->total_us - done->first_token_us) / 1e6;
@@ -163,7 +163,7 @@ static int ask(const struct settings *s, struct wire_text *text, struct stack *s
     if (!status && engine_send(stack_port(stack), record, bytes))
         status = fault_set(fault, STATUS_LIMIT, "the prompt is too long.");
     if (status)
-        (void)complain(fault);
+        code = complain(fault);
     else
         code = listen(s, stack_port(stack));
     free(record);
@@ -196,7 +196,7 @@ int command_generate(const struct settings *settings)
         return complain(&fault);
     int code = EXIT_FAILED;
     if (wire_stack(settings, text.tokenizer, NULL, false, &stack, &fault))
-        (void)complain(&fault);
+        code = complain(&fault);
     else
         code = ask(settings, &text, stack, &fault);
     stack_destroy(stack);

@@ -11,7 +11,7 @@ int complain(const struct fault *fault)
 {
     (void)fprintf(stderr, "polder: %s\n",
                   fault->text[0] ? fault->text : status_sentence(fault->status));
-    return EXIT_FAILED;
+    return fault->status == STATUS_DEVICE ? EXIT_DEVICE : EXIT_FAILED;
 }
 
 static int set_log_level(const struct settings *settings, struct fault *fault)

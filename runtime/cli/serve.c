@@ -91,6 +91,62 @@ static double mib(uint64_t bytes)
     return (double)bytes / 1048576.0;
 }
 
+static void show_fit(const struct stack_fit *fit)
+{
+    (void)printf("model            %s, %u layers, hidden %u, %u experts\n",
+                 fit->model.config.architecture, fit->model.config.layers, fit->model.config.hidden,
+                 fit->model.config.experts);
+    (void)printf("static weights   %10.1f MiB\n", mib(fit->model.static_bytes));
+    (void)printf("pool             %10.1f MiB, %llu pages of %zu KiB\n", mib(fit->pool_bytes),
+                 (unsigned long long)fit->pool_pages, fit->model.page_bytes / 1024);
+    (void)printf("  all experts    %10.1f MiB, %llu pages%s\n",
+                 mib(fit->expert_pages * fit->model.page_bytes),
+                 (unsigned long long)fit->expert_pages,
+                 fit->expert_pages > fit->pool_pages ? " (more than the pool: offloaded)" : "");
+    (void)printf("  KV             %10llu tokens beside all experts, %llu bytes each\n",
+                 (unsigned long long)fit->kv_tokens, (unsigned long long)fit->kv_bytes_per_token);
+    (void)printf(
+        "  adapters       %10llu of rank 16 on q, k, v, o beside all experts, %.2f MiB each\n",
+        (unsigned long long)fit->adapters_that_fit, mib(fit->adapter_bytes));
+    (void)printf("host tier        %10.1f MiB\n", mib(fit->host_bytes));
+    (void)printf("work areas       %10.1f MiB\n", mib(fit->work_bytes));
+    (void)printf("tables, queues   %10.1f MiB\n", mib(fit->table_bytes));
+}
+
+// A GPU holds weights, pool and work areas, the host the rest. A GPU that cannot be asked is no
+// refusal (the dry run may be made elsewhere), but is said, and *checked stays false.
+static enum status fit_gpu(const struct stack_options *o, const struct stack_fit *fit,
+                           uint64_t memory, bool *checked, struct fault *fault)
+{
+    struct fault why = {.text = ""};
+    uint64_t available = 0, host = fit->host_bytes + fit->table_bytes;
+    // A pool whose size nobody gave is cut to what is free.
+    uint64_t device = fit->model.static_bytes + fit->work_bytes + o->pool_bytes;
+    enum status status = stack_device_free(o, &available, &why);
+    if (status == STATUS_INVALID)
+        return fault_set(fault, status, "%s", why.text);
+    *checked = !status;
+    if (status)
+        (void)printf("%-16s memory not checked: %s\n", o->device, why.text);
+    else
+        (void)printf("%-16s %10.1f MiB of %.1f MiB that are free%s\n", o->device, mib(device),
+                     mib(available), o->pool_bytes ? "" : "; the pool takes at most the rest");
+    (void)printf("host             %10.1f MiB of %.1f MiB; context %u tokens\n", mib(host),
+                 mib(memory), fit->context_max);
+    if (*checked && device > available)
+        return fault_set(fault, STATUS_NO_MEMORY,
+                         "%llu MiB are needed on %s and %llu MiB are free there: lower "
+                         "--pool-bytes or --max-num-batched-tokens.",
+                         (unsigned long long)(device >> 20), o->device,
+                         (unsigned long long)(available >> 20));
+    if (memory && host > memory)
+        return fault_set(fault, STATUS_NO_MEMORY,
+                         "%llu MiB of host memory are needed and this machine has %llu MiB: lower "
+                         "--host-bytes.",
+                         (unsigned long long)(host >> 20), (unsigned long long)(memory >> 20));
+    return STATUS_OK;
+}
+
 static int dry_run(const struct settings *settings)
 {
     struct fault fault = {.text = ""};
@@ -98,36 +154,26 @@ static int dry_run(const struct settings *settings)
     char state[ENGINE_PATH];
     struct stack_fit fit;
     struct sysinfo info;
+    bool gpu = strcmp(settings->device, "cpu") != 0, checked = true;
     if (wire_stack_options(settings, NULL, state, sizeof state, &options, &fault))
         return complain(&fault);
     uint64_t memory = sysinfo(&info) == 0 ? (uint64_t)info.totalram * info.mem_unit : 0;
-    enum status status = stack_fit(&options, memory, &fit, &fault);
+    enum status status = stack_fit(&options, gpu ? 0 : memory, &fit, &fault);
     if (fit.model.config.layers) {
-        (void)printf("model            %s, %u layers, hidden %u, %u experts\n",
-                     fit.model.config.architecture, fit.model.config.layers,
-                     fit.model.config.hidden, fit.model.config.experts);
-        (void)printf("static weights   %10.1f MiB\n", mib(fit.model.static_bytes));
-        (void)printf("pool             %10.1f MiB, %llu pages of %zu KiB\n", mib(fit.pool_bytes),
-                     (unsigned long long)fit.pool_pages, fit.model.page_bytes / 1024);
-        (void)printf("  all experts    %10.1f MiB, %llu pages%s\n",
-                     mib(fit.expert_pages * fit.model.page_bytes),
-                     (unsigned long long)fit.expert_pages,
-                     fit.expert_pages > fit.pool_pages ? " (more than the pool: offloaded)" : "");
-        (void)printf("  KV             %10llu tokens beside all experts, %llu bytes each\n",
-                     (unsigned long long)fit.kv_tokens, (unsigned long long)fit.kv_bytes_per_token);
-        (void)printf(
-            "  adapters       %10llu of rank 16 on q, k, v, o beside all experts, %.2f MiB each\n",
-            (unsigned long long)fit.adapters_that_fit, mib(fit.adapter_bytes));
-        (void)printf("host tier        %10.1f MiB\n", mib(fit.host_bytes));
-        (void)printf("work areas       %10.1f MiB\n", mib(fit.work_bytes));
-        (void)printf("tables, queues   %10.1f MiB\n", mib(fit.table_bytes));
-        (void)printf("in all           %10.1f MiB of %.1f MiB; context %u tokens\n",
-                     mib(fit.total_bytes), mib(memory), fit.context_max);
+        show_fit(&fit);
+        if (!gpu)
+            (void)printf("in all           %10.1f MiB of %.1f MiB; context %u tokens\n",
+                         mib(fit.total_bytes), mib(memory), fit.context_max);
+        else if (!status)
+            status = fit_gpu(&options, &fit, memory, &checked, &fault);
     }
     model_config_clear(&fit.model.config);
     if (status)
         return complain(&fault);
-    (void)printf("fits\n");
+    if (checked)
+        (void)printf("fits\n");
+    else
+        (void)printf("fits the host; whether it fits %s was not checked\n", settings->device);
     return EXIT_DONE;
 }
 
@@ -215,11 +261,7 @@ static int serve_stack(const struct settings *s, struct face *face, struct fault
     }
     if (!s->tenants)
         log_line(LOG_WARN, "no --tenants file: anyone who can connect is served, as one tenant");
-    enum status status = server_run(&o, fault);
-    if (!status)
-        return EXIT_DONE;
-    (void)complain(fault);
-    return status == STATUS_DEVICE ? EXIT_DEVICE : EXIT_FAILED;
+    return server_run(&o, fault) ? complain(fault) : EXIT_DONE;
 }
 
 // Every registered adapter keeps its store file open, every client a socket.
@@ -248,7 +290,7 @@ int command_serve(const struct settings *settings)
     int code = EXIT_FAILED;
     if (wire_text_load(settings, &face.text, &fault) ||
         wire_stack(settings, face.text.tokenizer, tenants, true, &face.stack, &fault))
-        (void)complain(&fault);
+        code = complain(&fault);
     else
         code = serve_stack(settings, &face, &fault);
     stack_destroy(face.stack);

@@ -141,6 +141,8 @@ static bool take_request(struct engine *e, const struct engine_request *r, size_
     const char *wrong = stops ? check_request(e, r) : "The request record is malformed.";
     if (wrong)
         return refuse(e, r->id, STATUS_INVALID, wrong);
+    if (e->broken)
+        return refuse(e, r->id, STATUS_DEVICE, ENGINE_BROKEN);
     if (e->draining)
         return refuse(e, r->id, STATUS_SHUTTING_DOWN,
                       "The server is shutting down; try another one.");

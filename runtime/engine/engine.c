@@ -27,6 +27,7 @@ static enum status device_area(struct engine *e, void *out, size_t bytes)
 {
     void *memory = NULL;
     enum status status = e->table->alloc(e->options.device, bytes ? bytes : 64, &memory);
+    e->refused_bytes = status ? bytes : 0;
     if (!status)
         memcpy(out, &memory, sizeof memory);
     return status;
@@ -235,6 +236,21 @@ static enum status check_options(const struct engine_options *o, struct fault *f
     return STATUS_OK;
 }
 
+static enum status no_room(const struct engine *e, enum status status, struct fault *fault)
+{
+    size_t available = e->table->free_bytes(e->options.device), asked = e->refused_bytes;
+    if (status == STATUS_DEVICE)
+        return fault_set(fault, status, "the device failed while the engine was made.");
+    if (!asked || available == SIZE_MAX)
+        return fault_set(fault, status,
+                         "there is not enough memory for the engine's work areas: lower "
+                         "--max-num-batched-tokens, --max-num-seqs or --max-model-len.");
+    return fault_set(fault, status,
+                     "for a work area of the engine %zu MiB was asked for and the device has %zu "
+                     "MiB free: lower --pool-bytes, --max-num-batched-tokens or --max-num-seqs.",
+                     (asked + (1u << 20) - 1) >> 20, available >> 20);
+}
+
 enum status engine_create(const struct engine_options *options, struct engine **out,
                           struct fault *fault)
 {
@@ -263,10 +279,9 @@ enum status engine_create(const struct engine_options *options, struct engine **
     if (!status)
         status = make_steps(e);
     if (status) {
+        (void)no_room(e, status, fault);
         engine_destroy(e);
-        return fault_set(fault, status,
-                         "there is not enough memory for the engine's work areas: lower "
-                         "--max-num-batched-tokens, --max-num-seqs or --max-model-len.");
+        return status;
     }
     *out = e;
     return STATUS_OK;
@@ -398,15 +413,15 @@ enum engine_turn engine_turn(struct engine *engine)
     sequence_expire(engine);
     sequence_flush_ended(engine);
     if (engine->broken)
-        end_everything(engine, STATUS_DEVICE,
-                       "The device failed; the server has to be started anew.");
+        end_everything(engine, STATUS_DEVICE, ENGINE_BROKEN);
     else if (engine->quit)
         end_everything(engine, STATUS_SHUTTING_DOWN, "The server was shut down.");
     if (step_advance(engine))
         worked = true;
     sequence_flush_ended(engine);
     if (engine->draining && nothing_lives(engine)) {
-        struct engine_control stopped = {.kind = ENGINE_STOPPED};
+        struct engine_control stopped = {.kind = ENGINE_STOPPED,
+                                         .status = engine->broken ? STATUS_DEVICE : STATUS_OK};
         if (!output_event(engine, &stopped, sizeof stopped))
             return ENGINE_WAITING;
         engine->halted = true;

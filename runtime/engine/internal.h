@@ -85,6 +85,9 @@ struct step_block {
     size_t bytes;
 };
 
+// What a request is told that was not in the step when the device failed.
+#define ENGINE_BROKEN "The device failed; the server has to be started anew."
+
 struct step_arrays {
     int32_t *token;
     uint32_t *position, *sequence, *lora_row, *lora_adapter, *gather;
@@ -180,8 +183,9 @@ struct engine {
     struct results results;
     struct block_copies copies;
     struct scratch scratch;
-    float *logits;       // [vocab] where engine_logits brings them to, or NULL
-    uint32_t *moe_index; // [layers] number of the layer among MoE layers, or NO_SLOT
+    size_t refused_bytes; // at start: the area the device had no room for
+    float *logits;        // [vocab] where engine_logits brings them to, or NULL
+    uint32_t *moe_index;  // [layers] number of the layer among MoE layers, or NO_SLOT
 
     struct sequence *sequences;
     int32_t *tokens;

@@ -61,7 +61,8 @@ struct engine_request {
 };
 
 struct engine_control {
-    uint32_t kind, reserved;
+    uint32_t kind;
+    uint32_t status; // of ENGINE_STOPPED: enum status, DEVICE when the device failed; else 0
     uint64_t id;
 };
 

@@ -173,7 +173,10 @@ static enum status make_arenas(struct stack *s, struct fault *fault)
     if (!s->device_pages)
         return fault_set(fault, STATUS_INVALID,
                          "--pool-bytes holds not even one page of %zu bytes.", s->page_bytes);
-    if (table->alloc(s->device, s->pool_bytes, &memory))
+    enum status status = table->alloc(s->device, s->pool_bytes, &memory);
+    if (status == STATUS_DEVICE)
+        return fault_set(fault, status, "the device failed while the pool was made.");
+    if (status)
         return stack__no_room(s->device, "a pool", s->pool_bytes, "--pool-bytes", fault);
     s->device_arena = memory;
     if (table->alloc_host(s->device, s->host_bytes, &memory))
@@ -632,6 +635,19 @@ uint32_t stack_load_adapters(struct stack *stack,
 }
 
 // ---- dry run ----
+
+enum status stack_device_free(const struct stack_options *options, uint64_t *free_bytes,
+                              struct fault *fault)
+{
+    struct device *device = NULL;
+    enum status status = stack__device_open(options, &device, fault);
+    if (status)
+        return status;
+    size_t available = device->table->free_bytes(device);
+    *free_bytes = available == SIZE_MAX ? UINT64_MAX : available;
+    device->table->destroy(device);
+    return STATUS_OK;
+}
 
 // Work areas, tables and queues, as engine.c, pool.c and kv.c size them, to within a few percent.
 static void fit_memory(const struct stack_options *o, const struct model_config *c,

@@ -81,6 +81,11 @@ uint32_t stack_load_adapters(struct stack *stack,
                              uint32_t (*owner_of)(void *context, const char *tenant),
                              void *context);
 
+// Opens the device only to ask what is free on it; UINT64_MAX: host memory. INVALID: there is no
+// such name; other failures say why the device cannot be had.
+MUST_USE enum status stack_device_free(const struct stack_options *options, uint64_t *free_bytes,
+                                       struct fault *fault);
+
 // How the pool would be filled, without loading weights (polder serve --dry-run).
 struct stack_fit {
     struct model_fit model;

@@ -111,6 +111,21 @@ static enum status grow(uint8_t **buffer, size_t *has, size_t needs, struct faul
     return STATUS_OK;
 }
 
+static enum status no_room(const struct model *model, enum status status, size_t bytes,
+                           struct fault *fault)
+{
+    size_t available = model->device->table->free_bytes(model->device);
+    if (status != STATUS_NO_MEMORY)
+        return fault_set(fault, status, "the device failed while the static weights were loaded.");
+    if (available == SIZE_MAX)
+        return fault_set(fault, status, "there is no memory for the static weights (%zu MiB).",
+                         model->static_bytes >> 20);
+    return fault_set(fault, status,
+                     "the static weights are %zu MiB; of them %zu MiB was asked for and the device "
+                     "has %zu MiB free: free its memory or choose another --device.",
+                     model->static_bytes >> 20, (bytes + (1u << 20) - 1) >> 20, available >> 20);
+}
+
 // Counts the bytes; in the filling pass also allocates them (zeroed).
 static enum status take(struct loader *loader, size_t bytes, void *out, struct fault *fault)
 {
@@ -122,9 +137,7 @@ static enum status take(struct loader *loader, size_t bytes, void *out, struct f
     void *memory = NULL;
     enum status status = model->device->table->alloc(model->device, bytes, &memory);
     if (status)
-        return fault_set(fault, status,
-                         "the device has no room for the static weights (%zu bytes in all).",
-                         model->static_bytes);
+        return no_room(model, status, bytes, fault);
     memcpy(out, &memory, sizeof memory);
     return STATUS_OK;
 }

@@ -303,9 +303,11 @@ static void on_event(struct server *server, const void *record, size_t bytes)
     const struct engine_text *text = record;
     const struct engine_done *done = record;
     const struct engine_reply *reply = record;
+    const struct engine_control *control = record;
     CHECK(bytes >= sizeof(struct engine_control));
     if (text->kind == ENGINE_STOPPED) {
         server->engine_stopped = true;
+        server->engine_status = (enum status)control->status;
         return;
     }
     struct request *request = request_find(server, text->id);

@@ -140,6 +140,7 @@ struct server {
     size_t text_max;
     struct worker *worker;
     bool engine_stopped, quit_sent, drain_sent;
+    enum status engine_status; // what it stopped with
     uint64_t accepted, refused_connections, protocol_errors, dropped_slow, messages;
     enum status status; // what server_run returns
 };

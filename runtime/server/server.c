@@ -366,7 +366,39 @@ static void stop_engine(struct server *server)
         log_line(LOG_ERROR, "the engine did not stop within %d ms", ENGINE_STOP_MS);
 }
 
-// Answers written by stop_engine get one short chance to leave.
+// The engine's word goes before the server's: a device that fails while requests drain is a
+// failure.
+static enum status why_it_ended(const struct server *server, struct fault *fault)
+{
+    if (server->engine_status == STATUS_DEVICE)
+        return fault_set(fault, STATUS_DEVICE,
+                         "the device failed and every request was ended with device_error: look "
+                         "for the cause in the log above, and start the server again.");
+    if (server->status)
+        return fault_set(fault, server->status,
+                         "the engine stopped by itself: start the server again.");
+    return STATUS_OK;
+}
+
+// Requests that were sent when the engine had already taken its last command.
+static void answer_the_rest(struct server *server)
+{
+    struct fault fault;
+    if (server->engine_status == STATUS_DEVICE)
+        (void)fault_set(&fault, STATUS_DEVICE,
+                        "The device failed; the server has to be started anew.");
+    else
+        (void)fault_set(&fault, STATUS_SHUTTING_DOWN, "The server was shut down.");
+    for (uint32_t i = 0; server->requests && i < server->limits.requests_max; i++) {
+        struct request *request = &server->requests[i];
+        if (request->kind == REQUEST_FREE || !request->connection)
+            continue;
+        reply_fault_for(request, &fault);
+        request_free(request);
+    }
+}
+
+// Answers written since the loop ended get one short chance to leave.
 static void last_flush(struct server *server)
 {
     uint64_t began = server_now_us(server);
@@ -421,12 +453,12 @@ enum status server_run(const struct server_options *options, struct fault *fault
             options->ready(options->ready_context, addresses);
         (void)event_base_dispatch(server->base);
         listen_close(server);
-        status = server->status;
-        if (status)
-            (void)fault_set(fault, status, "the engine stopped by itself.");
     }
     if (options->port)
         stop_engine(server);
+    if (!status)
+        status = why_it_ended(server, fault);
+    answer_the_rest(server);
     if (server->base)
         last_flush(server);
     release(server);
