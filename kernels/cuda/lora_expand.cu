@@ -6,7 +6,7 @@
 // ranks ascending, then both: the same bits alone or in a batch. They reach y as one reduction,
 // which nobody waits for. Each warp walks the same share of all units, from column to column, so
 // that going on costs little. The columns of two expands of a launch are disjoint. FIFO:
-// EXPAND_DEPTH units a warp (72 KiB).
+// EXPAND_DEPTH units a warp (36 KiB).
 //
 // Tolerance: fp32 sums in another order than the CPU's.
 #include "kernels/cuda/lora.cuh"
@@ -16,7 +16,7 @@ enum {
     TASK_COLUMNS = 16 * LANE_COLUMNS,
     ROWS_EXPAND = 8,
     UNIT_RANKS = 4,
-    EXPAND_DEPTH = 8,
+    EXPAND_DEPTH = 4,
     UNIT_HIDDEN = 2 * 32 * 16, // where the unit's values of hidden stand: [UNIT_RANKS][ROWS_EXPAND]
     UNIT_BYTES = UNIT_HIDDEN + UNIT_RANKS * ROWS_EXPAND * 4,
     EXPAND_SHARED = WARPS * EXPAND_DEPTH * UNIT_BYTES,

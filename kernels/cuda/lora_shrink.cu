@@ -7,7 +7,7 @@
 // the products match. Warp w takes the pieces of 64 columns w, w + 8, ..., ascending; the 8 sums
 // are added in order of warp. So a bit of hidden depends on its row, its rank and d_in alone; this
 // one kernel serves
-// --batch-invariant. FIFO: SHRINK_DEPTH pieces a warp, 1 KiB of A and 1 KiB of x each (96 KiB);
+// --batch-invariant. FIFO: SHRINK_DEPTH pieces a warp, 1 KiB of A and 1 KiB of x each (48 KiB);
 // long tasks use the place for the warps' sums.
 //
 // Tolerance: fp32 sums in another order than the CPU's.
@@ -19,7 +19,7 @@ enum {
     SHORT_TILE = 8,
     LONG_TILE = 32,
     LONG_STRIDE = LONG_TILE + 4, // floats: fewer bank conflicts
-    SHRINK_DEPTH = 6,
+    SHRINK_DEPTH = 3,
     PIECE_BYTES = 2 * 2 * 32 * 16, // two chunks of A, two of x, 16 bytes a lane
     SHRINK_SHARED = WARPS * SHRINK_DEPTH * PIECE_BYTES,
 };

@@ -30,6 +30,7 @@ static bool has(const struct step *step, enum lora_module module)
     return step->lora_modules >> module & 1;
 }
 
+// Shrinks stand right before their expands: the expand then begins while they still run.
 static void shrink(struct engine *e, struct step *step, enum lora_module module, uint32_t layer,
                    const void *x, uint32_t d_in, uint32_t buffer)
 {
@@ -122,10 +123,10 @@ static void attention_half(struct engine *e, struct step *step, uint32_t layer)
     uint32_t kv_n = share->kv_heads * c->head_dim;
     size_t stride = q_n + 2 * kv_n;
     norm(e, step, w->attention_norm, NULL);
+    gemm(e, s->act, w->qkv, s->qkv, stride, rows, (uint32_t)stride, c->hidden, false);
     shrink(e, step, LORA_Q, layer, s->act, c->hidden, 0);
     shrink(e, step, LORA_K, layer, s->act, c->hidden, 1);
     shrink(e, step, LORA_V, layer, s->act, c->hidden, 2);
-    gemm(e, s->act, w->qkv, s->qkv, stride, rows, (uint32_t)stride, c->hidden, false);
     expand(e, step, LORA_Q, layer, s->qkv, stride, q_n, 0, -1);
     expand(e, step, LORA_K, layer, s->qkv + q_n, stride, kv_n, 1, -1);
     expand(e, step, LORA_V, layer, s->qkv + q_n + kv_n, stride, kv_n, 2, -1);
@@ -158,9 +159,9 @@ static void attention_half(struct engine *e, struct step *step, uint32_t layer)
                                 .layer = layer,
                                 .scale = 1.0f / sqrtf((float)c->head_dim)};
     e->table->attention(e->stream, &at);
-    shrink(e, step, LORA_O, layer, s->attention, q_n, 0);
     struct part part = part_of(e, step);
     gemm(e, s->attention, w->o, part.y, c->hidden, rows, c->hidden, q_n, part.add);
+    shrink(e, step, LORA_O, layer, s->attention, q_n, 0);
     expand(e, step, LORA_O, layer, part.y, c->hidden, c->hidden, 0, -1);
     sum_parts(e, step, &part);
 }
@@ -173,17 +174,17 @@ static void dense_half(struct engine *e, struct step *step, uint32_t layer)
     uint32_t units = e->options.model->share.intermediate;
     uint32_t rows = step->plan.rows, n = (uint32_t)tile_interleaved_rows(units);
     norm(e, step, w->mlp_norm, NULL);
+    gemm(e, s->act, w->gate_up, s->gate_up, n, rows, n, c->hidden, false);
     shrink(e, step, LORA_GATE, layer, s->act, c->hidden, 0);
     shrink(e, step, LORA_UP, layer, s->act, c->hidden, 1);
-    gemm(e, s->act, w->gate_up, s->gate_up, n, rows, n, c->hidden, false);
     expand(e, step, LORA_GATE, layer, s->gate_up, n, units, 0, 0);
     expand(e, step, LORA_UP, layer, s->gate_up, n, units, 1, 1);
     struct swiglu_args sw = {
         .gate_up = s->gate_up, .stride = n, .out = s->mid, .rows = rows, .intermediate = units};
     e->table->swiglu(e->stream, &sw);
-    shrink(e, step, LORA_DOWN, layer, s->mid, units, 0);
     struct part part = part_of(e, step);
     gemm(e, s->mid, w->down, part.y, c->hidden, rows, c->hidden, units, part.add);
+    shrink(e, step, LORA_DOWN, layer, s->mid, units, 0);
     expand(e, step, LORA_DOWN, layer, part.y, c->hidden, c->hidden, 0, -1);
     sum_parts(e, step, &part);
 }
