@@ -14,24 +14,27 @@
 // [rows][act_cols] bf16, column head * dim + d. Scratch: counters [list entry][lane], then m and l
 // [unit][head] as float2, then acc [unit][head][dim] fp32.
 //
-// Task: the (at most 16) query heads of one pass of one KV head of one row x one segment
-// (attention_schedule.cuh), a CTA of 4 warps. The heads are the 16 rows of mma.m16n8k16; unused
-// rows are computed and dropped: the bytes bound, not the products. Warp w owns the tiles of
+// Task: the (at most 8) query heads of one pass of one KV head of one row x one segment
+// (attention_schedule.cuh), a CTA of 4 warps. The heads are the 8 columns of mma.m16n8k16, tokens
+// and then columns of V its 16 rows: S^T = K Q^T, O^T = V^T P^T. Unused heads are computed and
+// dropped. So a head costs half the products and half the registers that it does as one of 16
+// rows, and what a lane knows of a head's softmax serves both. Warp w owns the tiles of
 // 16 tokens w, w + 4, w + 8, w + 12 of the segment, its SLOTS, and loads K and V of each itself
 // with cp.async into its own ring of STAGES tiles, so that between the barriers of a task no warp
 // waits for another. The ring runs on into the next task: at the end of a task STAGES - 1 tiles of
 // the next one are in flight, and the page numbers of the one after that are in registers (a lane
-// holds two tokens' pages). Per tile: scores (dim / 16 x 2 mma), online softmax, acc += p V (dim /
-// 8 x 2 mma). Then the four warps put acc, m and l side by side in shared memory (acc into the tile
-// just consumed) and warp w merges rows w, w + 4, ..., lane t owning columns 2t + 64j and the next.
+// holds two tokens' pages). Per tile: scores (dim / 16 mma), online softmax, acc += p V (dim / 16 x
+// 2 mma). Then the four warps put acc, m and l side by side in shared memory (acc into the tile
+// just consumed) and warp w merges heads w, w + 4, lane t owning columns 2t + 64j and the next.
 //
-// A row of one segment is then written. Else the segment goes to scratch; the CTA that finishes a
-// (row, lane) last, as a counter tells, merges its segments and sets the counter back to zero.
-// Which CTA that is changes nothing: the order of the sums is fixed.
+// A row of one segment is then written. Else the segment goes to scratch. When a CTA has done all
+// its tasks it counts them, and merges the segments of each (row, lane) that this completes. Not
+// before: the fence between would wait for the loads of the next task too, which made it a quarter
+// of the kernel. Which CTA merges changes nothing: the order of the sums is fixed.
 //
 // Tokens behind the row's position are not read (zeros stand for them): NaN there does no harm.
 //
-// Shared memory for DIM 64 / 128 / 256: ring 64 / 96 / 192 KiB, q 2 / 4 / 8 KiB, list 8 KiB: 3, 2
+// Shared memory for DIM 64 / 128 / 256: ring 64 / 64 / 192 KiB, q 1 / 2 / 4 KiB, list 8 KiB: 3, 3
 // and 1 CTAs per multiprocessor, with 192 KiB of tiles at most in flight. Bound by bytes:
 // rows * context * kv_heads * dim * 4, e.g. 64 x 1024 x 8 x 128: 268 MB for K and V of one layer in
 // bf16 (2 x 134 MB), 89 us at 3.0 TB/s; scratch adds 2 * (dim + 2) * 4 / 256 bytes per query head
@@ -42,20 +45,19 @@
 enum { TILE_TOKENS = 16, SLOTS = KV_SEGMENT / TILE_TOKENS / DECODE_WARPS };
 
 template <int DIM> struct decode_shape {
-    static constexpr int STAGES = DIM == 64 ? 4 : 3;
+    static constexpr int STAGES = DIM == 64 ? 4 : DIM == 128 ? 2 : 3;
     static constexpr int TILE = TILE_TOKENS * DIM * 2; // K or V
-    static constexpr int STAGE = 2 * TILE;             // both: also acc of 16 rows in fp32
-    static constexpr int CTAS = DIM == 64 ? 3 : DIM == 128 ? 2 : 1;
-    static constexpr int STEPS = DIM / 16;
+    static constexpr int STAGE = 2 * TILE;             // both: also acc of 8 heads in fp32
+    static constexpr int CTAS = DIM <= 128 ? 3 : 1;
 };
 
 template <int DIM> struct decode_shared {
     alignas(128) uint8_t ring[DECODE_WARPS][decode_shape<DIM>::STAGES][decode_shape<DIM>::STAGE];
-    uint8_t query[QUERY_ROWS * DIM * 2];
-    float max[DECODE_WARPS][QUERY_ROWS], sum[DECODE_WARPS][QUERY_ROWS];
+    uint8_t query[HEADS_MAX * DIM * 2];
+    float max[DECODE_WARPS][HEADS_MAX], sum[DECODE_WARPS][HEADS_MAX];
     schedule plan;
-    uint32_t is_last;
-    uint32_t mask[]; // rows_max / 32 + 2
+    uint32_t complete; // bits: tasks of 32 whose (row, lane) is complete
+    uint32_t mask[];   // rows_max / 32 + 2
 };
 
 // What a warp knows of the tokens of a task: lane t holds tokens t % 16 of slots t / 16 and
@@ -78,19 +80,18 @@ static __device__ __forceinline__ void pages_load(token_pages *p, const struct a
                                                   uint32_t warp, uint32_t lane)
 {
     const struct kv_shape &s = a.kv.shape;
+    uint64_t at[2];
 #pragma unroll
     for (uint32_t i = 0; i < 2; i++) {
-        uint32_t token = held_token(i, warp, lane);
-        p->page[i] = p->offset[i] = 0;
-        if (token >= t.tokens)
-            continue;
-        uint32_t position = t.segment * KV_SEGMENT + token, block = position / s.block_tokens;
-        uint64_t at =
-            ((uint64_t)t.sequence * a.kv.blocks_max + block) * s.pages_per_block + plan.page_at;
-        p->page[i] = a.kv.pages[at];
+        uint32_t position = t.segment * KV_SEGMENT + held_token(i, warp, lane);
+        uint32_t block = position / s.block_tokens;
+        at[i] = ((uint64_t)t.sequence * a.kv.blocks_max + block) * s.pages_per_block + plan.page_at;
         p->offset[i] = (t.lane / plan.passes * s.block_tokens + position - block * s.block_tokens) *
                        s.head_dim * 2;
     }
+#pragma unroll
+    for (uint32_t i = 0; i < 2; i++) // both are on their way before either is needed
+        p->page[i] = held_token(i, warp, lane) < t.tokens ? __ldg(a.kv.pages + at[i]) : 0;
 }
 
 static __device__ __forceinline__ void pages_resolve(uint64_t address[2], const token_pages &p,
@@ -152,26 +153,62 @@ slot_load(uint8_t *stage, const uint64_t address[2], uint32_t slot, uint32_t in_
     }
 }
 
-// q of the task's heads, rounded to bf16. All threads; the caller synchronises.
-template <int DIM>
-static __device__ __forceinline__ void query_load(uint8_t *query, const struct attention_args &a,
-                                                  uint32_t row, uint32_t head, uint32_t heads)
+// The query heads of a task.
+struct task_heads {
+    uint32_t first, count;
+};
+
+static __device__ __forceinline__ task_heads heads_of(const struct attention_plan &plan,
+                                                      const task &t)
 {
+    uint32_t in_group = t.lane % plan.passes * HEADS_MAX;
+    return {t.lane / plan.passes * plan.group + in_group,
+            min(plan.group - in_group, (uint32_t)HEADS_MAX)};
+}
+
+// q of a task's heads: a thread's part, [i]: pair threadIdx.x + i * DECODE_THREADS of columns.
+template <int DIM> struct query_part {
+    float2 pair[HEADS_MAX * DIM / 2 / DECODE_THREADS];
+};
+
+template <int DIM>
+static __device__ __forceinline__ void query_load(query_part<DIM> *part,
+                                                  const struct attention_args &a,
+                                                  const struct attention_plan &plan, const task &t)
+{
+    if (!t.tokens)
+        return;
     uint32_t dim = a.kv.shape.head_dim;
-    const float *q = a.q + (uint64_t)row * a.q_stride + (uint64_t)head * dim;
-    for (uint32_t i = threadIdx.x; i < heads * (DIM / 2); i += DECODE_THREADS) {
-        uint32_t of = i / (DIM / 2), d = i % (DIM / 2) * 2;
-        float low = d < dim ? q[of * dim + d] : 0.0f, high = d < dim ? q[of * dim + d + 1] : 0.0f;
-        *(uint32_t *)(query + chunk_at<DIM>(of, d / 8) + d % 8 * 2) = pack_bf16(low, high);
+    task_heads heads = heads_of(plan, t);
+    const float *q = a.q + (uint64_t)t.row * a.q_stride + (uint64_t)heads.first * dim;
+#pragma unroll
+    for (uint32_t i = 0; i < HEADS_MAX * DIM / 2 / DECODE_THREADS; i++) {
+        uint32_t at = threadIdx.x + i * DECODE_THREADS, of = at / (DIM / 2), d = at % (DIM / 2) * 2;
+        bool is_there = of < heads.count && d < dim;
+        part->pair[i].x = is_there ? q[of * dim + d] : 0.0f;
+        part->pair[i].y = is_there ? q[of * dim + d + 1] : 0.0f;
+    }
+}
+
+// Rounded to bf16. The caller synchronises.
+template <int DIM>
+static __device__ __forceinline__ void query_put(uint8_t *query, const query_part<DIM> &part)
+{
+#pragma unroll
+    for (uint32_t i = 0; i < HEADS_MAX * DIM / 2 / DECODE_THREADS; i++) {
+        uint32_t at = threadIdx.x + i * DECODE_THREADS, of = at / (DIM / 2), d = at % (DIM / 2) * 2;
+        *(uint32_t *)(query + chunk_at<DIM>(of, d / 8) + d % 8 * 2) =
+            pack_bf16(part.pair[i].x, part.pair[i].y);
     }
 }
 
 // ---- a tile ----
 
-// The state of a warp: fragment rows lane / 4 and lane / 4 + 8.
+// The state of a warp. Lane: heads 2 (lane % 4) and the next, tokens (of a tile) and columns (of
+// 16) lane / 4 and lane / 4 + 8: acc[i][2 r + h] is column 16 i + lane / 4 + 8 r of its head h.
 template <int DIM> struct warp_state {
-    float max[2], sum[2]; // sum: of this lane's columns only
-    float acc[DIM / 8][4];
+    float max[2], sum[2]; // sum: of this lane's tokens only
+    float acc[DIM / 16][4];
 };
 
 template <int DIM> static __device__ __forceinline__ void state_clear(warp_state<DIM> *s)
@@ -182,91 +219,111 @@ template <int DIM> static __device__ __forceinline__ void state_clear(warp_state
         s->sum[i] = 0;
     }
 #pragma unroll
-    for (int i = 0; i < DIM / 8; i++)
+    for (int i = 0; i < DIM / 16; i++)
 #pragma unroll
         for (int j = 0; j < 4; j++)
             s->acc[i][j] = 0;
 }
 
+// The B fragments of q: 8 heads, all columns.
 template <int DIM>
-static __device__ __forceinline__ void query_fragment(uint32_t a[4],
-                                                      const uint32_t held[DIM / 16][4],
-                                                      const uint8_t *query, int step, uint32_t lane)
+static __device__ __forceinline__ void query_fragments(uint32_t q[DIM / 16][2],
+                                                       const uint8_t *query, uint32_t lane)
 {
-    if (DIM <= 128)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            a[i] = held[step][i];
-    else
-        rows_fragment<DIM>(a, query, 0, step, lane);
+    for (int i = 0; i < DIM / 32; i++) {
+        uint32_t b[4];
+        matrix_load4(b, query + chunk_at<DIM>(lane % 8, 4 * i + lane / 8));
+        q[2 * i][0] = b[0];
+        q[2 * i][1] = b[1];
+        q[2 * i + 1][0] = b[2];
+        q[2 * i + 1][1] = b[3];
+    }
 }
 
-// The softmax of 16 scores per row; s becomes p. `tokens`: how many of the tile the row sees.
+static __device__ __forceinline__ float tokens_max(float x)
+{
+#pragma unroll
+    for (int i = 4; i < 32; i *= 2)
+        x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, i));
+    return x;
+}
+
+static __device__ __forceinline__ float tokens_sum(float x)
+{
+#pragma unroll
+    for (int i = 4; i < 32; i *= 2)
+        x += __shfl_xor_sync(0xffffffffu, x, i);
+    return x;
+}
+
+// The softmax of 16 scores per head; s becomes p. `tokens`: how many of the tile the row sees.
 template <int DIM>
-static __device__ __forceinline__ void tile_softmax(warp_state<DIM> *w, float s[2][4], float scale,
+static __device__ __forceinline__ void tile_softmax(warp_state<DIM> *w, float s[4], float scale,
                                                     uint32_t tokens, uint32_t lane)
 {
     float keep[2];
 #pragma unroll
-    for (int n = 0; n < 2; n++)
+    for (int i = 0; i < 4; i++)
+        s[i] = lane / 4 + i / 2 * 8 < tokens ? s[i] * scale : NO_SCORE;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            uint32_t token = n * 8 + lane % 4 * 2 + j % 2;
-            s[n][j] = token < tokens ? s[n][j] * scale : NO_SCORE;
-        }
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float top = fmaxf(fmaxf(s[0][2 * r], s[0][2 * r + 1]), fmaxf(s[1][2 * r], s[1][2 * r + 1]));
-        top = fmaxf(w->max[r], quad_max(top));
+    for (int h = 0; h < 2; h++) {
+        float top = fmaxf(w->max[h], tokens_max(fmaxf(s[h], s[2 + h])));
         float shift = shift_of(top);
-        keep[r] = exp2_fast(w->max[r] - shift);
-        w->max[r] = top;
-        float sum = 0;
-#pragma unroll
-        for (int n = 0; n < 2; n++)
-#pragma unroll
-            for (int j = 2 * r; j < 2 * r + 2; j++) {
-                s[n][j] = exp2_fast(s[n][j] - shift);
-                sum += s[n][j];
-            }
-        w->sum[r] = w->sum[r] * keep[r] + sum;
+        keep[h] = exp2_fast(w->max[h] - shift);
+        w->max[h] = top;
+        s[h] = exp2_fast(s[h] - shift);
+        s[2 + h] = exp2_fast(s[2 + h] - shift);
+        w->sum[h] = w->sum[h] * keep[h] + (s[h] + s[2 + h]);
     }
     // Multiplying by one changes nothing, so leaving it out changes no bits.
     if (__any_sync(0xffffffffu, keep[0] != 1.0f || keep[1] != 1.0f))
 #pragma unroll
-        for (int i = 0; i < DIM / 8; i++) {
+        for (int i = 0; i < DIM / 16; i++) {
             w->acc[i][0] *= keep[0];
-            w->acc[i][1] *= keep[0];
-            w->acc[i][2] *= keep[1];
+            w->acc[i][1] *= keep[1];
+            w->acc[i][2] *= keep[0];
             w->acc[i][3] *= keep[1];
         }
 }
 
-template <int DIM>
-static __device__ __forceinline__ void
-tile_compute(warp_state<DIM> *w, const uint8_t *stage, const uint32_t held[DIM / 16][4],
-             const uint8_t *query, float scale, uint32_t tokens, uint32_t lane)
+// An 8 x 8 matrix of bf16 (row lane / 4, columns 2 (lane % 4) and the next), transposed.
+static __device__ __forceinline__ uint32_t matrix_transpose(uint32_t x)
 {
-    float s[2][4] = {};
+    uint32_t y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+template <int DIM>
+static __device__ __forceinline__ void tile_compute(warp_state<DIM> *w, const uint8_t *stage,
+                                                    const uint32_t query[DIM / 16][2], float scale,
+                                                    uint32_t tokens, uint32_t lane)
+{
+    float s[4] = {};
 #pragma unroll
     for (int step = 0; step < DIM / 16; step++) {
-        uint32_t q[4], k[4];
-        query_fragment<DIM>(q, held, query, step, lane);
+        uint32_t k[4];
         keys_fragment<DIM>(k, stage, 0, step, lane);
-        mma_16816(s[0], q, k[0], k[1]);
-        mma_16816(s[1], q, k[2], k[3]);
+        uint32_t rows[4] = {k[0], k[2], k[1], k[3]};
+        mma_16816(s, rows, query[step][0], query[step][1]);
     }
     tile_softmax(w, s, scale, tokens, lane);
-    uint32_t p[4], rest[4];
-    weights_split(p, rest, s);
+    uint32_t p[2], rest[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) { // p as its rounding and the rounding of what that leaves
+        uint32_t both = pack_bf16(s[2 * i], s[2 * i + 1]);
+        p[i] = matrix_transpose(both);
+        rest[i] = matrix_transpose(pack_bf16(s[2 * i] - __uint_as_float(both << 16),
+                                             s[2 * i + 1] - __uint_as_float(both & 0xffff0000u)));
+    }
 #pragma unroll
     for (int step = 0; step < DIM / 16; step++) {
         uint32_t v[4];
         values_fragment<DIM>(v, stage + decode_shape<DIM>::TILE, 0, step, lane);
-        mma_16816(w->acc[2 * step], p, v[0], v[1]);
-        mma_16816(w->acc[2 * step + 1], p, v[2], v[3]);
-        mma_16816(w->acc[2 * step], rest, v[0], v[1]);
-        mma_16816(w->acc[2 * step + 1], rest, v[2], v[3]);
+        uint32_t rows[4] = {v[0], v[2], v[1], v[3]};
+        mma_16816(w->acc[step], rows, p[0], p[1]);
+        mma_16816(w->acc[step], rows, rest[0], rest[1]);
     }
 }
 
@@ -305,19 +362,18 @@ static __device__ __forceinline__ void state_put(decode_shared<DIM> *shared, uin
                                                  uint32_t heads)
 {
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        float sum = quad_sum(w->sum[r]);
-        uint32_t row = lane / 4 + 8 * r;
-        if (row >= heads)
+    for (int h = 0; h < 2; h++) {
+        float sum = tokens_sum(w->sum[h]);
+        uint32_t head = lane % 4 * 2 + h;
+        if (head >= heads)
             continue;
-        if (lane % 4 == 0) {
-            shared->max[warp][row] = w->max[r];
-            shared->sum[warp][row] = sum;
+        if (lane < 4) {
+            shared->max[warp][head] = w->max[h];
+            shared->sum[warp][head] = sum;
         }
 #pragma unroll
         for (int i = 0; i < DIM / 8; i++)
-            *(float2 *)(stage + acc_at<DIM>(row, i * 8 + lane % 4 * 2)) =
-                make_float2(w->acc[i][2 * r], w->acc[i][2 * r + 1]);
+            *(float *)(stage + acc_at<DIM>(head, i * 8 + lane / 4)) = w->acc[i / 2][i % 2 * 2 + h];
     }
 }
 
@@ -438,10 +494,10 @@ segment_leave(const decode_shared<DIM> *shared, uint32_t stage, const struct att
     uint32_t lane = threadIdx.x % 32, dim = a.kv.shape.head_dim;
     uint32_t tiles = (t.tokens + TILE_TOKENS - 1) / TILE_TOKENS;
     uint64_t states =
-        view.by_rows ? (uint64_t)gridDim.x * QUERY_ROWS : (uint64_t)view.units * a.heads;
+        view.by_rows ? (uint64_t)gridDim.x * HEADS_MAX : (uint64_t)view.units * a.heads;
     for (uint32_t i = threadIdx.x / 32; i < heads; i += DECODE_WARPS) {
         row_state<DIM> s = state_take<DIM>(shared, stage, i, tiles, lane);
-        uint64_t at = blockIdx.x * QUERY_ROWS + i;
+        uint64_t at = blockIdx.x * HEADS_MAX + i;
         if (!view.by_rows)
             at = ((uint64_t)shared->plan.list[t.entry].start + t.segment) * a.heads + head + i;
         else if (t.segment) {
@@ -455,29 +511,45 @@ segment_leave(const decode_shared<DIM> *shared, uint32_t stage, const struct att
         else
             state_save(plan.partials, states, at, dim, s, lane);
     }
-    if (!view.by_rows && t.segments > 1)
-        __threadfence();
 }
 
-// After all threads have passed a barrier behind segment_leave. Contains barriers.
+// All segments of the CTA's tasks are in scratch: counts them, and merges what is complete. Sets
+// the counters of that back to zero.
 template <int DIM>
 static __device__ __forceinline__ void
-segment_count(decode_shared<DIM> *shared, const struct attention_args &a,
-              const struct attention_plan &plan, const schedule_view &view, const task &t,
-              uint32_t head, uint32_t heads)
+segments_finish(decode_shared<DIM> *shared, const struct attention_args &a,
+                const struct attention_plan &plan, const schedule_view &view)
 {
-    uint32_t *counter = plan.counters + t.entry * plan.lanes + t.lane;
-    if (threadIdx.x == 0) {
-        shared->is_last = atomicAdd(counter, 1) + 1 == t.segments;
-        __threadfence();
+    uint32_t tasks = view.units * plan.lanes;
+    __threadfence();
+    for (uint32_t first = blockIdx.x; first < tasks; first += 32 * gridDim.x) {
+        __syncthreads();
+        if (threadIdx.x < 32) { // lane i: the i-th of 32 tasks
+            task t;
+            bool is_last = false;
+            task_by_segment(&shared->plan, view, plan, first + threadIdx.x * gridDim.x, &t);
+            if (t.tokens && t.segments > 1) {
+                uint32_t *counter = plan.counters + t.entry * plan.lanes + t.lane;
+                is_last = atomicAdd(counter, 1) + 1 == t.segments;
+                if (is_last)
+                    *counter = 0;
+            }
+            __threadfence();
+            uint32_t mask = __ballot_sync(0xffffffffu, is_last);
+            if (threadIdx.x == 0)
+                shared->complete = mask;
+        }
+        __syncthreads();
+        for (uint32_t mask = shared->complete; mask; mask &= mask - 1) {
+            task t;
+            task_by_segment(&shared->plan, view, plan,
+                            first + (uint32_t)(__ffs((int)mask) - 1) * gridDim.x, &t);
+            task_heads heads = heads_of(plan, t);
+            segments_merge<DIM>(a, plan, t.row, (uint64_t)view.units * a.heads,
+                                shared->plan.list[t.entry].start, t.segments, heads.first,
+                                heads.count);
+        }
     }
-    __syncthreads();
-    if (!shared->is_last)
-        return;
-    if (threadIdx.x == 0)
-        *counter = 0;
-    segments_merge<DIM>(a, plan, t.row, (uint64_t)view.units * a.heads,
-                        shared->plan.list[t.entry].start, t.segments, head, heads);
 }
 
 // ---- the kernel ----
@@ -500,6 +572,8 @@ static __global__ void __launch_bounds__(DECODE_THREADS, decode_shape<DIM>::CTAS
     task next = task_next(&shared->plan, shared->mask, view, a, plan, now), later;
     token_pages pages, pages_later;
     uint64_t address[2], address_next[2];
+    query_part<DIM> part;
+    query_load<DIM>(&part, a, plan, now);
     pages_load(&pages, a, plan, now, warp, lane);
     pages_load(&pages_later, a, plan, next, warp, lane);
     pages_resolve(address, pages, a, plan);
@@ -512,16 +586,12 @@ static __global__ void __launch_bounds__(DECODE_THREADS, decode_shape<DIM>::CTAS
         later = task_next(&shared->plan, shared->mask, view, a, plan, next);
         pages_resolve(address_next, pages_later, a, plan);
         pages_load(&pages_later, a, plan, later, warp, lane);
-        uint32_t in_group = now.lane % plan.passes * QUERY_ROWS;
-        uint32_t head = now.lane / plan.passes * plan.group + in_group;
-        uint32_t heads = min(plan.group - in_group, (uint32_t)QUERY_ROWS);
-        query_load<DIM>(shared->query, a, now.row, head, heads);
+        task_heads heads = heads_of(plan, now);
+        query_put<DIM>(shared->query, part);
+        query_load<DIM>(&part, a, plan, next);
         __syncthreads();
-        uint32_t query[DIM / 16][4];
-        if (DIM <= 128)
-#pragma unroll
-            for (int step = 0; step < shape::STEPS; step++)
-                rows_fragment<DIM>(query[step], shared->query, 0, step, lane);
+        uint32_t query[DIM / 16][2];
+        query_fragments<DIM>(query, shared->query, lane);
         warp_state<DIM> state;
         state_clear(&state);
 #pragma unroll
@@ -531,14 +601,13 @@ static __global__ void __launch_bounds__(DECODE_THREADS, decode_shape<DIM>::CTAS
             async_wait<shape::STAGES - 1>();
             __syncwarp();
             if (first < now.tokens)
-                tile_compute<DIM>(&state, tile, query, shared->query, a.scale, now.tokens - first,
-                                  lane);
+                tile_compute<DIM>(&state, tile, query, a.scale, now.tokens - first, lane);
             __syncwarp();
             if (slot == SLOTS - 1) {
                 if (warp * TILE_TOKENS < now.tokens)
-                    state_put(shared, tile, &state, warp, lane, heads);
+                    state_put(shared, tile, &state, warp, lane, heads.count);
                 __syncthreads();
-                segment_leave<DIM>(shared, stage, a, plan, view, now, head, heads);
+                segment_leave<DIM>(shared, stage, a, plan, view, now, heads.first, heads.count);
                 __syncthreads();
             }
             int ahead = slot + shape::STAGES;
@@ -549,13 +618,13 @@ static __global__ void __launch_bounds__(DECODE_THREADS, decode_shape<DIM>::CTAS
             async_commit();
             stage = stage + 1 == shape::STAGES ? 0 : stage + 1;
         }
-        if (!view.by_rows && now.segments > 1)
-            segment_count<DIM>(shared, a, plan, view, now, head, heads);
         now = next;
         next = later;
         address[0] = address_next[0];
         address[1] = address_next[1];
     }
+    if (!view.by_rows)
+        segments_finish<DIM>(shared, a, plan, view);
 }
 
 template <int DIM> static size_t decode_bytes(uint32_t rows)
@@ -594,7 +663,7 @@ void cuda__attention(const struct cuda_launch *l, const struct attention_args *a
     struct attention_plan plan = {};
     plan.act_cols = (uint32_t)cuda__act_cols((size_t)a.heads * s->head_dim);
     plan.group = a.heads / s->kv_heads;
-    plan.passes = (plan.group + QUERY_ROWS - 1) / QUERY_ROWS;
+    plan.passes = (plan.group + HEADS_MAX - 1) / HEADS_MAX;
     plan.lanes = s->kv_heads * plan.passes;
     plan.wide = rows_are_wide(&a.kv);
     plan.layer_at = (uint64_t)(a.layer % s->layers_per_page) * s->part_bytes;

@@ -17,7 +17,7 @@
 enum {
     RUN_MIN = 16,      // at most 33: the bits of two words decide
     PREFILL_ROWS = 64, // steps of more rows have the prefill kernel beside the decode kernel
-    QUERY_ROWS = 16,   // rows of an mma tile
+    HEADS_MAX = 8,     // of a decode task: columns of an mma tile
 };
 
 #define LOG2_E 1.4426950408889634f
@@ -27,7 +27,7 @@ enum {
 struct attention_plan {
     uint32_t act_cols;
     uint32_t group;     // query heads of a KV head
-    uint32_t passes;    // of at most QUERY_ROWS query heads
+    uint32_t passes;    // of at most HEADS_MAX query heads
     uint32_t lanes;     // kv_heads * passes: tasks of a (row, segment)
     uint32_t wide;      // rows of K and V can be copied 16 bytes at a time
     uint32_t runs;      // the prefill kernel takes the runs

@@ -3,7 +3,7 @@
 // function of the positions alone and is found by every CTA for itself, because a step may be
 // entered at any half-layer: nothing of an earlier launch is relied on.
 //
-// lane: a KV head and one pass of at most 16 of its query heads. unit: a (row, segment).
+// lane: a KV head and one pass of at most 8 of its query heads. unit: a (row, segment).
 //
 // By segments, when the decode rows are few (LIST_MAX) and their partial results fit: a list of the
 // rows with the prefix sum of their segments stands in shared memory; task t is unit t / lanes,
