@@ -427,7 +427,8 @@ static void attention_record(struct bench *b, void *context)
 
 // `rows` decode rows with `context` tokens each, or one chunk of `rows` that ends there.
 static void attention_case(struct bench *b, const char *name, uint32_t heads, uint32_t kv_heads,
-                           uint32_t rows, uint32_t context, bool chunk, double empty)
+                           uint32_t rows, uint32_t context, uint32_t common, bool chunk,
+                           double empty)
 {
     enum { DIM = 128, BLOCK = 16 };
     uint32_t sequences = chunk ? 1 : rows, blocks = context / BLOCK;
@@ -442,6 +443,8 @@ static void attention_case(struct bench *b, const char *name, uint32_t heads, ui
         pages[i] = pages[j];
         pages[j] = kept;
     }
+    for (uint32_t r = 1; r < sequences; r++) // the first `common` tokens are in the same pages
+        memcpy(pages + (size_t)r * blocks, pages, common / BLOCK * sizeof *pages);
     for (uint32_t r = 0; r < rows; r++) {
         sequence[r] = chunk ? 0 : r;
         position[r] = chunk ? context - rows + r : context - 1;
@@ -469,8 +472,8 @@ static void attention_case(struct bench *b, const char *name, uint32_t heads, ui
                                        device_position, kv, rows, heads, 0, 1e-6f}};
     double s = (unit_seconds(b, attention_record, &x) - empty) / LAYERS;
     char shape[96];
-    (void)snprintf(shape, sizeof shape, "%s %s rows %u context %u", name,
-                   chunk ? "prefill" : "decode", rows, context);
+    (void)snprintf(shape, sizeof shape, "%s %s rows %u context %u%s", name,
+                   chunk ? "prefill" : "decode", rows, context, common ? " shared" : "");
     if (chunk) {
         double seen = 0;
         for (uint32_t r = 0; r < rows; r++)
@@ -493,13 +496,17 @@ static void bench_attention(struct bench *b, double empty)
 {
     static const uint32_t rows[] = {1, 8, 32, 64};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
-        attention_case(b, "llama 32/8", 32, 8, rows[i], 1024, false, empty);
-        attention_case(b, "qwen3 32/4", 32, 4, rows[i], 1024, false, empty);
-        attention_case(b, "olmoe 16/16", 16, 16, rows[i], 1024, false, empty);
+        attention_case(b, "llama 32/8", 32, 8, rows[i], 1024, 0, false, empty);
+        attention_case(b, "qwen3 32/4", 32, 4, rows[i], 1024, 0, false, empty);
+        attention_case(b, "olmoe 16/16", 16, 16, rows[i], 1024, 0, false, empty);
     }
-    attention_case(b, "llama 32/8", 32, 8, 1, 32768, false, empty);
-    attention_case(b, "llama 32/8", 32, 8, 2048, 2048, true, empty);
-    attention_case(b, "llama 32/8", 32, 8, 512, 8192, true, empty);
+    attention_case(b, "llama 32/8", 32, 8, 1, 32768, 0, false, empty);
+    attention_case(b, "llama 32/8", 32, 8, 2048, 2048, 0, true, empty);
+    attention_case(b, "llama 32/8", 32, 8, 512, 8192, 0, true, empty);
+    for (uint32_t common = 0; common <= 1920; common += 1920) {
+        attention_case(b, "llama 32/8", 32, 8, 64, 2048, common, false, empty);
+        attention_case(b, "olmoe 16/16", 16, 16, 64, 2048, common, false, empty);
+    }
 }
 
 // ---- LoRA ----

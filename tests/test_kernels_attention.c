@@ -214,6 +214,54 @@ static void test_kernels_attention_bits_do_not_depend_on_the_chunk(void **state)
     rig_each("attention bits", attention_bits);
 }
 
+// Sequences that have their first pages in common, as after a prefix found in the cache: the
+// answer, and (exact devices) the bits, are those of each row alone.
+static void shared_case(struct rig *rig, uint32_t kv_heads, uint32_t group, uint32_t dim,
+                        uint32_t block)
+{
+    enum { SEQUENCES = 11, CONTEXT = 900, ROWS = SEQUENCES + 3 };
+    static const uint32_t common[SEQUENCES] = {0, 512, 800, 256, 256, 255, 600, 0, 512, 768, 900};
+    struct world w;
+    uint32_t heads = kv_heads * group, cols = heads * dim, *sequence, *position;
+    world_make(&w, rig, SEQUENCES, CONTEXT, (struct kv_shape){1, kv_heads, dim, block, 0, 1, 0},
+               heads);
+    for (uint32_t i = 0; i < SEQUENCES; i++) {
+        memcpy(w.pages + i * w.kv.blocks_max, w.pages,
+               common[i] / block * sizeof *w.pages); // whole blocks
+        kv_fill(&w, 0, i, CONTEXT);
+    }
+    sequence = rig_alloc(rig, ROWS * 4);
+    position = rig_alloc(rig, ROWS * 4);
+    for (uint32_t r = 0; r < ROWS; r++) { // the last rows are further ones of the last sequences
+        sequence[r] = r < SEQUENCES ? r : 2 * SEQUENCES - 1 - r;
+        position[r] = r % 4 == 3 ? 200 + random_below(200) : CONTEXT - 1 - random_below(200);
+    }
+    float *q = rig_floats(rig, (size_t)ROWS * cols), scale = 1.0f / sqrtf((float)dim);
+    uint8_t *out = attention_run(&w, 0, q, cols, sequence, position, ROWS, scale);
+    attention_check(&w, 0, q, cols, out, sequence, position, ROWS, scale);
+    size_t bytes = rig->table->act_bytes(rig->device, 1, cols);
+    for (uint32_t r = 0; rig->exact && r < ROWS; r++) {
+        const void *alone =
+            attention_run(&w, 0, q + (size_t)r * cols, cols, sequence + r, position + r, 1, scale);
+        assert_memory_equal(alone, out + r * bytes, bytes);
+    }
+    rig_clear(rig);
+}
+
+static void shared_all(struct rig *rig)
+{
+    static const uint32_t cases[][4] = {{2, 1, 64, 16},  {1, 2, 128, 8}, {2, 3, 40, 16},
+                                        {1, 4, 128, 32}, {2, 8, 64, 8},  {1, 12, 16, 16}};
+    for (size_t i = 0; i < ARRAY_COUNT(cases); i++)
+        shared_case(rig, cases[i][0], cases[i][1], cases[i][2], cases[i][3]);
+}
+
+static void test_kernels_attention_of_shared_pages_is_that_of_each_row(void **state)
+{
+    (void)state;
+    rig_each("attention shared", shared_all);
+}
+
 static double turned(const float *x, const float *weight, double norm, const float *inv_freq,
                      uint32_t position, size_t dim, size_t i, double *scale)
 {
@@ -300,6 +348,7 @@ int main(void)
         cmocka_unit_test(test_kernels_qk_norm_rope_kv_matches_double),
         cmocka_unit_test(test_kernels_attention_matches_double),
         cmocka_unit_test(test_kernels_attention_bits_do_not_depend_on_the_chunk),
+        cmocka_unit_test(test_kernels_attention_of_shared_pages_is_that_of_each_row),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -56,8 +56,8 @@ template <int DIM> struct decode_shared {
     uint8_t query[HEADS_MAX * DIM * 2];
     float max[DECODE_WARPS][HEADS_MAX], sum[DECODE_WARPS][HEADS_MAX];
     schedule plan;
-    uint32_t complete; // bits: tasks of 32 whose (row, lane) is complete
-    uint32_t mask[];   // rows_max / 32 + 2
+    uint32_t complete[HEADS_MAX]; // bits: tasks of 32 whose i-th (row, lane) is complete
+    uint32_t mask[];              // rows_max / 32 + 2
 };
 
 // What a warp knows of the tokens of a task: lane t holds tokens t % 16 of slots t / 16 and
@@ -153,7 +153,7 @@ slot_load(uint8_t *stage, const uint64_t address[2], uint32_t slot, uint32_t in_
     }
 }
 
-// The query heads of a task.
+// The query heads of a task, of each of its rows: column c is head c % count of row c / count.
 struct task_heads {
     uint32_t first, count;
 };
@@ -172,7 +172,7 @@ template <int DIM> struct query_part {
 };
 
 template <int DIM>
-static __device__ __forceinline__ void query_load(query_part<DIM> *part,
+static __device__ __forceinline__ void query_load(query_part<DIM> *part, const schedule *s,
                                                   const struct attention_args &a,
                                                   const struct attention_plan &plan, const task &t)
 {
@@ -180,13 +180,16 @@ static __device__ __forceinline__ void query_load(query_part<DIM> *part,
         return;
     uint32_t dim = a.kv.shape.head_dim;
     task_heads heads = heads_of(plan, t);
-    const float *q = a.q + (uint64_t)t.row * a.q_stride + (uint64_t)heads.first * dim;
 #pragma unroll
     for (uint32_t i = 0; i < HEADS_MAX * DIM / 2 / DECODE_THREADS; i++) {
         uint32_t at = threadIdx.x + i * DECODE_THREADS, of = at / (DIM / 2), d = at % (DIM / 2) * 2;
-        bool is_there = of < heads.count && d < dim;
-        part->pair[i].x = is_there ? q[of * dim + d] : 0.0f;
-        part->pair[i].y = is_there ? q[of * dim + d + 1] : 0.0f;
+        bool is_there = of < t.together * heads.count && d < dim;
+        uint32_t of_row = t.together > 1 ? of / heads.count : 0;
+        uint32_t row = of_row && is_there ? s->list[t.entry + of_row].row : t.row;
+        const float *q = a.q + (uint64_t)row * a.q_stride +
+                         (uint64_t)(heads.first + of - of_row * heads.count) * dim + d;
+        part->pair[i].x = is_there ? q[0] : 0.0f;
+        part->pair[i].y = is_there ? q[1] : 0.0f;
     }
 }
 
@@ -495,22 +498,38 @@ segment_leave(const decode_shared<DIM> *shared, uint32_t stage, const struct att
     uint32_t tiles = (t.tokens + TILE_TOKENS - 1) / TILE_TOKENS;
     uint64_t states =
         view.by_rows ? (uint64_t)gridDim.x * HEADS_MAX : (uint64_t)view.units * a.heads;
-    for (uint32_t i = threadIdx.x / 32; i < heads; i += DECODE_WARPS) {
+    for (uint32_t i = threadIdx.x / 32; i < t.together * heads; i += DECODE_WARPS) {
         row_state<DIM> s = state_take<DIM>(shared, stage, i, tiles, lane);
+        uint32_t of_row = i / heads, of = head + i % heads, row = t.row, segments = t.segments;
         uint64_t at = blockIdx.x * HEADS_MAX + i;
-        if (!view.by_rows)
-            at = ((uint64_t)shared->plan.list[t.entry].start + t.segment) * a.heads + head + i;
-        else if (t.segment) {
+        if (!view.by_rows) {
+            const list_entry &e = shared->plan.list[t.entry + of_row];
+            at = ((uint64_t)e.start + t.segment) * a.heads + of;
+            row = e.row;
+            segments = segments_of(e.position);
+        } else if (t.segment) {
             row_state<DIM> before = state_load<DIM>(plan.partials, states, at, dim, lane);
             state_merge(&before, s);
             s = before;
             __syncwarp(); // all lanes have read max and sum, which lane 0 is going to overwrite
         }
-        if (t.segments == 1 || (view.by_rows && t.segment + 1 == t.segments))
-            state_write(a, plan, t.row, head + i, s, lane);
+        if (segments == 1 || (view.by_rows && t.segment + 1 == segments))
+            state_write(a, plan, row, of, s, lane);
         else
             state_save(plan.partials, states, at, dim, s, lane);
     }
+}
+
+// Counts a segment of a list entry and lane; whether it was the last, if there are several.
+static __device__ __forceinline__ bool
+segment_is_last(const schedule *s, const struct attention_plan &plan, uint32_t entry, uint32_t lane)
+{
+    uint32_t segments = segments_of(s->list[entry].position);
+    uint32_t *counter = plan.counters + entry * plan.lanes + lane;
+    bool is_last = segments > 1 && atomicAdd(counter, 1) + 1 == segments;
+    if (is_last)
+        *counter = 0;
+    return is_last;
 }
 
 // All segments of the CTA's tasks are in scratch: counts them, and merges what is complete. Sets
@@ -520,35 +539,33 @@ static __device__ __forceinline__ void
 segments_finish(decode_shared<DIM> *shared, const struct attention_args &a,
                 const struct attention_plan &plan, const schedule_view &view)
 {
-    uint32_t tasks = view.units * plan.lanes;
+    uint32_t tasks = view.tasks * plan.lanes;
     __threadfence();
     for (uint32_t first = blockIdx.x; first < tasks; first += 32 * gridDim.x) {
         __syncthreads();
         if (threadIdx.x < 32) { // lane i: the i-th of 32 tasks
             task t;
-            bool is_last = false;
             task_by_segment(&shared->plan, view, plan, first + threadIdx.x * gridDim.x, &t);
-            if (t.tokens && t.segments > 1) {
-                uint32_t *counter = plan.counters + t.entry * plan.lanes + t.lane;
-                is_last = atomicAdd(counter, 1) + 1 == t.segments;
-                if (is_last)
-                    *counter = 0;
+            for (uint32_t i = 0; i < HEADS_MAX; i++) {
+                bool is_last = t.tokens && i < t.together &&
+                               segment_is_last(&shared->plan, plan, t.entry + i, t.lane);
+                uint32_t mask = __ballot_sync(0xffffffffu, is_last);
+                if (threadIdx.x == 0)
+                    shared->complete[i] = mask;
             }
             __threadfence();
-            uint32_t mask = __ballot_sync(0xffffffffu, is_last);
-            if (threadIdx.x == 0)
-                shared->complete = mask;
         }
         __syncthreads();
-        for (uint32_t mask = shared->complete; mask; mask &= mask - 1) {
-            task t;
-            task_by_segment(&shared->plan, view, plan,
-                            first + (uint32_t)(__ffs((int)mask) - 1) * gridDim.x, &t);
-            task_heads heads = heads_of(plan, t);
-            segments_merge<DIM>(a, plan, t.row, (uint64_t)view.units * a.heads,
-                                shared->plan.list[t.entry].start, t.segments, heads.first,
-                                heads.count);
-        }
+        for (uint32_t i = 0; i < plan.together; i++)
+            for (uint32_t mask = shared->complete[i]; mask; mask &= mask - 1) {
+                task t;
+                task_by_segment(&shared->plan, view, plan,
+                                first + (uint32_t)(__ffs((int)mask) - 1) * gridDim.x, &t);
+                task_heads heads = heads_of(plan, t);
+                const list_entry &e = shared->plan.list[t.entry + i];
+                segments_merge<DIM>(a, plan, e.row, (uint64_t)view.units * a.heads, e.start,
+                                    segments_of(e.position), heads.first, heads.count);
+            }
     }
 }
 
@@ -573,7 +590,7 @@ static __global__ void __launch_bounds__(DECODE_THREADS, decode_shape<DIM>::CTAS
     token_pages pages, pages_later;
     uint64_t address[2], address_next[2];
     query_part<DIM> part;
-    query_load<DIM>(&part, a, plan, now);
+    query_load<DIM>(&part, &shared->plan, a, plan, now);
     pages_load(&pages, a, plan, now, warp, lane);
     pages_load(&pages_later, a, plan, next, warp, lane);
     pages_resolve(address, pages, a, plan);
@@ -588,7 +605,7 @@ static __global__ void __launch_bounds__(DECODE_THREADS, decode_shape<DIM>::CTAS
         pages_load(&pages_later, a, plan, later, warp, lane);
         task_heads heads = heads_of(plan, now);
         query_put<DIM>(shared->query, part);
-        query_load<DIM>(&part, a, plan, next);
+        query_load<DIM>(&part, &shared->plan, a, plan, next);
         __syncthreads();
         uint32_t query[DIM / 16][2];
         query_fragments<DIM>(query, shared->query, lane);
@@ -605,7 +622,7 @@ static __global__ void __launch_bounds__(DECODE_THREADS, decode_shape<DIM>::CTAS
             __syncwarp();
             if (slot == SLOTS - 1) {
                 if (warp * TILE_TOKENS < now.tokens)
-                    state_put(shared, tile, &state, warp, lane, heads.count);
+                    state_put(shared, tile, &state, warp, lane, now.together * heads.count);
                 __syncthreads();
                 segment_leave<DIM>(shared, stage, a, plan, view, now, heads.first, heads.count);
                 __syncthreads();
@@ -665,6 +682,7 @@ void cuda__attention(const struct cuda_launch *l, const struct attention_args *a
     plan.group = a.heads / s->kv_heads;
     plan.passes = (plan.group + HEADS_MAX - 1) / HEADS_MAX;
     plan.lanes = s->kv_heads * plan.passes;
+    plan.together = plan.group < HEADS_MAX ? HEADS_MAX / plan.group : 1;
     plan.wide = rows_are_wide(&a.kv);
     plan.layer_at = (uint64_t)(a.layer % s->layers_per_page) * s->part_bytes;
     plan.values_at = (uint64_t)s->kv_heads * s->block_tokens * s->head_dim * 2;

@@ -29,6 +29,7 @@ struct attention_plan {
     uint32_t group;     // query heads of a KV head
     uint32_t passes;    // of at most HEADS_MAX query heads
     uint32_t lanes;     // kv_heads * passes: tasks of a (row, segment)
+    uint32_t together;  // rows whose query heads of a pass have room in one task
     uint32_t wide;      // rows of K and V can be copied 16 bytes at a time
     uint32_t runs;      // the prefill kernel takes the runs
     uint64_t layer_at;  // bytes from a page's begin to K of this layer

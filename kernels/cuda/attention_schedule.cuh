@@ -5,6 +5,13 @@
 //
 // lane: a KV head and one pass of at most 8 of its query heads. unit: a (row, segment).
 //
+// Shared prefixes. `together` rows of the list that follow each other (8 / query heads of a pass,
+// so that their heads fill the columns of the products; a list entry at a multiple of it leads) are
+// one task in each segment that they see as a whole and whose pages are the same: the last block's
+// page tells, since a block is only ever shared together with those before it. The leader's task
+// covers the others, whose own tasks begin behind what is covered. Rows of one sequence (a short
+// chunk) share everything but their last segment. A column's arithmetic is the same in any company.
+//
 // By segments, when the decode rows are few (LIST_MAX) and their partial results fit: a list of the
 // rows with the prefix sum of their segments stands in shared memory; task t is unit t / lanes,
 // lane t % lanes, and CTA c takes tasks c, c + grid, ...: all tasks are one segment, so that a
@@ -14,7 +21,7 @@
 // By rows, otherwise: task t is row t / lanes, lane t % lanes; the CTA walks the segments of the
 // row and merges them as it goes, with the same arithmetic in the same order: the same bits.
 //
-// Shared memory: 8 KiB for the list, 4 bytes per 32 rows for the bits of runs.
+// Shared memory: 7.5 KiB for the list, 4 bytes per 32 rows for the bits of runs.
 #pragma once
 
 #include "kernels/cuda/attention.cuh"
@@ -22,23 +29,27 @@
 enum {
     DECODE_WARPS = 4,
     DECODE_THREADS = DECODE_WARPS * 32,
-    LIST_MAX = 512,
+    LIST_MAX = 320,
     COUNTERS = 1 << 18,
 };
 
 struct list_entry {
     uint32_t start; // units of the rows before
     uint32_t row, sequence, position;
+    uint32_t cover; // segments that the leader's tasks do for this row
+    uint32_t
+        task; // units of the rows before that are not covered: number of its first task / lanes
 };
 
 struct schedule {
     list_entry list[LIST_MAX];
-    uint32_t warp_rows[DECODE_WARPS], warp_units[DECODE_WARPS];
+    uint32_t warp_rows[DECODE_WARPS], warp_units[DECODE_WARPS], tasks;
 };
 
 // Uniform over the CTA.
 struct schedule_view {
     uint32_t rows, count, units;
+    uint32_t tasks; // units that are not covered
     bool by_rows;
 };
 
@@ -48,7 +59,8 @@ struct task {
     uint32_t segment, segments; // of the row
     uint32_t tokens;            // of this segment, 1..KV_SEGMENT; 0: there is no task
     uint32_t sequence;
-    uint32_t entry; // by segments: index in the list
+    uint32_t entry;    // by segments: index in the list
+    uint32_t together; // entries from there on that this task is for
 };
 
 static __device__ __forceinline__ uint32_t segments_of(uint32_t position)
@@ -103,6 +115,73 @@ static __device__ __forceinline__ void schedule_scan(schedule *s, uint32_t *rows
     }
 }
 
+// How many leading segments two rows see as a whole and have in the same pages.
+static __device__ __forceinline__ uint32_t segments_shared(const struct attention_args &a,
+                                                           const struct attention_plan &plan,
+                                                           const list_entry &x, const list_entry &y)
+{
+    const struct kv_shape &s = a.kv.shape;
+    const uint32_t *pages = a.kv.pages + plan.page_at;
+    uint64_t x_at = (uint64_t)x.sequence * a.kv.blocks_max,
+             y_at = (uint64_t)y.sequence * a.kv.blocks_max;
+    uint32_t low = 0, high = (min(x.position, y.position) + 1) / KV_SEGMENT;
+    for (uint32_t probe = 1; low < high; probe = low + (high - low + 1) / 2) {
+        uint32_t block = (probe * KV_SEGMENT - 1) / s.block_tokens;
+        if (pages[(x_at + block) * s.pages_per_block] == pages[(y_at + block) * s.pages_per_block])
+            low = probe;
+        else
+            high = probe - 1;
+    }
+    return low;
+}
+
+// Finds `cover` and `task` of the list. All threads; begins and ends with a barrier.
+static __device__ void schedule_share(schedule *s, const struct attention_args &a,
+                                      const struct attention_plan &plan, schedule_view *view)
+{
+    constexpr uint32_t EACH = (LIST_MAX + DECODE_THREADS - 1) / DECODE_THREADS;
+    uint32_t cover[EACH], count = view->count;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < count; i += DECODE_THREADS)
+        s->list[i].cover = i % plan.together && count > 1
+                               ? segments_shared(a, plan, s->list[i - 1], s->list[i])
+                               : 0;
+    __syncthreads();
+#pragma unroll
+    for (uint32_t j = 0; j < EACH; j++) { // what is shared all the way from the leader
+        uint32_t i = threadIdx.x + j * DECODE_THREADS;
+        cover[j] = i < count ? s->list[i].cover : 0;
+        for (uint32_t k = i; i < count && cover[j] && (k - 1) % plan.together; k--)
+            cover[j] = min(cover[j], s->list[k - 1].cover);
+    }
+    __syncthreads();
+#pragma unroll
+    for (uint32_t j = 0; j < EACH; j++)
+        if (threadIdx.x + j * DECODE_THREADS < count)
+            s->list[threadIdx.x + j * DECODE_THREADS].cover = cover[j];
+    __syncthreads();
+    uint32_t lane = threadIdx.x, strip = (count + 31) / 32, own = 0;
+    if (lane < 32) {
+        for (uint32_t i = lane * strip; i < min((lane + 1) * strip, count); i++)
+            own += segments_of(s->list[i].position) - s->list[i].cover;
+        uint32_t end = own;
+#pragma unroll
+        for (int i = 1; i < 32; i *= 2) {
+            uint32_t left = __shfl_up_sync(0xffffffffu, end, i);
+            end += lane >= i ? left : 0;
+        }
+        uint32_t at = end - own;
+        for (uint32_t i = lane * strip; i < min((lane + 1) * strip, count); i++) {
+            s->list[i].task = at;
+            at += segments_of(s->list[i].position) - s->list[i].cover;
+        }
+        if (lane == 31)
+            s->tasks = end;
+    }
+    __syncthreads();
+    view->tasks = s->tasks;
+}
+
 // All threads. Ends with a barrier.
 static __device__ void schedule_make(schedule *s, uint32_t *mask, const struct attention_args &a,
                                      const struct attention_plan &plan, uint32_t rows,
@@ -131,9 +210,12 @@ static __device__ void schedule_make(schedule *s, uint32_t *mask, const struct a
         for (uint32_t row = first; row < last; row++)
             if (decode_row(plan, mask, row)) {
                 uint32_t position = a.position[row];
-                s->list[at++] = {start, row, a.sequence[row], position};
+                s->list[at++] = {start, row, a.sequence[row], position, 0, start};
                 start += segments_of(position);
             }
+    view->tasks = units;
+    if (!view->by_rows && count > 1 && plan.together > 1)
+        schedule_share(s, a, plan, view);
     __syncthreads();
 }
 
@@ -150,12 +232,12 @@ static __device__ __forceinline__ void task_by_segment(const schedule *s, const 
     uint32_t unit = at / plan.lanes;
     t->at = at;
     t->tokens = 0;
-    if (unit >= view.units)
+    if (unit >= view.tasks)
         return;
-    uint32_t low = 0, high = view.count; // list[low].start <= unit < list[high].start
+    uint32_t low = 0, high = view.count; // list[low].task <= unit < list[high].task
     while (high - low > 1) {
         uint32_t middle = (low + high) / 2;
-        if (s->list[middle].start <= unit)
+        if (s->list[middle].task <= unit)
             low = middle;
         else
             high = middle;
@@ -165,7 +247,11 @@ static __device__ __forceinline__ void task_by_segment(const schedule *s, const 
     t->row = e.row;
     t->sequence = e.sequence;
     t->lane = at - unit * plan.lanes;
-    t->segment = unit - e.start;
+    t->segment = unit - e.task + e.cover;
+    t->together = 1;
+    while ((low + t->together) % plan.together && low + t->together < view.count &&
+           t->segment < s->list[low + t->together].cover)
+        t->together++;
     t->segments = segments_of(e.position);
     t->tokens = segment_tokens(e.position, t->segment);
 }
@@ -186,6 +272,7 @@ static __device__ __forceinline__ void task_by_row(const uint32_t *mask, const s
     if (row >= view.rows)
         return;
     t->entry = 0;
+    t->together = 1;
     t->row = row;
     t->sequence = a.sequence[row];
     t->lane = at - row * plan.lanes;
