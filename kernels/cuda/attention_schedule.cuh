@@ -141,12 +141,15 @@ static __device__ void schedule_share(schedule *s, const struct attention_args &
 {
     constexpr uint32_t EACH = (LIST_MAX + DECODE_THREADS - 1) / DECODE_THREADS;
     uint32_t cover[EACH], count = view->count;
+    bool is_shared = false;
     __syncthreads();
     for (uint32_t i = threadIdx.x; i < count; i += DECODE_THREADS)
-        s->list[i].cover = i % plan.together && count > 1
-                               ? segments_shared(a, plan, s->list[i - 1], s->list[i])
-                               : 0;
-    __syncthreads();
+        if (i % plan.together) {
+            s->list[i].cover = segments_shared(a, plan, s->list[i - 1], s->list[i]);
+            is_shared |= s->list[i].cover > 0;
+        }
+    if (!__syncthreads_or(is_shared))
+        return; // as the list was made
 #pragma unroll
     for (uint32_t j = 0; j < EACH; j++) { // what is shared all the way from the leader
         uint32_t i = threadIdx.x + j * DECODE_THREADS;
