@@ -57,6 +57,8 @@ struct adapter {
     struct lora_pair *pairs;    // device memory
     pool_object object;
     struct adapter_heat heat;
+    struct adapter_loads loads;
+    uint64_t fetch_us; // when the fetch under way began
 };
 
 struct adapters {
@@ -74,6 +76,7 @@ struct adapters {
     uint32_t *warm, warm_count;
     uint32_t *graves, graves_count; // slots in state BURIED
     uint64_t fetches, given_back;
+    struct adapter_loads loads; // of all adapters, removed ones too
 };
 
 bool adapter_name_is_valid(const char *name)
@@ -523,6 +526,11 @@ void adapter_acquire(struct adapters *adapters, adapter_id id)
 {
     struct adapter *adapter = adapter_of(adapters, id);
     adapter__heat_add(&adapter->heat, clock_now_us(&adapters->options.clock));
+    bool is_hit = pool_is_resident(adapters->options.pool, adapter->object);
+    adapter->loads.hits += is_hit;
+    adapter->loads.misses += !is_hit;
+    adapters->loads.hits += is_hit;
+    adapters->loads.misses += !is_hit;
     if (!adapter->users++)
         adapter->forgiven = true;
 }
@@ -557,8 +565,10 @@ enum status adapter_fetch(struct adapters *adapters, adapter_id id, enum copy_cl
     if (status)
         return status;
     warm_add(adapters, slot);
-    if (begins)
+    if (begins) {
         arriving_add(adapters, slot);
+        adapter->fetch_us = clock_now_us(&adapters->options.clock);
+    }
     adapter->forgiven = false;
     adapters->fetches += begins;
     return STATUS_OK;
@@ -601,6 +611,13 @@ void adapter_used(struct adapters *adapters, adapter_id id)
 
 // ---- what kernels read ----
 
+static void loads_add(struct adapter_loads *loads, uint64_t us)
+{
+    loads->loads++;
+    loads->load_us += us;
+    loads->load_us_max = us > loads->load_us_max ? us : loads->load_us_max;
+}
+
 void adapters_flush(struct adapters *adapters, struct stream *stream)
 {
     struct pool *pool = adapters->options.pool;
@@ -616,6 +633,9 @@ void adapters_flush(struct adapters *adapters, struct stream *stream)
         adapters->arriving[i] = adapters->arriving[--adapters->arriving_count];
         if (!pool_is_resident(pool, adapter->object))
             continue; // the fetch failed, or its pages were given back
+        uint64_t us = clock_now_us(&adapters->options.clock) - adapter->fetch_us;
+        loads_add(&adapter->loads, us);
+        loads_add(&adapters->loads, us);
         uint32_t first = pool_first_slot(pool, adapter->object);
         const uint32_t *pages = pool_device_pages(pool, adapter->object);
         CHECK(adapter->store.pages <= adapters->flush_words - count);
@@ -670,6 +690,7 @@ bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_
         .pages = adapter->store.pages,
         .users = adapter->users,
         .report = adapter->store.report,
+        .loads = adapter->loads,
     };
     memcpy(out->name, adapter->name, sizeof out->name);
     return true;
@@ -682,7 +703,8 @@ void adapters_stats(const struct adapters *adapters, struct adapters_stats *out)
                                 .leaving = adapters->options.adapters_max - adapters->free_count -
                                            adapters->count - adapters->graves_count,
                                 .fetches = adapters->fetches,
-                                .given_back = adapters->given_back};
+                                .given_back = adapters->given_back,
+                                .loads = adapters->loads};
     for (uint32_t i = 0; i < adapters->warm_count; i++) {
         const struct adapter *adapter = &adapters->slots[adapters->warm[i]];
         out->fetching += pool_is_fetching(adapters->options.pool, adapter->object);

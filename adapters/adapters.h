@@ -124,12 +124,21 @@ uint32_t adapter_view_index(const struct adapters *adapters, adapter_id id);
 uint32_t adapter_rank_max(const struct adapters *adapters, adapter_id id);
 bool adapter_has_module(const struct adapters *adapters, adapter_id id, enum lora_module module);
 
+// How requests found an adapter when they were admitted, and how long its pages took to arrive:
+// from the fetch to the first segment that may use them. A fetch that failed or was undone is no
+// load.
+struct adapter_loads {
+    uint64_t hits, misses;
+    uint64_t loads, load_us, load_us_max;
+};
+
 struct adapter_info {
     char name[ADAPTER_NAME_MAX];
     uint32_t owner;
     bool resident;
     uint32_t pages, users;
     struct adapter_report report;
+    struct adapter_loads loads;
 };
 uint32_t adapters_count(const struct adapters *adapters);
 // The i-th registered adapter in name order; false past the end.
@@ -139,6 +148,7 @@ struct adapters_stats {
     uint32_t registered, leaving; // leaving: removed, still used by running requests
     uint32_t resident, resident_pages, fetching;
     uint64_t fetches, given_back;
+    struct adapter_loads loads; // since the start, of removed adapters too
 };
 void adapters_stats(const struct adapters *adapters, struct adapters_stats *out);
 

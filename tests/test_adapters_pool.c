@@ -407,6 +407,42 @@ static void test_adapters_removed_while_it_is_read(void **state)
     assert_int_equal(open_files(), files);
 }
 
+// Hits and misses at admission, loads and how long they took; a failed one is none.
+static void test_adapters_count_loads(void **state)
+{
+    struct world world;
+    struct adapter_info info;
+    begin(&world, *state, 8, 2);
+    adapter_id id = add(&world, "x", world.large);
+    visit(&world, id);
+    world.rig.link.held[COPY_READ] = true;
+    assert_int_equal(adapter_fetch(world.rig.adapters, id, COPY_STANDARD, COPY_ADAPTER), STATUS_OK);
+    pool_poll(world.rig.pool);
+    world.rig.now_us += 700;
+    world.rig.link.held[COPY_READ] = false;
+    uint64_t asked = world.rig.now_us - 700;
+    tool_rig_settle(&world.rig);
+    uint64_t took = world.rig.now_us - asked;
+    visit(&world, id);
+    visit(&world, id);
+    assert_true(adapter_at(world.rig.adapters, 0, &info));
+    assert_int_equal(info.loads.hits, 2);
+    assert_int_equal(info.loads.misses, 1);
+    assert_int_equal(info.loads.loads, 1);
+    assert_in_range(info.loads.load_us, 700, took);
+    assert_int_equal(info.loads.load_us_max, info.loads.load_us);
+    world.rig.link.fail_at = world.rig.link.chunks + 1;
+    id = add(&world, "y", world.small);
+    assert_int_equal(adapter_fetch(world.rig.adapters, id, COPY_STANDARD, COPY_ADAPTER), STATUS_OK);
+    tool_rig_settle(&world.rig);
+    assert_true(adapter_at(world.rig.adapters, 1, &info));
+    assert_int_equal(info.loads.loads, 0);
+    assert_int_equal(adapter_remove(world.rig.adapters, "x"), STATUS_OK);
+    assert_int_equal(stats_of(&world).loads.hits, 2); // also of those that went
+    assert_int_equal(stats_of(&world).loads.loads, 1);
+    tool_rig_clear(&world.rig);
+}
+
 // ---- trouble ----
 
 static void test_adapters_every_copy_fails_once(void **state)
@@ -480,6 +516,7 @@ int main(void)
         cmocka_unit_test(test_adapters_comes_back_from_the_host_tier),
         cmocka_unit_test(test_adapters_removed_while_in_use),
         cmocka_unit_test(test_adapters_removed_while_it_is_read),
+        cmocka_unit_test(test_adapters_count_loads),
         cmocka_unit_test(test_adapters_every_copy_fails_once),
         cmocka_unit_test(test_adapters_file_cut_short_while_serving),
     };

@@ -83,6 +83,30 @@ static void put_experts(struct writer *w, struct engine *e)
         (unsigned long long)x.misses, (unsigned long long)x.fetched_bytes);
 }
 
+static void put_loads(struct writer *w, const struct adapter_loads *l)
+{
+    put(w, "\"hits\":%llu,\"misses\":%llu,\"loads\":%llu,\"load_us\":%llu,\"load_us_max\":%llu",
+        (unsigned long long)l->hits, (unsigned long long)l->misses, (unsigned long long)l->loads,
+        (unsigned long long)l->load_us, (unsigned long long)l->load_us_max);
+}
+
+static void put_adapters(struct writer *w, struct engine *e)
+{
+    struct adapters_stats a = {0};
+    struct pool_stats p;
+    pool_stats(e->options.pool, &p);
+    if (e->options.adapters)
+        adapters_stats(e->options.adapters, &a);
+    put(w,
+        ",\"adapters\":{\"registered\":%u,\"leaving\":%u,\"resident\":%u,\"fetching\":%u,"
+        "\"resident_bytes\":%llu,\"fetches\":%llu,\"given_back\":%llu,",
+        a.registered, a.leaving, a.resident, a.fetching,
+        (unsigned long long)a.resident_pages * p.page_bytes, (unsigned long long)a.fetches,
+        (unsigned long long)a.given_back);
+    put_loads(w, &a.loads);
+    put(w, "}");
+}
+
 size_t report_stats(struct engine *engine, char *out, size_t room)
 {
     struct writer w = {.out = out, .room = room};
@@ -112,6 +136,7 @@ size_t report_stats(struct engine *engine, char *out, size_t room)
     put_kv(&w, engine);
     put_copies(&w, engine);
     put_experts(&w, engine);
+    put_adapters(&w, engine);
     put(&w, "}");
     return w.at;
 }
@@ -120,6 +145,8 @@ size_t report_adapters(struct engine *engine, char *out, size_t room)
 {
     struct writer w = {.out = out, .room = room};
     struct adapter_info info;
+    struct pool_stats p;
+    pool_stats(engine->options.pool, &p);
     put(&w, "[");
     for (uint32_t i = 0; engine->options.adapters && adapter_at(engine->options.adapters, i, &info);
          i++) {
@@ -129,12 +156,17 @@ size_t report_adapters(struct engine *engine, char *out, size_t room)
         digest_hex(&info.report.digest, digest);
         put(&w,
             "%s{\"name\":\"%s\",\"owner\":%u,\"resident\":%s,\"pages\":%u,\"users\":%u,"
+            "\"device_bytes\":%llu,\"file_bytes\":%llu,"
             "\"rank_min\":%u,\"rank_max\":%u,\"bytes\":%llu,\"applied\":%u,\"possible\":%u,"
-            "\"layout\":\"%s\",\"digest\":\"%s\"}",
+            "\"layout\":\"%s\",\"digest\":\"%s\",",
             i ? "," : "", info.name, info.owner, info.resident ? "true" : "false", info.pages,
-            info.users, info.report.rank_min, info.report.rank_max,
-            (unsigned long long)info.report.bytes, info.report.matrices_applied,
-            info.report.matrices_possible, info.report.layout, digest);
+            info.users, info.resident ? (unsigned long long)info.pages * p.page_bytes : 0,
+            (unsigned long long)info.pages * p.page_bytes, info.report.rank_min,
+            info.report.rank_max, (unsigned long long)info.report.bytes,
+            info.report.matrices_applied, info.report.matrices_possible, info.report.layout,
+            digest);
+        put_loads(&w, &info.loads);
+        put(&w, "}");
     }
     put(&w, "]");
     return w.at;
