@@ -343,8 +343,16 @@ def test_e2e_adapters_by_command_line(server):
     assert code == 1 and "already_exists" in err, err
     with server.peer("key-alpha") as peer:
         base = peer.generate("NOME\n       kill", max_tokens=30, **GREEDY)["text"]
+        before = peer.call("stats")
         own = peer.generate("NOME\n       kill", model="own-it", max_tokens=30, **GREEDY)["text"]
+        assert peer.generate("NOME\n       kill", model="own-it", max_tokens=30, **GREEDY)["text"] == own
+        after, listed = peer.call("stats"), {a["name"]: a for a in peer.call("adapters.list")}
     assert own != base
+    mine, loads = listed["own-it"], after["engine"]["adapters"]["loads"] - before["engine"]["adapters"]["loads"]
+    assert (mine["misses"], mine["hits"], mine["loads"], loads) == (1, 1, 1, 1), mine
+    assert mine["device_bytes"] == mine["file_bytes"] > 0 and 0 < mine["load_us_max"] <= mine["load_us"], mine
+    waited = after["tenant"]["adapter_wait_us"] - before["tenant"]["adapter_wait_us"]
+    assert 0 < waited < 5e6, waited
     code, out, err = cli(server, "adapter", "rm", "own-it")
     assert code == 0, err
     code, out, err = cli(server, "adapter", "rm", "own-it")

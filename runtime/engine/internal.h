@@ -59,6 +59,7 @@ struct sequence {
     int32_t stop_token[ENGINE_STOPS_MAX];
     struct text_output text;
     uint64_t deadline_us, arrived_us, admitted_us, first_token_us;
+    uint64_t adapter_since_us, adapter_us; // waits for its adapter since (0: does not); has waited
     // the end
     enum status end_status;
     enum engine_finish finish;
@@ -223,6 +224,9 @@ bool sequence_end_if_over(struct engine *engine, uint32_t slot, uint64_t now);
 bool sequence_is_over(const struct sequence *sequence, uint64_t now);
 void sequence_leave_step(struct engine *engine, uint32_t slot);
 void sequence_want(struct engine *engine, uint32_t slot, uint32_t pages);
+// It could go on but for its adapter; it has it, or has ended.
+void sequence_adapter_lacks(struct engine *engine, struct sequence *sequence);
+void sequence_adapter_came(struct engine *engine, struct sequence *sequence);
 void sequence_fetch_ahead(struct engine *engine, uint32_t class_below);
 uint32_t sequence_pages_needed(const struct engine *engine, uint32_t tokens, bool has_adapter,
                                adapter_id adapter);

@@ -104,7 +104,8 @@ struct engine_done {
     uint32_t finish; // enum engine_finish
     uint32_t prompt_tokens, cached_tokens, generated_tokens;
     uint64_t queue_us, first_token_us, total_us; // from arrival at the engine
-    char message[200];                           // a sentence, when status is not 0
+    uint64_t adapter_us; // of that: it could have gone on but for its adapter
+    char message[200];   // a sentence, when status is not 0
     uint32_t text_bytes;
 };
 

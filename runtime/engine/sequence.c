@@ -95,6 +95,7 @@ void sequence_end(struct engine *engine, uint32_t slot, enum status status,
 static bool emit_done(struct engine *engine, struct sequence *s)
 {
     uint64_t now = clock_now_us(&engine->options.clock);
+    sequence_adapter_came(engine, s);
     struct engine_done done = {.kind = ENGINE_DONE,
                                .status = (uint32_t)s->end_status,
                                .id = s->id,
@@ -106,6 +107,7 @@ static bool emit_done(struct engine *engine, struct sequence *s)
                                .first_token_us =
                                    s->first_token_us ? s->first_token_us - s->arrived_us : 0,
                                .total_us = now - s->arrived_us,
+                               .adapter_us = s->adapter_us,
                                .text_bytes = s->text.held_bytes};
     memcpy(done.message, s->message, sizeof done.message);
     memcpy(engine->record, &done, sizeof done);
@@ -386,6 +388,19 @@ static bool adapter_ready(const struct engine *e, const struct sequence *s)
     return !s->has_adapter || adapter_is_resident(e->options.adapters, s->adapter);
 }
 
+void sequence_adapter_lacks(struct engine *engine, struct sequence *sequence)
+{
+    if (!sequence->adapter_since_us)
+        sequence->adapter_since_us = clock_now_us(&engine->options.clock);
+}
+
+void sequence_adapter_came(struct engine *engine, struct sequence *sequence)
+{
+    if (sequence->adapter_since_us)
+        sequence->adapter_us += clock_now_us(&engine->options.clock) - sequence->adapter_since_us;
+    sequence->adapter_since_us = 0;
+}
+
 static void fetch_adapter(struct engine *e, const struct sequence *s)
 {
     enum status status =
@@ -419,6 +434,7 @@ static bool start(struct engine *e, uint32_t slot)
         s->cached = s->computed < s->prompt ? s->computed : s->prompt;
         e->counters.cached_tokens += s->cached;
     }
+    sequence_adapter_came(e, s);
     sequence_move(e, slot, SEQUENCE_RUNNING);
     return true;
 }
@@ -457,6 +473,7 @@ void sequence_admit(struct engine *engine)
                 return;
             }
             if (!adapter_ready(engine, s)) {
+                sequence_adapter_lacks(engine, s);
                 fetch_adapter(engine, s);
                 sequence_want(engine, slot, pages);
                 awaited += pages;

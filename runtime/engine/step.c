@@ -76,12 +76,14 @@ static bool pin_adapter(struct engine *e, struct secured *held, uint32_t slot, u
                          "Reading the adapter from its store failed; ask the operator.");
             return false;
         }
+        sequence_adapter_lacks(e, s);
         sequence_want(e, slot, *more + e->options.kv_shape.pages_per_block);
         if (sequence_pages_allow(e, held->beside + held->adapter_pages + held->awaited + *more))
             status = adapter_fetch(adapters, s->adapter, (enum copy_class)s->class, COPY_ADAPTER);
         held->awaited += status ? 0 : *more;
         return false;
     }
+    sequence_adapter_came(e, s);
     if (!s->adapter_pinned) // by the running step
         adapter_pin(adapters, s->adapter);
     s->adapter_pinned = true;

@@ -298,7 +298,7 @@ static void pack_tenant(msgpack_packer *packer, const struct server *server, uin
 {
     const struct tenant_usage *usage = &server->usage[number];
     const struct tenant *tenant = tenants_at(server->tenants, number);
-    put_map(packer, 14);
+    put_map(packer, 15);
     put_text(packer, "name", tenant->name);
     put_text(packer, "priority_class", tenant_class_name(tenant->class));
     put_u64(packer, "connections", usage->connections);
@@ -312,6 +312,7 @@ static void pack_tenant(msgpack_packer *packer, const struct server *server, uin
     put_u64(packer, "prompt_tokens", usage->prompt_tokens);
     put_u64(packer, "cached_tokens", usage->cached_tokens);
     put_u64(packer, "completion_tokens", usage->completion_tokens);
+    put_u64(packer, "adapter_wait_us", usage->adapter_wait_us);
     put_u64(packer, "buffered_bytes", usage->buffered);
 }
 

@@ -234,6 +234,7 @@ static void count_usage(struct request *request)
         usage->prompt_tokens += end->prompt_tokens;
         usage->cached_tokens += end->cached_tokens;
         usage->completion_tokens += end->generated_tokens;
+        usage->adapter_wait_us += end->adapter_us;
         cancelled |= request->choice[i].finish == ENGINE_FINISH_CANCELLED;
     }
     if (request->failed)

@@ -108,6 +108,7 @@ struct tenant_usage {
     uint32_t connections;
     uint64_t requests, finished, failed, cancelled;
     uint64_t prompt_tokens, cached_tokens, completion_tokens;
+    uint64_t adapter_wait_us; // choices that could go on but for their adapter
 };
 
 struct worker;
