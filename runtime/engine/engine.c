@@ -409,6 +409,8 @@ enum engine_turn engine_turn(struct engine *engine)
     if (engine->halted)
         return ENGINE_HALTED;
     pool_poll(engine->options.pool);
+    if (copy_device_failed(engine->options.copies)) // maybe no step runs that would find it out
+        engine->broken = engine->quit = engine->draining = true;
     bool worked = commands_take(engine);
     sequence_expire(engine);
     sequence_flush_ended(engine);
