@@ -338,9 +338,9 @@ static void release_scratch(struct engine *e)
             e->table->release(e->options.device, areas[i]);
     }
     const struct result_set *a = &s->results[0], *b = &s->results[1];
-    void *host[] = {a->token,       a->logprob,   a->top_token, a->top_logprob,
-                    b->token,       b->logprob,   b->top_token, b->top_logprob,
-                    s->need,        s->expert_state, e->logits};
+    void *host[] = {a->token, a->logprob,      a->top_token, a->top_logprob,
+                    b->token, b->logprob,      b->top_token, b->top_logprob,
+                    s->need,  s->expert_state, e->logits};
     for (size_t i = 0; i < ARRAY_COUNT(host); i++) {
         if (host[i])
             e->table->release_host(e->options.device, host[i]);
