@@ -63,6 +63,8 @@ struct device_info {
     // whole tiles of columns and padded with zeros. Gate and up rows are interleaved either way.
     bool dense_tiles;
     bool host_access; // device memory is plain memory that the host may read and write
+    // The largest that the operations take, checked when the engine is made; 0: whatever comes.
+    uint32_t rows_max, hidden_max, head_dim_max, experts_max, top_k_max;
 };
 
 // What a submitted segment came to.

@@ -24,10 +24,12 @@ static void fake_start(struct link *link, const struct copy_chunk *chunk)
     fake->flying[chunk->resource].chunk = *chunk;
     fake->flying[chunk->resource].ready_us = *fake->now_us + delay;
     fake->flying[chunk->resource].is_busy = true;
-    bool fail = fake->chunks == fake->fail_at ||
+    bool lost = fake->lose_at && fake->chunks >= fake->lose_at && chunk->resource != COPY_READ;
+    bool fail = lost || fake->chunks == fake->fail_at ||
                 rng_below(&fake->rng, 1000) < fake->fail_per_mille ||
                 move_part(chunk, 0, chunk->bytes / 16 * 8) != STATUS_OK;
     fake->flying[chunk->resource].will_fail = fail;
+    fake->flying[chunk->resource].is_lost = lost;
 }
 
 static bool fake_poll(struct link *link, enum copy_resource resource, enum status *status)
@@ -42,7 +44,8 @@ static bool fake_poll(struct link *link, enum copy_resource resource, enum statu
     fake->flying[resource].is_busy = false;
     if (fake->flying[resource].will_fail ||
         move_part(chunk, chunk->bytes / 16 * 8, chunk->bytes) != STATUS_OK) {
-        *status = STATUS_IO;
+        *status = fake->flying[resource].is_lost ? STATUS_DEVICE : STATUS_IO;
+        fake->is_lost = fake->is_lost || fake->flying[resource].is_lost;
         fake->failed++;
     }
     return true;

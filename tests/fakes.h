@@ -17,20 +17,23 @@
 enum { FAKE_LOG = 256 };
 
 // Copies the first half of a chunk when it starts and the second when it is done, so that a page
-// that is given away in between shows. A failed chunk writes half and answers IO.
+// that is given away in between shows. A failed chunk writes half and answers IO; or DEVICE, when
+// the device is lost.
 struct fake_link {
     struct link link;
     const uint64_t *now_us;
     struct rng rng;
     uint64_t delay_min_us, delay_max_us;
     uint64_t fail_at;          // the n-th chunk started fails, from 1; 0: none
+    uint64_t lose_at;          // from the n-th on, those that are not reads find no device; 0: none
+    bool is_lost;              // one has
     uint32_t fail_per_mille;   // and this share of all
     bool held[COPY_RESOURCES]; // chunks of it do not end before this is false again
     uint64_t chunks, failed;   // started; failed
     struct {
         struct copy_chunk chunk;
         uint64_t ready_us;
-        bool is_busy, will_fail;
+        bool is_busy, will_fail, is_lost;
     } flying[COPY_RESOURCES];
     struct copy_chunk log[FAKE_LOG]; // of started chunks: chunk n (from 0) at n % FAKE_LOG
 };

@@ -32,7 +32,7 @@ struct arguments {
     const char *mode;
     uint64_t seed, seeds, steps;
     bool thorough, verbose;
-    uint64_t fail_alloc, fail_chunk, fail_submit, fail_segment;
+    uint64_t fail_alloc, fail_chunk, fail_submit, fail_segment, lose_copies;
 };
 
 struct sim {
@@ -70,11 +70,11 @@ static void remember(const struct arguments *a, uint32_t seed_count)
     (void)snprintf(
         again, sizeof again,
         "again: sim_engine --mode %s --seed %llu --seeds %u --steps %llu%s --fail-alloc %llu "
-        "--fail-chunk %llu --fail-submit %llu --fail-segment %llu\n",
+        "--fail-chunk %llu --fail-submit %llu --fail-segment %llu --lose-copies %llu\n",
         a->mode, (unsigned long long)a->seed, seed_count, (unsigned long long)(a->steps / a->seeds),
         a->thorough ? " --thorough" : "", (unsigned long long)a->fail_alloc,
         (unsigned long long)a->fail_chunk, (unsigned long long)a->fail_submit,
-        (unsigned long long)a->fail_segment);
+        (unsigned long long)a->fail_segment, (unsigned long long)a->lose_copies);
 }
 
 static uint32_t below(struct sim *sim, uint32_t n)
@@ -220,7 +220,8 @@ static void base_options(struct sim *sim, const struct arguments *a, struct sim_
                               .fail_alloc = a->fail_alloc,
                               .fail_chunk = a->fail_chunk,
                               .fail_submit = a->fail_submit,
-                              .fail_segment = a->fail_segment};
+                              .fail_segment = a->fail_segment,
+                              .lose_copies = a->lose_copies};
     o->rows_max = o->sequences_max + below(sim, 40);
     o->no_plan_ahead = a->seed % 8 == 7;
     o->delay_max_us = o->delay_min_us + below(sim, 200);
@@ -357,7 +358,8 @@ static bool has_failed(const struct sim *sim, const struct arguments *a)
     struct fake_device_counts device;
     fake_device_counts(sim->world.device, &device);
     return sim->world.link.chunks >= a->fail_chunk && device.submits >= a->fail_submit &&
-           device.submits >= a->fail_segment && device.allocs >= a->fail_alloc;
+           device.submits >= a->fail_segment && device.allocs >= a->fail_alloc &&
+           (!a->lose_copies || sim->world.link.is_lost);
 }
 
 // A short scenario; false when the world could not be made. *reached: the fault took place.
@@ -410,7 +412,7 @@ static bool run_fault(struct sim_model *model, const struct arguments *a, struct
     }
     *reached = has_failed(sim, a);
     sim->book.draining = sim->book.quitting = halted;
-    CHECK(halted == (*reached && (a->fail_submit || a->fail_segment)));
+    CHECK(halted == (*reached && (a->fail_submit || a->fail_segment || a->lose_copies)));
     close_sim(sim, false, totals);
     free(sim);
     return true;
@@ -451,6 +453,7 @@ static void run_faults(struct sim_model *model, struct arguments *a, bool once)
     sweep(model, a, &a->fail_submit, "submits", totals.submits);
     sweep(model, a, &a->fail_segment, "segments", totals.submits);
     sweep(model, a, &a->fail_chunk, "reads and copies", totals.chunks);
+    sweep(model, a, &a->lose_copies, "copies of a lost device", totals.chunks);
 }
 
 // ---- main ----
@@ -466,7 +469,8 @@ static void parse(int argc, char **argv, struct arguments *a)
                    {"--fail-alloc", &a->fail_alloc},
                    {"--fail-chunk", &a->fail_chunk},
                    {"--fail-submit", &a->fail_submit},
-                   {"--fail-segment", &a->fail_segment}};
+                   {"--fail-segment", &a->fail_segment},
+                   {"--lose-copies", &a->lose_copies}};
     for (int i = 1; i < argc; i++) {
         bool known = false;
         for (size_t n = 0; n < ARRAY_COUNT(numbers) && i + 1 < argc && !known; n++) {
@@ -540,7 +544,7 @@ int main(int argc, char **argv)
     struct sim_model models[SIM_VARIANTS];
     for (uint32_t v = 0; v < SIM_VARIANTS; v++)
         sim_model_make(&models[v], v);
-    bool once = a.fail_alloc || a.fail_chunk || a.fail_submit || a.fail_segment;
+    bool once = a.fail_alloc || a.fail_chunk || a.fail_submit || a.fail_segment || a.lose_copies;
     double began = seconds();
     uint64_t first = a.seed, steps = 0, turns = 0;
     for (uint64_t i = 0; i < a.seeds; i++) {

@@ -108,6 +108,7 @@ static enum status make_pool(struct sim_world *w)
     w->link.delay_min_us = o->delay_min_us;
     w->link.delay_max_us = o->delay_max_us;
     w->link.fail_at = o->fail_chunk;
+    w->link.lose_at = o->lose_copies;
     struct copy_options copies = {.link = &w->link.link,
                                   .clock = clock_fake(&w->now_us),
                                   .copies_max = o->device_pages + o->host_pages + 64,

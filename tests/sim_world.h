@@ -26,6 +26,7 @@ struct sim_options {
     bool may_block, no_plan_ahead;
     // The n-th one fails, from 1; 0: none.
     uint64_t fail_alloc, fail_chunk, fail_submit, fail_segment;
+    uint64_t lose_copies; // the n-th chunk, and all behind it that are not reads, find no device
 };
 
 struct sim_world {

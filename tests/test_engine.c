@@ -329,6 +329,24 @@ static void test_engine_refuses_bad_requests(void **state)
     driver_destroy(d);
 }
 
+// A sentence at start, and not a stop when the first step is recorded.
+static void test_engine_refuses_what_the_device_cannot_take(void **state)
+{
+    static const char *const shape[] = {
+        "hidden=64", "layers=1",  "heads=1", "kv_heads=1",          "head_dim=640",
+        "vocab=100", "experts=2", "top_k=1", "moe_intermediate=16", "max_positions=256"};
+    const struct fixture *f = *state;
+    struct stack_options o = base_options(f);
+    struct stack *stack = NULL;
+    struct fault fault = {.text = ""};
+    char model[64];
+    driver_make_model(model, sizeof model, "tiny", shape, sizeof shape / sizeof *shape, 5);
+    o.model = model;
+    assert_int_equal(stack_create(&o, &stack, &fault), STATUS_LIMIT);
+    assert_non_null(strstr(fault.text, "head_dim is 640"));
+    driver_remove(model);
+}
+
 int main(void)
 {
     driver_skip_without_device();
@@ -342,6 +360,7 @@ int main(void)
         cmocka_unit_test(test_engine_cancel_and_pause),
         cmocka_unit_test(test_engine_ends_a_paused_request_at_once),
         cmocka_unit_test(test_engine_refuses_bad_requests),
+        cmocka_unit_test(test_engine_refuses_what_the_device_cannot_take),
     };
     return cmocka_run_group_tests(tests, make_fixture, drop_fixture);
 }

@@ -60,6 +60,7 @@ struct copy_queues {
     struct queue queues[COPY_RESOURCES];
     uint64_t *owner_bytes; // [owners_max][COPY_RESOURCES]
     struct copy_stats stats;
+    bool device_failed;
 };
 
 uint32_t copy__rank(enum copy_class class, enum copy_need need)
@@ -289,6 +290,7 @@ static bool finish_chunk(struct copy_queues *queues, enum copy_resource resource
         return false;
     struct copy *copy = &queue->copies[queue->active];
     queue->active = NOTHING;
+    queues->device_failed = queues->device_failed || status == STATUS_DEVICE;
     queues->stats.busy_us[resource] += clock_now_us(&queues->clock) - queue->started_us;
     if (status == STATUS_OK) {
         copy->moved += queue->active_bytes;
@@ -323,6 +325,11 @@ bool copy_is_idle(const struct copy_queues *queues)
         if (queues->queues[r].count)
             return false;
     return true;
+}
+
+bool copy_device_failed(const struct copy_queues *queues)
+{
+    return queues->device_failed;
 }
 
 // ---- numbers ----

@@ -73,7 +73,8 @@ struct copy_request {
     enum copy_class class;
     enum copy_need need;
     uint32_t owner;
-    void (*done)(void *context, uint64_t tag, enum status status); // OK, IO, CANCELLED
+    // OK, IO, CANCELLED, or DEVICE: the device that copies has failed
+    void (*done)(void *context, uint64_t tag, enum status status);
     void *context;
     uint64_t tag;
 };
@@ -92,6 +93,8 @@ void copy_cancel(struct copy_queues *queues, copy_id id);
 // done().
 void copy_poll(struct copy_queues *queues);
 bool copy_is_idle(const struct copy_queues *queues);
+// A copy ended with DEVICE: none will do better, whoever asks again would ask for ever.
+bool copy_device_failed(const struct copy_queues *queues);
 
 struct copy_stats {
     uint64_t bytes[COPY_RESOURCES], copies[COPY_RESOURCES], cancelled;

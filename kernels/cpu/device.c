@@ -148,6 +148,8 @@ enum status device_create_cpu(const struct cpu_options *options, struct device *
     d->info.threads = threads_choose(options->threads);
     d->info.dtype = options->dtype;
     d->info.dense_tiles = d->info.host_access = true;
+    d->info.head_dim_max = HEAD_DIM_MAX;
+    d->info.experts_max = EXPERTS_MAX;
     snprintf(d->info.instruction_set, sizeof d->info.instruction_set, "%s", micro->name);
     snprintf(d->info.name, sizeof d->info.name, "cpu %s, %u thread%s", micro->name, d->info.threads,
              d->info.threads == 1 ? "" : "s");

@@ -41,6 +41,8 @@ extern "C" {
 enum {
     ROW_SLOTS = 32, // distinct row counts of one segment
     NO_MISS = 0xffffffff,
+    ROWS_MAX = 49152,   // the largest bucket below the 65535 blocks of a grid's second dimension
+    HIDDEN_MAX = 16384, // rmsnorm: a thread's registers; narrow expert GEMM: a lane's addresses
     HEAD_DIM_MAX = 256,
     EXPERTS_MAX = 1024,
     TOP_K_MAX = 32,
@@ -86,7 +88,7 @@ struct cuda_launch {
     // Scratch of the stream, device memory.
     uint8_t *partials;       // ATTENTION_PARTIAL_BYTES
     uint8_t *blas_workspace; // BLAS_WORKSPACE_BYTES
-    uint8_t *work;           // WORK_BYTES, see cuda__work_bytes; for whichever operation runs
+    uint8_t *work;           // WORK_BYTES; for whichever operation runs
 };
 enum { WORK_BYTES = 64 << 20 };
 

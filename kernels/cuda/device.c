@@ -273,6 +273,11 @@ enum status device_create_cuda(const struct cuda_options *options, struct device
     d->invariant = options->batch_invariant;
     d->multiprocessors = properties.multiProcessorCount;
     d->info.dtype = DTYPE_BF16;
+    d->info.rows_max = ROWS_MAX;
+    d->info.hidden_max = HIDDEN_MAX;
+    d->info.head_dim_max = HEAD_DIM_MAX;
+    d->info.experts_max = EXPERTS_MAX;
+    d->info.top_k_max = TOP_K_MAX;
     d->info.threads = (uint32_t)properties.multiProcessorCount;
     (void)snprintf(d->info.instruction_set, sizeof d->info.instruction_set, "sm_90a");
     (void)snprintf(d->info.name, sizeof d->info.name, "cuda:%d %.36s%s", d->ordinal,

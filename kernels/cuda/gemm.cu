@@ -10,10 +10,9 @@
 //            misses, so it only writes what a resumed segment computes anew. `add` changes the
 //            residual stream, which a missed segment must leave alone: where a moe_map stands
 //            before it, the product goes to scratch and a kernel of ours adds it, when the segment
-//            has not missed. Beside a fused
-//            add that moves 8 bytes more per result, mostly through L2; by arithmetic a fifth of
-//            the time at K = 4,096, a twentieth at 14,336. Without misses (dense models) it is not
-//            needed.
+//            has not missed. Beside a fused add that moves 8 bytes more per result, mostly through
+//            L2; by arithmetic a fifth of the time at K = 4,096, a twentieth at 14,336. Without
+//            misses (dense models) it is not needed.
 //
 // Narrow. Weights are the M operand of mma.m16n8k16 (16 weight rows), tokens the N operand (8).
 // Both go from global memory into registers without shared memory, because the order of k within
@@ -23,11 +22,10 @@
 // (2t+8,2t+9) of one mma, (4,5) and (6,7) of the next.
 //
 // Work: an item is (unit of 8 H MT weight rows, H = 1 or 2 halves of an m-tile) x (group of 8 NT
-// tokens) x all K, groups innermost,
-// so that with many groups W is read from DRAM once. A CTA of 8 warps takes items blockIdx.x,
-// + gridDim.x, ...; warp w takes pieces w, w + 8, ... in ascending order; then the 8 partial sums
-// are added in order of warps through shared memory. Neither MT, NT, the group nor the grid changes
-// the order in which one result is summed.
+// tokens) x all K, groups innermost, so that with many groups W is read from DRAM once. A CTA of 8
+// warps takes items blockIdx.x, + gridDim.x, ...; warp w takes pieces w, w + 8, ... in ascending
+// order; then the 8 partial sums are added in order of warps through shared memory. Neither MT, NT,
+// the group nor the grid changes the order in which one result is summed.
 //
 // In flight: each lane keeps 16 loads of 16 bytes ahead (ring), 64 KB per CTA, mostly two CTAs per
 // SM, and goes on with the next item's weights before it finishes this one. W is static: the first
@@ -41,9 +39,9 @@
 enum {
     WARPS = 8,
     THREADS = 32 * WARPS,
-    PIECE = 64,       // columns
-    RING_ROWS = 4,    // pieces x m-tiles ahead
-    NARROW_ROWS = 8,  // above it cuBLASLt: at 16 rows it is ahead by 5 to 25 %
+    PIECE = 64,      // columns
+    RING_ROWS = 4,   // pieces x m-tiles ahead
+    NARROW_ROWS = 8, // above it cuBLASLt: at 16 rows it is ahead by 5 to 25 %
     ADD_THREADS = 256,
 };
 
@@ -286,8 +284,9 @@ void cuda__gemm(const struct cuda_launch *l, const struct gemm_args *a)
         return;
     bool own = l->device->invariant || l->rows_max <= NARROW_ROWS;
     if (!own)
-        own = !(a->add && l->can_miss ? blas_add(l, a)
-                       : cuda__gemm_blas(l, a, a->x, a->y, a->y_stride, l->rows_max));
+        own =
+            !(a->add && l->can_miss ? blas_add(l, a)
+                                    : cuda__gemm_blas(l, a, a->x, a->y, a->y_stride, l->rows_max));
     if (own)
         narrow(l, a);
 }

@@ -93,7 +93,7 @@ bool cuda__gemm_blas(const struct cuda_launch *l, const struct gemm_args *a, con
                                                p.weight, x, p.x, beta, y, p.y, y, p.y, &found.algo,
                                                l->blas_workspace, BLAS_WORKSPACE_BYTES, l->stream);
         if (status != CUBLAS_STATUS_SUCCESS)
-            (void)cuda__fail(l->device, "cublasLtMatmul", (int)status);
+            (void)cuda__fail(l->device, cublasLtGetStatusName(status), (int)cudaErrorUnknown);
     }
     problem_free(&p);
     return ready;

@@ -14,9 +14,9 @@
 // Bound at decode by the bytes of the distinct adapters' slices, and by what stands around them: 8
 // launches a layer. So weights pass through a FIFO in shared memory that each lane fills with
 // 16-byte cp.async for itself alone (no barrier), across tasks; and when the launch is settled
-// (cuda.h) the survey is made and the FIFO filled with weights while the kernel before still runs:
-// shrink stands behind a norm, expand behind the dense product, and together they fit into a
-// multiprocessor.
+// (cuda.h) the survey is made and the FIFO filled with weights while the kernel before still runs.
+// Shrink stands behind the dense product, which lets nothing begin beside it when it is cuBLAS;
+// expand stands behind shrink, and the two fit into a multiprocessor together.
 #pragma once
 
 #include "kernels/cuda/common.cuh"

@@ -6,9 +6,8 @@
 // columns, of A and of x alike, and feeds them to two mma: both sides permute k in the same way, so
 // the products match. Warp w takes the pieces of 64 columns w, w + 8, ..., ascending; the 8 sums
 // are added in order of warp. So a bit of hidden depends on its row, its rank and d_in alone; this
-// one kernel serves
-// --batch-invariant. FIFO: SHRINK_DEPTH pieces a warp, 1 KiB of A and 1 KiB of x each (48 KiB);
-// long tasks use the place for the warps' sums.
+// one kernel serves --batch-invariant. FIFO: SHRINK_DEPTH pieces a warp, 1 KiB of A and 1 KiB of x
+// each (48 KiB); long tasks use the place for the warps' sums.
 //
 // Tolerance: fp32 sums in another order than the CPU's.
 #include "kernels/cuda/lora.cuh"

@@ -377,8 +377,8 @@ static void logits_launch(const struct cuda_launch *l, const struct router_args 
                       *a, logits);
     else
         launch_kernel(l, logits_kernel<4, 8, false, FOUR>,
-                      dim3((a->experts + 3) / 4, (rows + 31) / 32),
-                      dim3(128), 0, l->control, l->slot, *a, logits);
+                      dim3((a->experts + 3) / 4, (rows + 31) / 32), dim3(128), 0, l->control,
+                      l->slot, *a, logits);
 }
 
 extern "C" void cuda__router(const struct cuda_launch *l, const struct router_args *a)

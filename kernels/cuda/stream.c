@@ -27,7 +27,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { GRAPHS_MAX = 1 << 15, UNITS_MAX = 256, LORA_GROUP = 3 };
+enum {
+    GRAPHS_MAX = 1 << 15,
+    UNITS_MAX = 2 * 1024 + 2, // a half-layer each (--segment-halves 1) of the most layers, the head
+    LORA_GROUP = 3,
+};
 
 enum operation {
     OP_COPY,
@@ -359,8 +363,7 @@ static void unit_key(const struct cuda_stream *s, uint32_t begin, uint32_t end, 
 static struct graph *graph_place(const struct cuda_stream *s, const uint64_t key[2])
 {
     uint32_t at = (uint32_t)key[0] % (2 * GRAPHS_MAX);
-    while (s->graphs[at].exec &&
-           (s->graphs[at].key[0] != key[0] || s->graphs[at].key[1] != key[1]))
+    while (s->graphs[at].exec && (s->graphs[at].key[0] != key[0] || s->graphs[at].key[1] != key[1]))
         at = (at + 1) % (2 * GRAPHS_MAX);
     return &s->graphs[at];
 }
@@ -468,8 +471,7 @@ static enum status take_result(struct cuda_stream *s, cudaError_t error,
     if (error != cudaSuccess)
         out.status = cuda__fail(device_of(s), "a segment", (int)error);
     else if (s->result->sequence != s->sequence)
-        out.status = cuda__fail(device_of(s), "a segment that did not end",
-                                (int)cudaErrorUnknown);
+        out.status = cuda__fail(device_of(s), "a segment that did not end", (int)cudaErrorUnknown);
     else if (s->result->miss_layer != NO_MISS)
         out = (struct segment_result){.missed = true, .miss_layer = s->result->miss_layer};
     if (result)

@@ -236,6 +236,27 @@ static enum status check_options(const struct engine_options *o, struct fault *f
     return STATUS_OK;
 }
 
+// Of the steps and the model on this device.
+static enum status check_device(const struct engine_options *o, const struct device_info *info,
+                                struct fault *fault)
+{
+    const struct model_config *c = &o->model->config;
+    const struct {
+        const char *what;
+        uint32_t asked, most;
+    } limits[] = {{"--max-num-batched-tokens", o->rows_max, info->rows_max},
+                  {"hidden_size", c->hidden, info->hidden_max},
+                  {"moe_intermediate_size", c->moe_intermediate, info->hidden_max},
+                  {"head_dim", c->head_dim, info->head_dim_max},
+                  {"num_experts", c->experts, info->experts_max},
+                  {"num_experts_per_tok", c->top_k, info->top_k_max}};
+    for (size_t i = 0; i < ARRAY_COUNT(limits); i++)
+        if (limits[i].most && limits[i].asked > limits[i].most)
+            return fault_set(fault, STATUS_LIMIT, "%s is %u, and the device %s takes at most %u.",
+                             limits[i].what, limits[i].asked, info->name, limits[i].most);
+    return STATUS_OK;
+}
+
 static enum status no_room(const struct engine *e, enum status status, struct fault *fault)
 {
     size_t available = e->table->free_bytes(e->options.device), asked = e->refused_bytes;
@@ -255,7 +276,10 @@ enum status engine_create(const struct engine_options *options, struct engine **
                           struct fault *fault)
 {
     struct device_info info = {0};
+    options->device->table->info(options->device, &info);
     enum status status = check_options(options, fault);
+    if (!status)
+        status = check_device(options, &info, fault);
     if (status)
         return status;
     struct engine *e = calloc(1, sizeof *e);
@@ -264,7 +288,6 @@ enum status engine_create(const struct engine_options *options, struct engine **
     e->options = *options;
     e->table = options->device->table;
     e->want.slot = e->want_next.slot = NO_SLOT;
-    options->device->table->info(options->device, &info);
     uint32_t commands = options->model->config.layers * 32 + 64 +
                         options->sequences_max * options->kv_shape.pages_per_block;
     status = e->table->stream_create(options->device, commands, &e->stream);
@@ -315,9 +338,9 @@ static void release_scratch(struct engine *e)
             e->table->release(e->options.device, areas[i]);
     }
     const struct result_set *a = &s->results[0], *b = &s->results[1];
-    void *host[] = {a->token,       a->logprob,   a->top_token, a->top_logprob,
-                    b->token,       b->logprob,   b->top_token, b->top_logprob,
-                    s->need,        s->expert_state, e->logits};
+    void *host[] = {a->token, a->logprob,      a->top_token, a->top_logprob,
+                    b->token, b->logprob,      b->top_token, b->top_logprob,
+                    s->need,  s->expert_state, e->logits};
     for (size_t i = 0; i < ARRAY_COUNT(host); i++) {
         if (host[i])
             e->table->release_host(e->options.device, host[i]);
@@ -409,6 +432,8 @@ enum engine_turn engine_turn(struct engine *engine)
     if (engine->halted)
         return ENGINE_HALTED;
     pool_poll(engine->options.pool);
+    if (copy_device_failed(engine->options.copies)) // maybe no step runs that would find it out
+        engine->broken = engine->quit = engine->draining = true;
     bool worked = commands_take(engine);
     sequence_expire(engine);
     sequence_flush_ended(engine);

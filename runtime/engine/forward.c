@@ -246,11 +246,11 @@ static void moe_half(struct engine *e, struct step *step, uint32_t layer, bool f
 // The tokens that the step before sampled, where this step's rows want them.
 static void follow_tokens(struct engine *e, const struct step *step)
 {
-    struct scatter_args a = {
-        .table = (uint32_t *)step->device.token,
-        .index = step->device.follow,
-        .value = (const uint32_t *)e->scratch.results[1 - step->result_set].token,
-        .count = step->followed};
+    struct scatter_args a = {.table = (uint32_t *)step->device.token,
+                             .index = step->device.follow,
+                             .value =
+                                 (const uint32_t *)e->scratch.results[1 - step->result_set].token,
+                             .count = step->followed};
     e->table->scatter(e->stream, &a);
 }
 
