@@ -2,8 +2,9 @@
 // The CPU device with faults: linked beside the objects of the binary `polder` with
 // --wrap=device_create_cpu, so that all but the device is the product (tests/test_e2e_fault.py).
 //
-// It fails as a GPU does: a segment that is refused or that ends badly, and from then on every call
-// answers DEVICE. What it does is said by the environment, which only this file reads:
+// It fails as a GPU does: a segment that is refused or that ends badly, and from then on memory and
+// submits answer DEVICE. Copies go on (the CPU's link is a thread; sim_engine loses them). What it
+// does is said by the environment, which only this file reads:
 //   FAULTY_KIND    "refuse": submit fails; "segment": the segment runs and ends badly; "nan": the
 //                  first row that is sampled next has a logit that is not a number, once
 //   FAULTY_FILE    the fault is armed once this file exists; FAULTY_FILE.at gets the monotonic time

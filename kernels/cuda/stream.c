@@ -19,8 +19,8 @@
 // seen: layers x buckets x 3 classes are some thousands).
 //
 // Invariants: 1. one segment is in flight at most; commands are not touched meanwhile, because they
-// are consumed by submit: recording for the next segment may begin at once. 2. after an error every
-// call answers DEVICE.
+// are consumed by submit: recording for the next segment may begin at once. 2. after an error
+// submit, and whatever was in flight, answer DEVICE.
 #include "kernels/cuda/stream.h"
 
 #include <stdio.h>
