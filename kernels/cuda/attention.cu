@@ -153,6 +153,20 @@ slot_load(uint8_t *stage, const uint64_t address[2], uint32_t slot, uint32_t in_
     }
 }
 
+// Begins the loads of the first slots of a warp's first task.
+template <int DIM>
+static __device__ __forceinline__ void
+ring_fill(uint8_t ring[][decode_shape<DIM>::STAGE], const uint64_t address[2], uint32_t in_segment,
+          const struct attention_args &a, const struct attention_plan &plan, uint32_t warp,
+          uint32_t lane)
+{
+#pragma unroll
+    for (int i = 0; i < decode_shape<DIM>::STAGES; i++) {
+        slot_load<DIM>(ring[i], address, i, in_segment, a, plan, warp, lane);
+        async_commit();
+    }
+}
+
 // The query heads of a task, of each of its rows: column c is head c % count of row c / count.
 struct task_heads {
     uint32_t first, count;
@@ -594,11 +608,7 @@ static __global__ void __launch_bounds__(DECODE_THREADS, decode_shape<DIM>::CTAS
     pages_load(&pages, a, plan, now, warp, lane);
     pages_load(&pages_later, a, plan, next, warp, lane);
     pages_resolve(address, pages, a, plan);
-#pragma unroll
-    for (int i = 0; i < shape::STAGES; i++) {
-        slot_load<DIM>(shared->ring[warp][i], address, i, now.tokens, a, plan, warp, lane);
-        async_commit();
-    }
+    ring_fill<DIM>(shared->ring[warp], address, now.tokens, a, plan, warp, lane);
     while (now.tokens) {
         later = task_next(&shared->plan, shared->mask, view, a, plan, next);
         pages_resolve(address_next, pages_later, a, plan);
