@@ -153,7 +153,7 @@ def good_cycle(peer, random_, want, name):
 def bad_cycle(peer, random_, name, told):
     kind = random_.choice(list(BREAK))
     error = peer.refused("adapters.add", name=name, path="bad-" + kind)
-    assert error["code"] in ("invalid", "corrupt", "unsupported", "not_found") and len(error["message"]) > 15, (kind, error)
+    assert error["code"] in ("invalid_argument", "numeric", "corrupt", "unsupported", "not_found") and len(error["message"]) > 15, (kind, error)
     told[kind] = error["code"]
     assert peer.refused("generate", prompt="a", model=name)["code"] == "not_found"
 
