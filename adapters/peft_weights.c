@@ -232,23 +232,30 @@ static enum status experts_missing(struct peft_reading *reading, const bool miss
     return STATUS_OK;
 }
 
-static void layout_text(const struct peft_reading *reading, char *out, size_t bytes)
+void peft__layout_text(const struct peft_reading *reading, char out[ADAPTER_LAYOUT_BYTES])
 {
+    int layouts = reading->has_single + reading->has_stacked + reading->has_fused;
     const struct {
         bool there;
         const char *text;
     } parts[] = {
-        {reading->has_attention, "attention"},  {reading->has_dense, "dense mlp"},
-        {reading->has_single, "per-expert"},    {reading->has_stacked, "stacked experts"},
-        {reading->has_fused, "fused experts"},  {reading->is_transposed, "transposed"},
+        {reading->has_attention, "attention"},
+        {reading->has_dense, "dense"},
+        {layouts == 1 && reading->has_single, "per-expert"},
+        {layouts == 1 && reading->has_stacked, "stacked"},
+        {layouts == 1 && reading->has_fused, "fused"},
+        {layouts > 1, "mixed"},
+        {reading->is_transposed, "transposed"},
         {reading->is_by_version, "by version"},
     };
     size_t used = 0;
     out[0] = 0;
     for (size_t i = 0; i < ARRAY_COUNT(parts); i++)
-        if (parts[i].there && used < bytes)
-            used +=
-                (size_t)snprintf(out + used, bytes - used, "%s%s", used ? ", " : "", parts[i].text);
+        if (parts[i].there) {
+            used += (size_t)snprintf(out + used, ADAPTER_LAYOUT_BYTES - used, "%s%s",
+                                     used ? ", " : "", parts[i].text);
+            CHECK(used < ADAPTER_LAYOUT_BYTES);
+        }
 }
 
 enum status peft__plan(const struct safetensors *file, const struct adapter_base *base,
@@ -267,7 +274,7 @@ enum status peft__plan(const struct safetensors *file, const struct adapter_base
     if (!status)
         status = experts_missing(&reading, missing, present, fault);
     if (!status)
-        layout_text(&reading, out->layout, sizeof out->layout);
+        peft__layout_text(&reading, out->layout);
     free((void *)reading.tensors.plain);
     free((void *)reading.tensors.fused);
     free((void *)reading.tensors.stacked);

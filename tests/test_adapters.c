@@ -393,8 +393,8 @@ static void test_adapters_fused_order_by_version(void **state)
         assert_int_equal(adapter_convert(a.directory, &base, PAGE, store_path, &report, NULL),
                          STATUS_OK);
         assert_string_equal(report.layout, writers[i].is_transposed
-                                               ? "fused experts, transposed, by version"
-                                               : "fused experts, by version");
+                                               ? "fused, transposed, by version"
+                                               : "fused, by version");
         assert_int_equal(unlink(store_path), 0);
     }
 }
@@ -434,7 +434,7 @@ static void test_adapters_stacked(void **state)
     tool_adapter_write(&a);
     if (convert(&a, DTYPE_F32, &report, &fault))
         fail_msg("%s", fault.text);
-    assert_string_equal(report.layout, "stacked experts");
+    assert_string_equal(report.layout, "stacked");
     assert_int_equal(report.matrices_applied, 12);
     struct adapter_base base = tool_base(DTYPE_F32);
     struct tool_rig rig;
