@@ -27,6 +27,18 @@ static enum status convert(const struct tool_adapter *adapter, const struct adap
     return adapter_convert(adapter->directory, base, PAGE, store_path, report, fault);
 }
 
+static void expect(const struct tool_adapter *adapter, const struct adapter_base *base,
+                   enum status want, const char *text)
+{
+    struct adapter_report report;
+    struct fault fault;
+    enum status status = convert(adapter, base, &report, &fault);
+    if (status != want || !strstr(fault.text, text))
+        fail_msg("%s: %s \"%s\", wanted %s \"%s\"", adapter->config, status_code(status),
+                 fault.text, status_code(want), text);
+    assert_int_not_equal(access(store_path, F_OK), 0); // nothing was left behind
+}
+
 static void expect_good(const struct tool_adapter *adapter, const struct adapter_base *base,
                         const char *layout, const char *ignored, uint32_t applied)
 {
@@ -38,6 +50,14 @@ static void expect_good(const struct tool_adapter *adapter, const struct adapter
     assert_string_equal(report.ignored, ignored);
     assert_int_equal(report.matrices_applied, applied);
     assert_int_equal(unlink(store_path), 0);
+}
+
+// An adapter with this configuration and no tensor yet.
+static void begin(struct tool_adapter *adapter, const char *scratch, const char *rest)
+{
+    tool_adapter_begin(adapter, scratch);
+    adapter->count = 0;
+    tool_config(adapter, rest);
 }
 
 // ---- the layout text ----
@@ -98,6 +118,62 @@ static void test_adapters_formats_longest_layout_is_stored(void **state)
     expect_good(&a, &base, "attention, dense, fused, transposed, by version", "", 5 + 8);
 }
 
+// ---- targets written as a text ----
+
+static void test_adapters_formats_regex_text(void **state)
+{
+    static const char text[] = "\"target_modules\": \".*layers\\\\.0\\\\..*(q|up)_proj\"";
+    struct adapter_base base = tool_base(DTYPE_F32);
+    struct tool_adapter a;
+    begin(&a, *state, text);
+    tool_pair_add(&a, "layers.0.self_attn.q_proj", 4, 64, 64);
+    expect(&a, &base, STATUS_INVALID,
+           "targets model.layers.0.mlp.up_proj, but the file has no LoRA for it");
+    tool_pair_add(&a, "layers.0.mlp.up_proj", 4, 64, 96);
+    expect_good(&a, &base, "attention, dense", "", 2);
+    tool_pair_add(&a, "layers.1.self_attn.q_proj", 4, 64, 64); // another layer
+    expect(&a, &base, STATUS_INVALID,
+           "LoRA for model.layers.1.self_attn.q_proj, which adapter_config.json does not target");
+    begin(&a, *state, "\"target_modules\": \"q_proj\""); // a full match, so that it matches nothing
+    tool_pair_add(&a, "layers.0.self_attn.q_proj", 4, 64, 64);
+    expect(&a, &base, STATUS_INVALID,
+           "LoRA for model.layers.0.self_attn.q_proj, which adapter_config.json does not target");
+    begin(&a, *state, "\"target_modules\": \".*(q|v)_proj\", \"exclude_modules\": \".*v_proj\"");
+    tool_pair_add(&a, "layers.0.self_attn.q_proj", 4, 64, 64);
+    tool_pair_add(&a, "layers.1.self_attn.q_proj", 4, 64, 64);
+    expect_good(&a, &base, "attention", "", 2);
+}
+
+// Every linear module of attention and dense MLPs, in any case of letters; experts when the file
+// has them, because on transformers 5 they are no linear modules.
+static void test_adapters_formats_all_linear_text(void **state)
+{
+    static const char *const texts[] = {"all-linear", "All-Linear"};
+    struct adapter_base base = tool_base(DTYPE_F32);
+    for (size_t i = 0; i < 2; i++) {
+        struct tool_adapter a;
+        char rest[80];
+        (void)snprintf(rest, sizeof rest, "\"target_modules\": \"%s\"", texts[i]);
+        tool_adapter_begin(&a, *state); // q_proj and v_proj of both layers
+        tool_config(&a, rest);
+        for (int layer = 0; layer < 2; layer++)
+            for (int m = 0; m < 2; m++) {
+                char module[64];
+                (void)snprintf(module, sizeof module, "layers.%d.self_attn.%s_proj", layer,
+                               m ? "o" : "k");
+                tool_pair_add(&a, module, 4, 64, m ? 64 : 32);
+            }
+        tool_pair_add(&a, "layers.0.mlp.gate_proj", 4, 64, 96);
+        tool_pair_add(&a, "layers.0.mlp.up_proj", 4, 64, 96);
+        expect(&a, &base, STATUS_INVALID,
+               "targets model.layers.0.mlp.down_proj, but the file has no LoRA for it");
+        tool_pair_add(&a, "layers.0.mlp.down_proj", 4, 96, 64);
+        expect_good(&a, &base, "attention, dense", "", 11);
+        tool_pair_add(&a, "layers.1.mlp.experts.2.up_proj", 4, 64, 24); // one of four
+        expect(&a, &base, STATUS_INVALID, "targets up_proj of experts that the file has no LoRA");
+    }
+}
+
 static int setup(void **state)
 {
     *state = tool_scratch();
@@ -116,6 +192,8 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_adapters_formats_layout_is_whole),
         cmocka_unit_test(test_adapters_formats_longest_layout_is_stored),
+        cmocka_unit_test(test_adapters_formats_regex_text),
+        cmocka_unit_test(test_adapters_formats_all_linear_text),
     };
     return cmocka_run_group_tests_name("adapters_formats", tests, setup, teardown);
 }

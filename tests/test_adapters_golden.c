@@ -49,6 +49,10 @@ static const struct {
     {"old-fused-square-down", "fused, transposed, by version"},
     {"per-expert", "attention, dense, per-expert"},
     {"per-expert-ranks", "dense, per-expert"},
+    {"regex-text", "attention, dense"},
+    {"old-regex-text", "attention"},
+    {"regex-per-expert", "attention, per-expert"},
+    {"all-linear-text", "attention, dense"},
 };
 
 struct golden {

@@ -9,7 +9,8 @@
 
 Every run makes the cases that its versions can write and leaves the rest alone. Written per case, in
 tests/golden/adapters/NAME/:
-    adapter/             adapter_config.json and adapter_model.safetensors, untouched
+    adapter/             adapter_config.json and adapter_model.safetensors, untouched but for the fields that a
+                         case names in `written`, which PEFT then reads
     golden.safetensors   tokens.I (I32), logits.I (F32 [tokens, vocab]) for I = 0, 1, made in float32
                          delta:MATRIX (F32 [out, in]): the effective change of the matrix
                          applied (I32 [1]): matrices with LoRA; writer (U8): versions, as text
@@ -115,6 +116,16 @@ CASES = {
         r=2, lora_alpha=3, target_modules=MLP,
         rank_pattern={r"experts\.3\.gate_proj": 9, "layers.2.mlp.experts.0.down_proj": 5, "layers.1.mlp.up_proj": 13},
         alpha_pattern={"down_proj": 7})),
+    # the text of the pattern stays in the file where transformers does not rewrite the targets (dense, or older)
+    "regex-text": ("new", "base-dense", dict(r=4, lora_alpha=6, target_modules=r".*\.[02]\..*(q|up|down)_proj",
+                                             exclude_modules=r"model\.layers\.2\.mlp\.up.*")),
+    "old-regex-text": ("old", "base-moe", dict(r=3, lora_alpha=6, target_modules=r".*\.[02]\..*(q|o)_proj")),
+    "regex-per-expert": ("v4", "base-moe", dict(
+        r=2, lora_alpha=4, target_modules=r".*\.(experts\.[03]\.(gate|down)_proj|0\.self_attn\.v_proj)")),
+    # PEFT writes the resolved list; the text is what a person or another trainer leaves there
+    "all-linear-text": ("new", "base-dense", dict(r=2, lora_alpha=3, target_modules="all-linear",
+                                                  exclude_modules=r".*\.1\..*",
+                                                  written=dict(target_modules="all-linear"))),
 }
 
 
@@ -206,6 +217,7 @@ def make_case(name, seed):
     path = ROOT / name
     arguments = dict(arguments)
     torch.manual_seed(seed)
+    written = arguments.pop("written", {})
     if arguments.pop("no_dense", False):
         arguments["exclude_modules"] = ["layers.1.mlp." + word for word in MLP]
     model = get_peft_model(load_base(base), LoraConfig(task_type="CAUSAL_LM", bias="none", **arguments)).eval()
@@ -219,6 +231,7 @@ def make_case(name, seed):
     (path / "adapter/README.md").unlink(missing_ok=True)
     settings = json.loads((path / "adapter/adapter_config.json").read_text())
     settings["base_model_name_or_path"] = base  # no path of this machine
+    settings.update(written)
     (path / "adapter/adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
     # What a reader of the files gets, not what is in memory.
     model = peft.PeftModel.from_pretrained(load_base(base), path / "adapter").eval()
