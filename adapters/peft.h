@@ -143,6 +143,9 @@ static inline struct peft_pair *peft__pair_at(const struct peft_plan *plan, uint
 // ---- inside the plan ----
 
 enum { PEFT_STACKS = 4 }; // gate_up, gate, up, down
+bool peft__stack_has(uint32_t stack, enum lora_module module);
+// "model.layers.3.mlp.experts.gate_up_proj"
+void peft__stack_name(uint32_t layer, uint32_t stack, char out[PEFT_NAME_MAX]);
 
 // Tensors [A, B] as the file has them, before they are understood.
 struct peft_tensors {

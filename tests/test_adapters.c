@@ -406,7 +406,8 @@ static void test_adapters_experts_partly_missing(void **state)
     struct fault fault;
     moe_begin(&a, *state, "\"target_modules\": [\"experts.0.up_proj\", \"experts.2.up_proj\"]");
     tool_pair_add(&a, "layers.1.mlp.experts.0.up_proj", 4, 64, 24);
-    expect(&a, STATUS_INVALID, "targets up_proj of experts that the file has no LoRA for");
+    expect(&a, STATUS_INVALID,
+           "targets model.layers.1.mlp.experts.2.up_proj, but the file has no LoRA for it");
     tool_adapter_begin(&a, *state); // names of experts that transformers 5 did not match: reported
     tool_config(&a, "\"target_modules\": \".*(q_proj|v_proj|experts\\\\..*\\\\.up_proj)\"");
     tool_adapter_write(&a);

@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "adapters/peft.h"
+#include "base/rng.h"
 #include "tests/test_adapters_tool.h"
 
 enum { PAGE = 4096 };
@@ -170,8 +171,165 @@ static void test_adapters_formats_all_linear_text(void **state)
         tool_pair_add(&a, "layers.0.mlp.down_proj", 4, 96, 64);
         expect_good(&a, &base, "attention, dense", "", 11);
         tool_pair_add(&a, "layers.1.mlp.experts.2.up_proj", 4, 64, 24); // one of four
-        expect(&a, &base, STATUS_INVALID, "targets up_proj of experts that the file has no LoRA");
+        expect(&a, &base, STATUS_INVALID,
+               "targets model.layers.1.mlp.experts.0.gate_proj, but the file has no LoRA");
     }
+}
+
+// ---- stacked experts ----
+
+// Both layers are mixtures: hidden 64, 24 units, 4 experts.
+static struct adapter_base moe_base(void)
+{
+    static const uint8_t is_moe[2] = {1, 1};
+    struct adapter_base base = tool_base(DTYPE_F32);
+    base.is_moe = is_moe;
+    return base;
+}
+
+// lora_A and lora_B of layers.LAYER.mlp.experts.WORD, 3-D; the sides named in `transposed` stand
+// the other way round.
+static void stack_add(struct tool_adapter *adapter, int layer, const char *word, uint64_t rank,
+                      uint64_t d_in, uint64_t d_out, const char *transposed)
+{
+    const uint64_t dims[2][2] = {{rank, d_in}, {d_out, rank}};
+    for (int side = 0; side < 2; side++) {
+        char name[160];
+        bool turned = strchr(transposed, "AB"[side]) != NULL;
+        (void)snprintf(name, sizeof name,
+                       "base_model.model.model.layers.%d.mlp.experts.%s.lora_%c.weight", layer,
+                       word, "AB"[side]);
+        tool_tensor_add(adapter, name, 3, 4, dims[side][turned], dims[side][!turned]);
+    }
+}
+
+// A stacked tensor in one layer excuses no other layer and no other module.
+static void test_adapters_formats_stacked_missing_by_layer(void **state)
+{
+    static const char modules[] = "\"target_modules\": [\"gate_up_proj\", \"experts.down_proj\"]";
+    static const char parameters[] =
+        "\"target_parameters\": [\"gate_up_proj\", \"experts.down_proj\"]";
+    struct adapter_base base = moe_base();
+    struct tool_adapter a;
+    for (int form = 0; form < 2; form++) {
+        begin(&a, *state, form ? parameters : modules);
+        stack_add(&a, 0, "gate_up_proj", 4, 64, 48, "");
+        stack_add(&a, 0, "down_proj", 4, 24, 64, "");
+        stack_add(&a, 1, "gate_up_proj", 4, 64, 48, "");
+        expect(&a, &base, STATUS_INVALID,
+               form ? "names model.layers.1.mlp.experts.down_proj, but the file has no LoRA for it"
+                    : "targets model.layers.1.mlp.experts.down_proj, but the file has no LoRA");
+        a.count -= 2; // no tensor of layer 1 is left
+        expect(&a, &base, STATUS_INVALID,
+               form ? "names model.layers.1.mlp.experts.gate_up_proj, but the file has no LoRA"
+                    : "targets model.layers.1.mlp.experts.gate_up_proj, but the file has no LoRA");
+        stack_add(&a, 1, "gate_up_proj", 4, 64, 48, "");
+        stack_add(&a, 1, "down_proj", 4, 24, 64, "");
+        expect_good(&a, &base, "stacked", "", 2 * 12);
+    }
+    // the words of experts one by one; layer 1 is not targeted
+    begin(&a, *state,
+          "\"target_modules\": [\"up_proj\", \"gate_proj\"], \"layers_to_transform\": 0");
+    stack_add(&a, 0, "gate_proj", 4, 64, 24, "");
+    expect(&a, &base, STATUS_INVALID,
+           "targets model.layers.0.mlp.experts.up_proj, but the file has no LoRA for it");
+    stack_add(&a, 0, "up_proj", 4, 64, 24, "");
+    expect_good(&a, &base, "stacked", "", 8);
+    // a stacked layer beside one with a matrix per expert, one of which is missing
+    begin(&a, *state, "\"target_modules\": [\"up_proj\"]");
+    stack_add(&a, 0, "up_proj", 4, 64, 24, "");
+    for (int e = 0; e < 4; e++) {
+        char module[64];
+        if (e == 3)
+            expect(&a, &base, STATUS_INVALID,
+                   "targets model.layers.1.mlp.experts.3.up_proj, but the file has no LoRA");
+        (void)snprintf(module, sizeof module, "layers.1.mlp.experts.%d.up_proj", e);
+        tool_pair_add(&a, module, 4, 64, 24);
+    }
+    expect_good(&a, &base, "mixed", "", 8);
+    // no expert at all: such names match nothing on transformers 5
+    tool_adapter_begin(&a, *state);
+    tool_config(&a,
+                "\"target_modules\": [\"q_proj\", \"v_proj\", \"gate_up_proj\", \"down_proj\"]");
+    expect_good(&a, &base, "attention",
+                "target_modules:experts.down_proj, target_modules:experts.gate_up_proj", 4);
+}
+
+// Element (rank row, dimension) of one expert's A or B^T as the store has it.
+static void stacked_compare(const struct tool_adapter *adapter, const struct adapter_base *base)
+{
+    struct adapter_report report;
+    struct fault fault = {.text = ""};
+    struct tool_rig rig;
+    adapter_id id;
+    tool_adapter_write(adapter);
+    assert_int_equal(adapter_convert(adapter->directory, base, 32768, store_path, &report, &fault),
+                     STATUS_OK);
+    tool_rig_make(&rig, base, 32768, 8, 8, 2);
+    assert_int_equal(adapter_register(rig.adapters, "s", store_path, 0, &id, &fault), STATUS_OK);
+    assert_int_equal(adapter_fetch(rig.adapters, id, COPY_BATCH, COPY_PREFETCH), STATUS_OK);
+    tool_rig_settle(&rig);
+    const struct lora_adapter_view *view =
+        &adapters_views(rig.adapters)[adapter_view_index(rig.adapters, id)];
+    const struct lora_pair *up = lora_pair_at(view, 0, LORA_UP, 3);
+    const bool a_turned = adapter->tensors[0].shape[1] != 4,
+               b_turned = adapter->tensors[1].shape[1] == 4;
+    // The generator's element n is rng_uniform(seed, 1, n) - 0.5; up of expert 3 is 24.. of 48 out.
+    for (uint32_t j = 0; j < 4; j++)
+        for (uint32_t i = 0; i < 24; i++) {
+            uint64_t in_a = a_turned ? i * 4 + j : j * 64 + i, out = 24 + i;
+            uint64_t in_b = b_turned ? j * 48 + out : out * 4 + j;
+            assert_true(tool_element(&rig, base, view, &up->a, j, i) ==
+                        rng_uniform(adapter->seed, 1, 3 * 64 * 4 + in_a) - 0.5f);
+            assert_true(tool_element(&rig, base, view, &up->b, j, i) ==
+                        rng_uniform(adapter->seed, 1, 4 * 64 * 4 + 3 * 48 * 4 + in_b) - 0.5f);
+        }
+    tool_rig_clear(&rig);
+    assert_int_equal(unlink(store_path), 0);
+}
+
+static void test_adapters_formats_stacked_orders(void **state)
+{
+    static const char *const turned[] = {"", "A", "B", "AB"};
+    static const char gate_up[] =
+        "\"target_modules\": [\"gate_up_proj\"], \"layers_to_transform\": [0]";
+    struct adapter_base base = moe_base();
+    struct tool_adapter a;
+    for (size_t i = 0; i < 4; i++) {
+        begin(&a, *state, gate_up);
+        stack_add(&a, 0, "gate_up_proj", 4, 64, 48, turned[i]);
+        expect_good(&a, &base, i ? "stacked, transposed" : "stacked", "", 8);
+        stacked_compare(&a, &base);
+    }
+    begin(&a, *state, "\"target_modules\": [\"gate_up_proj\"]"); // two orders in one file
+    stack_add(&a, 0, "gate_up_proj", 4, 64, 48, "AB");
+    stack_add(&a, 1, "gate_up_proj", 4, 64, 48, "B");
+    expect(&a, &base, STATUS_INVALID,
+           "layers.1.mlp.experts.gate_up_proj.lora_A.weight\" stands in another order");
+    // rank 48 = 2I: lora_B is square, and nothing else in the file has a lora_B
+    begin(&a, *state,
+          "\"target_modules\": [\"gate_up_proj\"], \"rank_pattern\": {\"gate_up_proj\": 48}");
+    stack_add(&a, 0, "gate_up_proj", 48, 64, 48, "");
+    stack_add(&a, 1, "gate_up_proj", 48, 64, 48, "");
+    expect(&a, &base, STATUS_INVALID, "their shapes do not prove the order of lora_B");
+    begin(&a, *state, // down_proj proves it
+          "\"target_modules\": [\"gate_up_proj\", \"experts.down_proj\"], "
+          "\"layers_to_transform\": 0, \"rank_pattern\": {\"gate_up_proj\": 48}");
+    stack_add(&a, 0, "gate_up_proj", 48, 64, 48, "AB");
+    stack_add(&a, 0, "down_proj", 4, 24, 64, "AB");
+    expect_good(&a, &base, "stacked, transposed", "", 12);
+    begin(&a, *state, gate_up); // neither order
+    stack_add(&a, 0, "gate_up_proj", 4, 64, 40, "");
+    expect(&a, &base, STATUS_INVALID,
+           "is not [4, 4, 64] with a lora_B of [4, 48, 4], nor the transposed of these");
+    begin(&a, *state, gate_up);
+    stack_add(&a, 0, "gate_up_proj", 4, 64, 48, "");
+    a.count--;
+    expect(&a, &base, STATUS_INVALID, "experts.gate_up_proj has lora_A but no lora_B");
+    begin(&a, *state, "\"target_modules\": [\"experts.down_proj\"]");
+    stack_add(&a, 0, "gate_up_proj", 4, 64, 48, "");
+    expect(&a, &base, STATUS_INVALID,
+           "LoRA for model.layers.0.mlp.experts.gate_up_proj, which adapter_config.json does not");
 }
 
 static int setup(void **state)
@@ -194,6 +352,8 @@ int main(void)
         cmocka_unit_test(test_adapters_formats_longest_layout_is_stored),
         cmocka_unit_test(test_adapters_formats_regex_text),
         cmocka_unit_test(test_adapters_formats_all_linear_text),
+        cmocka_unit_test(test_adapters_formats_stacked_missing_by_layer),
+        cmocka_unit_test(test_adapters_formats_stacked_orders),
     };
     return cmocka_run_group_tests_name("adapters_formats", tests, setup, teardown);
 }

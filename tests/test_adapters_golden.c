@@ -53,6 +53,9 @@ static const struct {
     {"old-regex-text", "attention"},
     {"regex-per-expert", "attention, per-expert"},
     {"all-linear-text", "attention, dense"},
+    {"stacked", "attention, stacked"},
+    {"stacked-transposed", "stacked, transposed"},
+    {"stacked-words", "stacked"},
 };
 
 struct golden {

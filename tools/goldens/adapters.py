@@ -10,7 +10,8 @@
 Every run makes the cases that its versions can write and leaves the rest alone. Written per case, in
 tests/golden/adapters/NAME/:
     adapter/             adapter_config.json and adapter_model.safetensors, untouched but for the fields that a
-                         case names in `written`, which PEFT then reads
+                         case names in `written`, which PEFT then reads; with `stacked` the experts are rewritten
+                         as 3-D tensors after PEFT has given the changes and logits
     golden.safetensors   tokens.I (I32), logits.I (F32 [tokens, vocab]) for I = 0, 1, made in float32
                          delta:MATRIX (F32 [out, in]): the effective change of the matrix
                          applied (I32 [1]): matrices with LoRA; writer (U8): versions, as text
@@ -126,6 +127,13 @@ CASES = {
     "all-linear-text": ("new", "base-dense", dict(r=2, lora_alpha=3, target_modules="all-linear",
                                                   exclude_modules=r".*\.1\..*",
                                                   written=dict(target_modules="all-linear"))),
+    # PEFT's matrices and changes, written as 3-D tensors: no PEFT writes these
+    "stacked": ("new", "base-moe", dict(r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=[GATE_UP, DOWN],
+                                        rank_pattern={"experts.gate_up_proj": 5}, stacked="linear")),
+    "stacked-transposed": ("new", "base-moe", dict(r=3, lora_alpha=9, target_modules=[],
+                                                   target_parameters=[GATE_UP, DOWN], stacked="transposed")),
+    "stacked-words": ("v4", "base-moe", dict(r=2, lora_alpha=3, target_modules=MLP, layers_to_transform=[0, 2],
+                                             layers_pattern="layers", stacked="linear")),
 }
 
 
@@ -212,12 +220,41 @@ def kept(name):
     return layer in (0, 2) and expert in (0, 3)
 
 
+def stack(path, base, order):
+    """Rewrites the experts of an adapter as 3-D tensors: A [E, r, in], B [E, out, r], or each transposed."""
+    experts, out, single = BASES[base]["num_experts"], {}, {}
+    for key, tensor in load_file(path / "adapter_model.safetensors").items():
+        prefix, _, rest = key.partition(".mlp.experts.")
+        parts = rest.split(".")
+        if not rest:
+            out[key] = tensor
+        elif parts[0].isdigit():
+            single.setdefault((f"{prefix}.mlp.experts.{parts[1]}.{parts[2]}.weight"), {})[int(parts[0])] = tensor
+        else:  # both parameters are targeted: the inner one is gate_up_proj
+            word = "gate_up_proj" if parts[0] == "base_layer" else "down_proj"
+            if parts[-2] == "lora_A":
+                tensor = tensor.view(experts, -1, tensor.shape[1])
+            else:
+                tensor = tensor.view(tensor.shape[0], -1, experts).permute(2, 0, 1)
+            out[f"{prefix}.mlp.experts.{word}.{parts[-2]}.weight"] = tensor
+    for key, tensors in single.items():
+        out[key] = torch.stack([tensors[e] for e in range(experts)])
+    for key, tensor in out.items():
+        turned = order == "transposed" and tensor.dim() == 3
+        out[key] = (tensor.transpose(1, 2) if turned else tensor).contiguous()
+    save_file(out, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((path / "adapter_config.json").read_text())
+    settings["target_modules"] += settings["target_parameters"] or []
+    settings["target_parameters"] = None
+    (path / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
+
+
 def make_case(name, seed):
     writer, base, arguments = CASES[name]
     path = ROOT / name
     arguments = dict(arguments)
     torch.manual_seed(seed)
-    written = arguments.pop("written", {})
+    written, stacked = arguments.pop("written", {}), arguments.pop("stacked", None)
     if arguments.pop("no_dense", False):
         arguments["exclude_modules"] = ["layers.1.mlp." + word for word in MLP]
     model = get_peft_model(load_base(base), LoraConfig(task_type="CAUSAL_LM", bias="none", **arguments)).eval()
@@ -250,6 +287,8 @@ def make_case(name, seed):
     writer = f"peft {peft.__version__}, transformers {transformers.__version__}"
     tensors["writer"] = torch.tensor(list(writer.encode()), dtype=torch.uint8)
     tensors["applied"] = torch.tensor([len(found)], dtype=torch.int32)
+    if stacked:
+        stack(path / "adapter", base, stacked)
     # One entry: safetensors writes several in no particular order.
     save_file(tensors, path / "golden.safetensors", metadata={"base": base})
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
