@@ -61,6 +61,15 @@ static void begin(struct tool_adapter *adapter, const char *scratch, const char 
     tool_config(adapter, rest);
 }
 
+// Both layers are mixtures: hidden 64, 24 units, 4 experts.
+static struct adapter_base moe_base(void)
+{
+    static const uint8_t is_moe[2] = {1, 1};
+    struct adapter_base base = tool_base(DTYPE_F32);
+    base.is_moe = is_moe;
+    return base;
+}
+
 // ---- the layout text ----
 
 // Every combination fits the field of the store header, and no fact is lost at its end.
@@ -176,16 +185,145 @@ static void test_adapters_formats_all_linear_text(void **state)
     }
 }
 
-// ---- stacked experts ----
+// ---- fields of adapter_config.json ----
 
-// Both layers are mixtures: hidden 64, 24 units, 4 experts.
-static struct adapter_base moe_base(void)
+// Each alone beside a good configuration: the adapter is converted, and the field is listed.
+static void test_adapters_formats_ignored_fields(void **state)
 {
-    static const uint8_t is_moe[2] = {1, 1};
+    static const struct {
+        const char *field, *listed;
+    } fields[] = {
+        {"\"lora_dropout\": 0.1", "lora_dropout"},
+        {"\"task_type\": \"CAUSAL_LM\"", "task_type"},
+        {"\"auto_mapping\": {\"a\": 1}", "auto_mapping"},
+        {"\"megatron_config\": {\"a\": 1}", "megatron_config"},
+        {"\"megatron_core\": \"megatron.core\"", "megatron_core"},
+        {"\"loftq_config\": {\"loftq_bits\": 4}", "loftq_config"},
+        {"\"eva_config\": {\"rho\": 2.0}", "eva_config"},
+        {"\"corda_config\": {\"verbose\": true}", "corda_config"},
+        {"\"lora_ga_config\": {\"scale\": \"stable\"}", "lora_ga_config"},
+        {"\"velora_config\": {\"num_groups\": 32}", "velora_config"},
+        {"\"runtime_config\": {\"ephemeral_gpu_offload\": true}", "runtime_config"},
+        {"\"qalora_group_size\": 16", "qalora_group_size"},
+        {"\"ensure_weight_tying\": true", "ensure_weight_tying"},
+        {"\"fan_in_fan_out\": true", "fan_in_fan_out"},
+        {"\"bias\": \"all\"", "bias"},
+        {"\"bias\": \"lora_only\"", "bias"},
+        {"\"init_lora_weights\": \"gaussian\"", "init_lora_weights"},
+        {"\"init_lora_weights\": \"eva\"", "init_lora_weights"},
+        {"\"init_lora_weights\": \"orthogonal\"", "init_lora_weights"},
+        {"\"layers_to_transform\": [], \"layers_pattern\": \"layers\"", "layers_pattern"},
+        {"\"target_parameters\": [\"gate.weight\"]", "target_parameters:gate.weight"},
+        {"\"of_a_newer_peft\": [1]", "of_a_newer_peft"},
+        // not set, or said otherwise: not listed
+        {"\"fan_in_fan_out\": false", ""},
+        {"\"bias\": \"none\"", ""},
+        {"\"init_lora_weights\": true", ""},
+        {"\"layers_to_transform\": null, \"layers_pattern\": []", ""},
+        {"\"peft_version\": \"0.21.2\", \"inference_mode\": true, \"revision\": \"main\", "
+         "\"base_model_name_or_path\": \"x/y\"",
+         ""},
+    };
     struct adapter_base base = tool_base(DTYPE_F32);
-    base.is_moe = is_moe;
-    return base;
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        struct tool_adapter a;
+        char rest[256];
+        (void)snprintf(rest, sizeof rest, "\"target_modules\": [\"q_proj\", \"v_proj\"], %s",
+                       fields[i].field);
+        tool_adapter_begin(&a, *state);
+        tool_config(&a, rest);
+        expect_good(&a, &base, "attention", fields[i].listed, 4);
+    }
 }
+
+// Each alone: refused with its name, and with what to do. Values and types: test_adapters.c.
+static void test_adapters_formats_refused_fields(void **state)
+{
+    static const struct {
+        const char *field, *name;
+    } fields[] = {
+        {"\"use_dora\": true", "use_dora"},
+        {"\"modules_to_save\": [\"norm\"]", "modules_to_save"},
+        {"\"lora_bias\": true", "lora_bias"},
+        {"\"layer_replication\": [[0, 2]]", "layer_replication"},
+        {"\"use_qalora\": true", "use_qalora"},
+        {"\"alora_invocation_tokens\": [1]", "alora_invocation_tokens"},
+        {"\"trainable_token_indices\": {\"embed_tokens\": [1]}", "trainable_token_indices"},
+        {"\"use_bdlora\": {\"nblocks\": 2}", "use_bdlora"},
+        {"\"arrow_config\": {\"top_k\": 2}", "arrow_config"},
+        {"\"kasa_config\": {\"beta\": 1}", "kasa_config"},
+        {"\"monteclora_config\": {\"num_samples\": 1}", "monteclora_config"},
+    };
+    struct adapter_base base = tool_base(DTYPE_F32);
+    for (size_t i = 0; i < sizeof fields / sizeof *fields; i++) {
+        struct tool_adapter a;
+        char rest[256], text[80];
+        (void)snprintf(rest, sizeof rest, "\"target_modules\": [\"q_proj\", \"v_proj\"], %s",
+                       fields[i].field);
+        tool_adapter_begin(&a, *state);
+        tool_config(&a, rest);
+        (void)snprintf(text, sizeof text, "adapter_config.json: %s is set: ", fields[i].name);
+        expect(&a, &base, STATUS_UNSUPPORTED, text);
+        expect(&a, &base, STATUS_UNSUPPORTED, "Train the adapter without it.");
+    }
+}
+
+// bias "all" is harmless as long as the file has none; PEFT saves those that the base has.
+static void test_adapters_formats_bias_in_file(void **state)
+{
+    struct adapter_base base = tool_base(DTYPE_F32);
+    struct tool_adapter a;
+    tool_adapter_begin(&a, *state);
+    tool_config(&a, "\"target_modules\": [\"q_proj\", \"v_proj\"], \"bias\": \"all\"");
+    tool_tensor_add(&a, "base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias", 1, 64,
+                    0, 0);
+    expect(&a, &base, STATUS_UNSUPPORTED,
+           "q_proj.base_layer.bias\": biases are not supported; train with bias=\"none\"");
+}
+
+// What layers_to_transform chooses: the layer, or before 0.20 and without layers_pattern the
+// expert.
+static void test_adapters_formats_layers(void **state)
+{
+    static const struct {
+        const char *rest;
+        bool chooses_expert;
+    } cases[] = {
+        {"", true}, // older than 0.18
+        {", \"peft_version\": \"0.19.1\"", true},
+        {", \"peft_version\": \"0.20.0\"", false},
+        {", \"peft_version\": \"1.0.0\"", false},
+        {", \"layers_pattern\": \"layers\"", false},
+        {", \"layers_pattern\": [\"blocks\", \"layers\"]", false},
+    };
+    struct adapter_base base = moe_base();
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct tool_adapter a;
+        char rest[200];
+        (void)snprintf(
+            rest, sizeof rest,
+            "\"target_modules\": [\"up_proj\", \"q_proj\"], \"layers_to_transform\": 1%s",
+            cases[i].rest);
+        begin(&a, *state, rest);
+        tool_pair_add(&a, "layers.1.self_attn.q_proj", 4, 64, 64);
+        for (int n = 0; n < (cases[i].chooses_expert ? 2 : 4); n++) {
+            char module[64];
+            (void)snprintf(module, sizeof module, "layers.%d.mlp.experts.%d.up_proj",
+                           cases[i].chooses_expert ? n : 1, cases[i].chooses_expert ? 1 : n);
+            tool_pair_add(&a, module, 4, 64, 24);
+        }
+        expect_good(&a, &base, "attention, per-expert", "", cases[i].chooses_expert ? 3 : 5);
+    }
+    struct tool_adapter a; // it is of target_modules alone
+    begin(&a, *state,
+          "\"target_parameters\": [\"gate_up_proj\"], \"layers_to_transform\": [0], "
+          "\"layers_pattern\": \"layers\"");
+    tool_pair_add(&a, "layers.0.mlp.experts", 16, 64, 48);
+    tool_pair_add(&a, "layers.1.mlp.experts", 16, 64, 48);
+    expect_good(&a, &base, "fused", "layers_to_transform, layers_pattern", 16);
+}
+
+// ---- stacked experts ----
 
 // lora_A and lora_B of layers.LAYER.mlp.experts.WORD, 3-D; the sides named in `transposed` stand
 // the other way round.
@@ -229,7 +367,8 @@ static void test_adapters_formats_stacked_missing_by_layer(void **state)
     }
     // the words of experts one by one; layer 1 is not targeted
     begin(&a, *state,
-          "\"target_modules\": [\"up_proj\", \"gate_proj\"], \"layers_to_transform\": 0");
+          "\"target_modules\": [\"up_proj\", \"gate_proj\"], \"layers_to_transform\": 0, "
+          "\"peft_version\": \"0.20.0\"");
     stack_add(&a, 0, "gate_proj", 4, 64, 24, "");
     expect(&a, &base, STATUS_INVALID,
            "targets model.layers.0.mlp.experts.up_proj, but the file has no LoRA for it");
@@ -352,6 +491,10 @@ int main(void)
         cmocka_unit_test(test_adapters_formats_longest_layout_is_stored),
         cmocka_unit_test(test_adapters_formats_regex_text),
         cmocka_unit_test(test_adapters_formats_all_linear_text),
+        cmocka_unit_test(test_adapters_formats_ignored_fields),
+        cmocka_unit_test(test_adapters_formats_refused_fields),
+        cmocka_unit_test(test_adapters_formats_bias_in_file),
+        cmocka_unit_test(test_adapters_formats_layers),
         cmocka_unit_test(test_adapters_formats_stacked_missing_by_layer),
         cmocka_unit_test(test_adapters_formats_stacked_orders),
     };

@@ -16,7 +16,8 @@ tests/golden/adapters/NAME/:
                          delta:MATRIX (F32 [out, in]): the effective change of the matrix
                          applied (I32 [1]): matrices with LoRA; writer (U8): versions, as text
                          __metadata__: base = name of the base's directory
-../adapters_names.json: for 31 configurations and 84 names, what PEFT's own functions answer.
+../adapters_names.json: for 31 configurations and 84 names, what PEFT's own functions answer; ../adapters_names_old.json:
+the same of writer "old", for what changed since ("names" on the command line makes these).
 The bases are in tests/golden/adapters/base-*/ (config.json, model.safetensors, tokenizer.json), with a
 golden.safetensors of their own (tokens.I, logits.I); every writer's versions must agree with it.
 """
@@ -134,6 +135,15 @@ CASES = {
                                                    target_parameters=[GATE_UP, DOWN], stacked="transposed")),
     "stacked-words": ("v4", "base-moe", dict(r=2, lora_alpha=3, target_modules=MLP, layers_to_transform=[0, 2],
                                              layers_pattern="layers", stacked="linear")),
+    # one number, no layers_pattern
+    "layers-plain": ("new", "base-dense", dict(r=3, lora_alpha=12, target_modules=["q_proj", "down_proj"],
+                                               layers_to_transform=2)),
+    # before 0.20: experts 1 and 3 of every layer, and the dense layer 1
+    "layers-per-expert": ("v4", "base-moe", dict(r=2, lora_alpha=5, target_modules=["up_proj", "down_proj"],
+                                                 layers_to_transform=[1, 3])),
+    # set, and without effect: nn.Linear is never fan_in_fan_out, and this base has no biases
+    "no-effect": ("new", "base-dense", dict(r=2, lora_alpha=5, target_modules=["v_proj"], bias="lora_only",
+                                            written=dict(fan_in_fan_out=True))),
 }
 
 
@@ -257,7 +267,7 @@ def make_case(name, seed):
     written, stacked = arguments.pop("written", {}), arguments.pop("stacked", None)
     if arguments.pop("no_dense", False):
         arguments["exclude_modules"] = ["layers.1.mlp." + word for word in MLP]
-    model = get_peft_model(load_base(base), LoraConfig(task_type="CAUSAL_LM", bias="none", **arguments)).eval()
+    model = get_peft_model(load_base(base), LoraConfig(task_type="CAUSAL_LM", **arguments)).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "lora_" in key:
@@ -329,6 +339,13 @@ MATCHING = [
     dict(target_modules=["q_proj"], alpha_pattern={"q_proj": 1, "up_proj": 0.5, "gate_up_proj": -3}, use_rslora=True),
     dict(target_modules=["q_proj"], alpha_pattern={"down_proj": 64}, rank_pattern={"mlp.down_proj": 48}),
 ]
+# Before 0.20 layers_to_transform without layers_pattern took the last number of a name, not the first.
+MATCHING_OLD = [
+    dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1]),
+    dict(target_modules=["q_proj", "gate_proj", "model.layers.0.self_attn.k_proj"], layers_to_transform=3),
+    dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 12], layers_pattern="layers"),
+    dict(target_modules=["up_proj"], layers_to_transform=[1], layers_pattern=["h", "experts"]),
+]
 
 
 def matching_names():
@@ -344,11 +361,11 @@ def matching_names():
             yield f"model.layers.{layer}.mlp.experts.{word}", True
 
 
-def make_matching():
+def make_matching(file, cases):
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import get_pattern_key
     out = []
-    for arguments in MATCHING:
+    for arguments in cases:
         config = LoraConfig(r=16, lora_alpha=24, task_type="CAUSAL_LM", **arguments)
         answers = []
         for name, is_parameter in matching_names():
@@ -361,10 +378,10 @@ def make_matching():
             alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
             scale = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
             answers.append([name, targeted, rank, scale])
-        arguments = dict(arguments, peft_type="LORA", r=16, lora_alpha=24)
+        arguments = dict(arguments, peft_type="LORA", r=16, lora_alpha=24, peft_version=peft.__version__)
         out.append({"config": json.dumps(arguments), "answers": answers})
     lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in out)
-    ROOT.with_name("adapters_names.json").write_text("[" + lines + "]\n")
+    ROOT.with_name(file).write_text("[" + lines + "]\n")
     print(f"matching: {len(out)} configurations, {len(answers)} names each")
 
 
@@ -374,7 +391,11 @@ def main():
     if WRITER == "new" and not chosen:
         for seed, name in enumerate(BASES):
             make_base(name, seed)
-        make_matching()
+    if not chosen or "names" in chosen:
+        if WRITER == "new":
+            make_matching("adapters_names.json", MATCHING)
+        elif WRITER == "old":
+            make_matching("adapters_names_old.json", MATCHING_OLD)
     for seed, (name, case) in enumerate(CASES.items()):
         if case[0] == WRITER and (not chosen or name in chosen):
             make_case(name, 1000 + seed)
