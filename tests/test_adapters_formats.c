@@ -9,6 +9,7 @@
 #include <cmocka.h>
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -471,6 +472,77 @@ static void test_adapters_formats_stacked_orders(void **state)
            "LoRA for model.layers.0.mlp.experts.gate_up_proj, which adapter_config.json does not");
 }
 
+// ---- what PEFT writes and the server refuses ----
+
+#define REFUSED POLDER_SOURCE_DIR "/tests/golden/adapters_refused"
+
+// Files of PEFT (tools/goldens/adapters.py). Where a field of the configuration is refused, the
+// same file with that field under another name, so that the tensors themselves are refused too.
+static const struct {
+    const char *name, *text, *field, *text_of_tensor;
+} written[] = {
+    {"dora", "use_dora is set: DoRA is not supported", "use_dora",
+     "lora_magnitude_vector\": DoRA is not supported; train with use_dora=False"},
+    {"modules-to-save", "modules_to_save is set: whole modules", "modules_to_save",
+     "lm_head.weight\": PEFT saved the whole lm_head"},
+    {"lora-bias", "lora_bias is set: biases are not supported", "lora_bias",
+     "lora_B.bias\": biases are not supported"},
+    {"trained-tokens", "trainable_token_indices is set: trained tokens", "trainable_token_indices",
+     "trainable_tokens_delta\": trained tokens are not supported"},
+    {"embeddings", "LoRA on embeddings is not supported; train without embed_tokens", NULL, NULL},
+    {"embeddings-base", "LoRA on embeddings is not supported", NULL, NULL},
+    {"embeddings-whole", "PEFT saved the whole ", NULL, NULL},
+    {"lm-head", "LoRA on lm_head is not supported; train without lm_head", NULL, NULL},
+    {"router", "LoRA on the router is not supported; train without mlp.gate", NULL, NULL},
+    {"shared-experts", "this base model has no shared experts", NULL, NULL},
+};
+
+static void copy_with(const char *from, const char *to, const char *field)
+{
+    char path[TOOL_PATH + 320];
+    size_t bytes;
+    (void)snprintf(path, sizeof path, "%s/adapter_model.safetensors", from);
+    void *weights = tool_file_read(path, &bytes);
+    (void)snprintf(path, sizeof path, "%s/adapter_model.safetensors", to);
+    tool_file_write(path, weights, bytes);
+    free(weights);
+    (void)snprintf(path, sizeof path, "%s/adapter_config.json", from);
+    char *config = tool_file_read(path, &bytes);
+    char *at = field ? memmem(config, bytes, field, strlen(field)) : NULL;
+    assert_true(!field || at);
+    if (at)
+        *at = 'x'; // an unknown field
+    (void)snprintf(path, sizeof path, "%s/adapter_config.json", to);
+    tool_file_write(path, config, bytes);
+    free(config);
+}
+
+static void test_adapters_formats_refused_files(void **state)
+{
+    static const uint8_t dense[3] = {0, 0, 0}, moe[3] = {1, 0, 1};
+    for (size_t i = 0; i < sizeof written / sizeof *written; i++) {
+        struct adapter_base base = tool_base(DTYPE_F32);
+        char from[300];
+        base.layers = 3;
+        base.is_moe = strcmp(written[i].name, "router") == 0 ? moe : dense;
+        (void)snprintf(from, sizeof from, "%s/%s", REFUSED, written[i].name);
+        for (int renamed = 0; renamed <= (written[i].field != NULL); renamed++) {
+            struct tool_adapter a;
+            struct adapter_report report;
+            struct fault fault = {.text = ""};
+            const char *want = renamed ? written[i].text_of_tensor : written[i].text;
+            tool_adapter_begin(&a, *state);
+            copy_with(from, a.directory, renamed ? written[i].field : NULL);
+            enum status status =
+                adapter_convert(a.directory, &base, PAGE, store_path, &report, &fault);
+            if (status != STATUS_UNSUPPORTED || !strstr(fault.text, want))
+                fail_msg("%s: %s \"%s\", wanted \"%s\"", written[i].name, status_code(status),
+                         fault.text, want);
+            (void)printf("%-16s %s\n", written[i].name, fault.text);
+        }
+    }
+}
+
 static int setup(void **state)
 {
     *state = tool_scratch();
@@ -497,6 +569,7 @@ int main(void)
         cmocka_unit_test(test_adapters_formats_layers),
         cmocka_unit_test(test_adapters_formats_stacked_missing_by_layer),
         cmocka_unit_test(test_adapters_formats_stacked_orders),
+        cmocka_unit_test(test_adapters_formats_refused_files),
     };
     return cmocka_run_group_tests_name("adapters_formats", tests, setup, teardown);
 }

@@ -18,6 +18,7 @@ tests/golden/adapters/NAME/:
                          __metadata__: base = name of the base's directory
 ../adapters_names.json: for 31 configurations and 84 names, what PEFT's own functions answer; ../adapters_names_old.json:
 the same of writer "old", for what changed since ("names" on the command line makes these).
+../adapters_refused/NAME/ ("refused" on the command line): adapters that the server refuses by name, as PEFT wrote them.
 The bases are in tests/golden/adapters/base-*/ (config.json, model.safetensors, tokenizer.json), with a
 golden.safetensors of their own (tokens.I, logits.I); every writer's versions must agree with it.
 """
@@ -144,6 +145,21 @@ CASES = {
     # set, and without effect: nn.Linear is never fan_in_fan_out, and this base has no biases
     "no-effect": ("new", "base-dense", dict(r=2, lora_alpha=5, target_modules=["v_proj"], bias="lora_only",
                                             written=dict(fan_in_fan_out=True))),
+}
+
+
+# What the server refuses by name, as PEFT writes it: (base, LoraConfig arguments, save_pretrained arguments)
+REFUSED = {
+    "dora": ("base-dense", dict(target_modules=["q_proj"], use_dora=True), {}),
+    "modules-to-save": ("base-dense", dict(target_modules=["q_proj"], modules_to_save=["lm_head"]), {}),
+    "lora-bias": ("base-dense", dict(target_modules=["q_proj"], lora_bias=True), {}),
+    "trained-tokens": ("base-dense", dict(target_modules=["q_proj"], trainable_token_indices=[1, 2]), {}),
+    "embeddings": ("base-dense", dict(target_modules=["q_proj", "embed_tokens"]), dict(save_embedding_layers=False)),
+    "embeddings-base": ("base-dense", dict(target_modules=["q_proj", "embed_tokens"]), {}),
+    "embeddings-whole": ("base-dense", dict(target_modules=["q_proj"]), dict(save_embedding_layers=True)),
+    "lm-head": ("base-dense", dict(target_modules=["q_proj", "lm_head"]), dict(save_embedding_layers=False)),
+    "router": ("base-moe", dict(target_modules=["q_proj"], target_parameters=["gate.weight"]), {}),
+    "shared-experts": ("shared", dict(target_modules=["q_proj", "shared_expert.up_proj"]), {}),
 }
 
 
@@ -305,6 +321,25 @@ def make_case(name, seed):
     print(f"{name}: {len(found)} matrices, logits moved by {difference:.3f}, {size} bytes")
 
 
+def make_refused(name):
+    base, arguments, saving = REFUSED[name]
+    path = ROOT.with_name("adapters_refused") / name
+    torch.manual_seed(0)
+    if base == "shared":
+        config = transformers.Qwen2MoeConfig(**dict(BASES["base-moe"], shared_expert_intermediate_size=8))
+        model = transformers.Qwen2MoeForCausalLM(config)
+    else:
+        model = load_base(base)
+    model = get_peft_model(model, LoraConfig(r=1, lora_alpha=2, task_type="CAUSAL_LM", **arguments))
+    shutil.rmtree(path, ignore_errors=True)
+    model.save_pretrained(path, **saving)
+    (path / "README.md").unlink(missing_ok=True)
+    settings = json.loads((path / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = base
+    (path / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
+    print(f"{name}: {sorted(load_file(path / 'adapter_model.safetensors'))[:2]}")
+
+
 # (LoraConfig arguments): which matrices PEFT targets, at what rank and scale.
 MATCHING = [
     dict(target_modules=["q_proj"]),
@@ -396,6 +431,9 @@ def main():
             make_matching("adapters_names.json", MATCHING)
         elif WRITER == "old":
             make_matching("adapters_names_old.json", MATCHING_OLD)
+    for name in REFUSED:
+        if WRITER == "new" and (not chosen or "refused" in chosen):
+            make_refused(name)
     for seed, (name, case) in enumerate(CASES.items()):
         if case[0] == WRITER and (not chosen or name in chosen):
             make_case(name, 1000 + seed)
