@@ -448,7 +448,7 @@ static void test_adapters_experts_partly_missing(void **state)
     assert_int_equal(unlink(store_path), 0);
 }
 
-// 3-D tensors [experts, rank, in] and [experts, out, rank]. No writer in the golden files has them.
+// 3-D tensors [experts, rank, in] and [experts, out, rank]. Orders: test_adapters_formats.c.
 static void test_adapters_stacked(void **state)
 {
     struct tool_adapter a;
