@@ -12,3 +12,5 @@ add_test(NAME bench_step_adapters_refusal COMMAND bench_step --model synth:tiny 
     --steps 5 --adapters 8 --rank 512 --targets attention --pool-mib 2)
 set_tests_properties(bench_step_adapters_refusal PROPERTIES PASS_REGULAR_EXPRESSION "cannot hold 8 adapters")
 set_tests_properties(bench_step_adapters_smoke bench_step_adapters_refusal PROPERTIES LABELS fast TIMEOUT 60)
+add_library(bench_workload STATIC workload.c)
+target_link_libraries(bench_workload PUBLIC polder_base polder_flags m)
