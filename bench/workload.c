@@ -192,7 +192,21 @@ static enum status make_phase(struct phase_state *s, double *at, struct workload
     return STATUS_OK;
 }
 
-static void summarize(struct workload *w)
+static enum status count_used(struct workload *w, struct fault *fault)
+{
+    uint8_t *seen = calloc(w->adapters + 1, 1);
+    if (!seen)
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory for a workload.");
+    for (uint32_t i = 0; i < w->count; i++) {
+        uint32_t adapter = w->requests[i].adapter;
+        w->used += adapter != WORKLOAD_BASE && !seen[adapter];
+        seen[adapter == WORKLOAD_BASE ? w->adapters : adapter] = 1;
+    }
+    free(seen);
+    return STATUS_OK;
+}
+
+static enum status summarize(struct workload *w, struct fault *fault)
 {
     double outputs = 0;
     for (uint32_t i = 0; i < w->count; i++) {
@@ -207,6 +221,7 @@ static void summarize(struct workload *w)
         outputs += r->output;
     }
     w->output_mean = w->count ? outputs / w->count : 0;
+    return count_used(w, fault);
 }
 
 enum status workload_make(const struct workload_spec *spec, struct workload *out,
@@ -224,16 +239,18 @@ enum status workload_make(const struct workload_spec *spec, struct workload *out
         if (!status)
             status = state_begin(&state, phase, spec->seed, i, fault);
         if (!status) {
+            out->adapters = phase->adapters > out->adapters ? phase->adapters : out->adapters;
+            out->tenants = phase->tenants > out->tenants ? phase->tenants : out->tenants;
             status = make_phase(&state, &at, out, fault);
             free(state.weights);
         }
     }
     if (!status && !out->count)
         status = fault_set(fault, STATUS_INVALID, "the workload has no request.");
+    if (!status)
+        status = summarize(out, fault);
     if (status)
         workload_clear(out);
-    else
-        summarize(out);
     return status;
 }
 
@@ -462,10 +479,10 @@ enum status workload_parse(const char *text, const char *name, struct workload *
     }
     if (!status && !out->count)
         status = fault_set(fault, STATUS_INVALID, "%.120s has no request.", name);
+    if (!status)
+        status = summarize(out, fault);
     if (status)
         workload_clear(out);
-    else
-        summarize(out);
     return status;
 }
 

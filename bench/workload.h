@@ -54,7 +54,8 @@ struct workload_request {
 struct workload {
     struct workload_request *requests; // in the order of time
     uint32_t count;
-    uint32_t adapters, tenants;                 // one above the largest index
+    uint32_t adapters, tenants; // of the spec; of a list one above the largest index
+    uint32_t used;              // adapters that some request names
     uint32_t input_max, output_max, tokens_max; // tokens: of input and output of one request
     double output_mean;
 };

@@ -157,7 +157,10 @@ static void test_workload_of_more_adapters_is_the_same_load(void **state)
         assert_int_equal(base.requests[i].adapter, WORKLOAD_BASE);
         assert_int_equal(base.requests[i].output, many.requests[i].output);
     }
-    assert_true(many.adapters > 1000);
+    assert_int_equal(many.adapters, 2000);
+    assert_true(many.used > 700 && many.used < 850); // 2000 (1 - e^-0.5) = 787
+    assert_int_equal(one.used, 1);
+    assert_int_equal(base.used, 0);
     assert_int_equal(base.adapters, 0);
     workload_clear(&one);
     workload_clear(&many);
@@ -205,6 +208,7 @@ static void test_workload_lists_come_back_as_they_were_written(void **state)
     assert_int_equal(again.count, w.count);
     assert_memory_equal(again.requests, w.requests, w.count * sizeof *w.requests);
     assert_int_equal(again.adapters, w.adapters);
+    assert_int_equal(again.used, w.used);
     workload_clear(&again);
     assert_int_equal(workload_open(path, "rate=3", &again, &fault), STATUS_INVALID);
     (void)unlink(path);
