@@ -6,7 +6,7 @@
 //                  [--sequences 64] [--rows 512] [--queue 256] [--page-kib N] [--threads N]
 //                  [--batch-invariant 1] [--h2d GB/s] [--read GB/s] [--link-latency us]
 //                  [--adapters N] [--rank R[,R...]] [--targets all|attention|experts]
-//                  [--concurrency K] [--warm N] [--state DIR] [--write FILE]
+//                  [--concurrency K] [--adapter-mib X] [--warm N] [--state DIR] [--write FILE]
 //
 // Every --workload is a case, run one after another on one stack, and prints one JSON line. Its
 // keys are those of a workload (workload.h), set for all phases, and these, whose defaults are the
@@ -16,6 +16,8 @@
 //   rank=R[+R...]      adapter i has the rank i % count
 //   targets=...        projections
 //   concurrency=K      closed loop of K in flight; 0: open loop, at the workload's times
+//   adapter_mib=X      a fixed split: adapters may have X MiB of the pool, experts what all of them
+//                      need, KV the rest; 0: one pool
 //   warm=N             N requests of the workload are served first, and not measured
 // and adapters=fit, or adapters=2fit, 1.5fit: so many times the adapters that the pool holds beside
 // all experts and the KV of --sequences sequences of the workload's mean length.
@@ -37,6 +39,7 @@
 // that of the first case. lora_work_share: multiplications of LoRA over those of the base model, of
 // the tokens of the case.
 #include <dirent.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -64,12 +67,14 @@ struct arguments {
     // of the cases
     struct bench_lora lora; // count: registered, at least
     uint32_t concurrency, warm;
+    double adapter_mib;
 };
 
 struct bench_case {
     char name[64], path[TEXT_MAX], overrides[TEXT_MAX];
     struct bench_lora lora;
     double fit; // adapters=1.5fit; 0: a number
+    double adapter_mib;
     uint32_t concurrency, warm;
     struct workload workload;
 };
@@ -144,6 +149,8 @@ static bool parse_size(struct arguments *a, const char *key, const char *value)
         a->lora.count = (uint32_t)number;
     else if (!strcmp(key, "--concurrency"))
         a->concurrency = (uint32_t)number;
+    else if (!strcmp(key, "--adapter-mib"))
+        a->adapter_mib = number;
     else if (!strcmp(key, "--warm"))
         a->warm = (uint32_t)number;
     else
@@ -197,6 +204,8 @@ static bool set_case(struct bench_case *c, const char *key, const char *value, b
         c->lora.count = (uint32_t)atoi(value);
     else if (!strcmp(key, "concurrency"))
         c->concurrency = (uint32_t)atoi(value);
+    else if (!strcmp(key, "adapter_mib"))
+        c->adapter_mib = atof(value);
     else if (!strcmp(key, "warm"))
         c->warm = (uint32_t)atoi(value);
     else if (!strcmp(key, "rank"))
@@ -217,7 +226,10 @@ static enum status parse_case(const struct arguments *a, const char *text, struc
     if (strlen(text) >= sizeof copy)
         return fault_set(fault, STATUS_LIMIT, "--workload %.40s... is too long.", text);
     strcpy(copy, text);
-    *c = (struct bench_case){.lora = a->lora, .concurrency = a->concurrency, .warm = a->warm};
+    *c = (struct bench_case){.lora = a->lora,
+                             .concurrency = a->concurrency,
+                             .warm = a->warm,
+                             .adapter_mib = a->adapter_mib};
     char *word = strtok_r(copy, ",", &rest);
     (void)snprintf(c->path, sizeof c->path, "%s", word ? word : "");
     const char *slash = strrchr(c->path, '/'), *file = slash ? slash + 1 : c->path;
@@ -258,11 +270,15 @@ static double tokens_mean(const struct workload *w)
     return tokens / w->count;
 }
 
+static double expert_pages(const struct bench *b)
+{
+    const struct expert_shape *shape = &stack_model(b->stack)->expert_shape;
+    return (double)shape->layers * shape->experts * shape->pages_per_expert;
+}
+
 // adapters=fit: see the head. At least one.
 static uint32_t adapters_that_fit(const struct bench *b, const struct bench_case *c)
 {
-    const struct model *model = stack_model(b->stack);
-    const struct expert_shape *shape = &model->expert_shape;
     const struct kv_shape *kv = stack_kv_shape(b->stack);
     struct bench_lora each = c->lora;
     struct pool_stats pool;
@@ -271,8 +287,7 @@ static uint32_t adapters_that_fit(const struct bench *b, const struct bench_case
     double pages =
         (double)bench_lora_pages(&each, stack_adapter_base(b->stack), pool.page_bytes) / each.ranks;
     double blocks = tokens_mean(&c->workload) / kv->block_tokens + 1;
-    double left = (double)pool.device_total -
-                  (double)shape->layers * shape->experts * shape->pages_per_expert -
+    double left = (double)pool.device_total - expert_pages(b) -
                   b->arguments.sequences * blocks * kv->pages_per_block;
     double count = c->fit * (left > pages ? left / pages : 1);
     return count < 1 ? 1 : (uint32_t)count;
@@ -287,6 +302,25 @@ static enum status resolve_fit(struct bench *b, struct bench_case *c, struct fau
                    *c->overrides ? "," : "", adapters_that_fit(b, c));
     workload_clear(&c->workload);
     return workload_open(c->path, overrides, &c->workload, fault);
+}
+
+// adapter_mib: see the head.
+static enum status set_split(struct bench *b, const struct bench_case *c, struct fault *fault)
+{
+    struct pool_stats pool;
+    struct pool *p = stack_pool(b->stack);
+    pool_stats(p, &pool);
+    double adapters = floor(c->adapter_mib * 1048576 / (double)pool.page_bytes);
+    double rest = pool.device_total - expert_pages(b) - adapters;
+    bool splits = c->adapter_mib > 0;
+    if (splits && (adapters < 1 || rest < 1))
+        return fault_set(fault, STATUS_LIMIT,
+                         "adapter_mib=%g: the pool has %u pages of %zu KiB, experts need %.0f.",
+                         c->adapter_mib, pool.device_total, pool.page_bytes / 1024,
+                         expert_pages(b));
+    pool_set_limit(p, PAGE_ADAPTER, splits ? (uint32_t)adapters : POOL_PAGE_NONE);
+    pool_set_limit(p, PAGE_KV, splits ? (uint32_t)rest : POOL_PAGE_NONE);
+    return STATUS_OK;
 }
 
 // ---- registering ----
@@ -478,7 +512,7 @@ static void print_moved(const struct bench *b, const struct serve_result *r, dou
                  (unsigned long long)(t->experts.fetched_bytes - f->experts.fetched_bytes));
 }
 
-static void print_pool(const struct serve_result *r)
+static void print_pool(const struct pool *pool, const struct serve_result *r)
 {
     static const char *const kinds[PAGE_KINDS] = {"kv", "adapter", "expert"};
     const struct engine_counters *f = &r->from.engine, *t = &r->to.engine;
@@ -495,6 +529,8 @@ static void print_pool(const struct serve_result *r)
                  (unsigned long long)(t->captures - f->captures));
     (void)printf(",\"page_bytes\":%zu,\"pool_pages\":%u,\"host_pages\":%u,\"free_pages_mean\":%.0f",
                  to->page_bytes, to->device_total, to->host_total, r->free_mean);
+    (void)printf(",\"adapter_pages_limit\":%u,\"kv_pages_limit\":%u",
+                 pool_limit(pool, PAGE_ADAPTER), pool_limit(pool, PAGE_KV));
     for (int k = 0; k < PAGE_KINDS; k++)
         (void)printf(",\"%s_pages_mean\":%.0f,\"%s_pages_max\":%u", kinds[k], r->pages_mean[k],
                      kinds[k], r->pages_max[k]);
@@ -537,6 +573,8 @@ static enum status run_case(struct bench *b, struct bench_case *c, struct fault 
     if (c->lora.count < c->workload.adapters)
         c->lora.count = c->workload.adapters;
     if (!status)
+        status = set_split(b, c, fault);
+    if (!status)
         status = register_all(b, c, fault);
     if (!status)
         status = probe(&serve, c, &before, fault);
@@ -549,7 +587,7 @@ static enum status run_case(struct bench *b, struct bench_case *c, struct fault 
         print_head(b, c);
         print_served(b, c, &result);
         print_moved(b, &result, loaded);
-        print_pool(&result);
+        print_pool(stack_pool(b->stack), &result);
         (void)fflush(stdout);
         status = probe(&serve, c, &after, fault);
     }

@@ -317,6 +317,16 @@ uint32_t sequence_pages_needed(const struct engine *engine, uint32_t tokens, boo
            (has_adapter ? adapter_page_count(engine->options.adapters, adapter) : 0);
 }
 
+// Would the KV of all sequences, and these tokens more, keep to what the pool lets KV have?
+static bool kv_limit_allows(const struct engine *e, uint32_t tokens, uint32_t more_pages)
+{
+    struct pool_stats pool;
+    pool_stats(e->options.pool, &pool);
+    uint64_t held = pool.device_by_kind[PAGE_KV] -
+                    (uint64_t)kv_cached_blocks(e->options.kv) * e->options.kv_shape.pages_per_block;
+    return held + pages_of_tokens(e, tokens) + more_pages <= pool_limit(e->options.pool, PAGE_KV);
+}
+
 static uint32_t pages_to_start(const struct engine *e, const struct sequence *s)
 {
     // A token more than it has, so that it does not leave again at once.
@@ -454,7 +464,7 @@ static uint32_t first_out(const struct engine *e)
 void sequence_admit(struct engine *engine)
 {
     const struct engine_options *o = &engine->options;
-    uint32_t awaited = 0; // pages of those whose adapter is on its way
+    uint32_t awaited = 0, awaited_kv = 0; // pages of those whose adapter is on its way
     for (uint32_t slot = engine->lists[SEQUENCE_QUEUED].head; slot != NO_SLOT;) {
         struct sequence *s = &engine->sequences[slot];
         uint32_t next = s->next, out = first_out(engine);
@@ -467,7 +477,8 @@ void sequence_admit(struct engine *engine)
             uint32_t pages = pages_to_start(engine, s);
             if (!has_seat(engine, slot))
                 return;
-            if (!sequence_pages_allow(engine, pages + awaited + owed_pages(engine, slot))) {
+            if (!sequence_pages_allow(engine, pages + awaited + owed_pages(engine, slot)) ||
+                !kv_limit_allows(engine, s->length + 1, awaited_kv + owed_pages(engine, slot))) {
                 if (!awaited)
                     (void)sequence_make_room(engine, slot, pages);
                 return;
@@ -477,6 +488,7 @@ void sequence_admit(struct engine *engine)
                 fetch_adapter(engine, s);
                 sequence_want(engine, slot, pages);
                 awaited += pages;
+                awaited_kv += pages_of_tokens(engine, s->length + 1);
             } else if (!start(engine, slot)) {
                 return;
             }
