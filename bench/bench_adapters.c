@@ -654,7 +654,8 @@ static enum status run_all(struct bench *b, struct fault *fault)
     (void)fflush(stdout);
     for (uint32_t i = 0; !status && i < b->arguments.case_count; i++) {
         status = run_case(b, &b->cases[i], fault);
-        unregister_all(b);
+        if (!status)
+            unregister_all(b);
     }
     return status;
 }

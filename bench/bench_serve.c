@@ -171,6 +171,20 @@ static void sample(struct serve *s)
 
 // ---- a run ----
 
+static enum status stall(const struct serve *s, struct fault *fault)
+{
+    struct serve_counters c;
+    serve_counters(s->options->stack, &c);
+    return fault_set(fault, STATUS_INTERNAL,
+                     "nothing came out of the engine for %u s: %u requests are open, %u running, "
+                     "%u waiting; of %u pages %u are free, %u of KV, %u of adapters; %u steps, "
+                     "%u swapped out, %u in.",
+                     STALL_US / 1000000, s->open, c.engine.running, c.engine.waiting,
+                     c.pool.device_total, c.pool.device_free, c.pool.device_by_kind[PAGE_KV],
+                     c.pool.device_by_kind[PAGE_ADAPTER], (unsigned)c.engine.steps,
+                     (unsigned)c.engine.swaps_out, (unsigned)c.engine.swaps_in);
+}
+
 static enum status loop(struct serve *s, struct fault *fault)
 {
     while (s->done < s->workload->count) {
@@ -183,9 +197,7 @@ static enum status loop(struct serve *s, struct fault *fault)
         uint64_t now = clock_now_us(&s->clock);
         s->heard_us = s->open ? s->heard_us : now;
         if (now - s->heard_us > STALL_US)
-            return fault_set(fault, STATUS_INTERNAL,
-                             "nothing came out of the engine for %u s; %u requests are open.",
-                             STALL_US / 1000000, s->open);
+            return stall(s, fault);
         if (turn == ENGINE_WAITING)
             (void)sched_yield(); // a device that computes by itself, or copies
         else if (turn == ENGINE_IDLE)

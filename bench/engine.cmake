@@ -21,5 +21,6 @@ add_test(NAME bench_adapters_smoke COMMAND bench_adapters --model synth:tiny,tie
     --workload ${CMAKE_CURRENT_SOURCE_DIR}/workloads/slora.txt,requests=30,rate=200,input=8..32,output=2..8,adapters=1
     --workload ${CMAKE_CURRENT_SOURCE_DIR}/workloads/tenants.txt,requests=30,input=8..32,output=2..8,concurrency=8,warm=4
     --workload ${CMAKE_CURRENT_SOURCE_DIR}/workloads/uniform.txt,requests=30,input=8..32,output=2..8,adapters=2fit,rank=64,concurrency=8
+    --workload ${CMAKE_CURRENT_SOURCE_DIR}/workloads/uniform.txt,requests=30,input=8..32,output=2..8,adapters=20,rank=16,adapter_mib=1,concurrency=8
     --pool-mib 8 --sequences 8)
 set_tests_properties(bench_adapters_smoke PROPERTIES LABELS fast TIMEOUT 60)

@@ -221,6 +221,17 @@ bool sequence_pages_allow(const struct engine *engine, uint32_t more_pages)
     return held + more_pages + floor <= pool.device_total;
 }
 
+// Would the adapters of paused steps and these pages keep to what the pool lets adapters have?
+bool sequence_adapters_allow(const struct engine *engine, uint32_t adapter_pages)
+{
+    uint64_t held = adapter_pages;
+    for (int class = 0; class < ENGINE_CLASSES; class ++) {
+        const struct step *step = &engine->steps[class];
+        held += step->state == STEP_PAUSED ? step->adapter_pages : 0;
+    }
+    return held <= pool_limit(engine->options.pool, PAGE_ADAPTER);
+}
+
 void sequence_drop_kv(struct engine *engine, uint32_t slot)
 {
     struct sequence *s = &engine->sequences[slot];
@@ -381,6 +392,7 @@ void sequence_bring_back(struct engine *engine)
             if (!has_seat(engine, slot))
                 return; // in order: nobody behind it may take what it waits for
             if (!sequence_pages_allow(engine, pages + owed_pages(engine, slot)) ||
+                !kv_limit_allows(engine, s->length + 1, owed_pages(engine, slot)) ||
                 kv_swap_in(kv, s->kv, (enum copy_class)s->class)) {
                 (void)sequence_make_room(engine, slot, pages);
                 return;
@@ -475,10 +487,12 @@ void sequence_admit(struct engine *engine)
                          "Reading the adapter from its store failed; ask the operator.");
         } else if (!s->paused) {
             uint32_t pages = pages_to_start(engine, s);
+            uint32_t kv = pages_of_tokens(engine, s->length + 1);
             if (!has_seat(engine, slot))
                 return;
             if (!sequence_pages_allow(engine, pages + awaited + owed_pages(engine, slot)) ||
-                !kv_limit_allows(engine, s->length + 1, awaited_kv + owed_pages(engine, slot))) {
+                !kv_limit_allows(engine, s->length + 1, awaited_kv + owed_pages(engine, slot)) ||
+                !sequence_adapters_allow(engine, pages + awaited - kv - awaited_kv)) {
                 if (!awaited)
                     (void)sequence_make_room(engine, slot, pages);
                 return;
@@ -488,7 +502,7 @@ void sequence_admit(struct engine *engine)
                 fetch_adapter(engine, s);
                 sequence_want(engine, slot, pages);
                 awaited += pages;
-                awaited_kv += pages_of_tokens(engine, s->length + 1);
+                awaited_kv += kv;
             } else if (!start(engine, slot)) {
                 return;
             }
