@@ -18,6 +18,7 @@
 //   concurrency=K      closed loop of K in flight; 0: open loop, at the workload's times
 //   adapter_mib=X      a fixed split: adapters may have X MiB of the pool, experts what all of them
 //                      need, KV the rest; 0: one pool
+//   adapter_share=X    likewise, in percent of what experts leave of the pool
 //   warm=N             N requests of the workload are served first, and not measured
 // and adapters=fit, or adapters=2fit, 1.5fit: so many times the adapters that the pool holds beside
 // all experts and the KV of --sequences sequences of the workload's mean length.
@@ -74,7 +75,7 @@ struct bench_case {
     char name[64], path[TEXT_MAX], overrides[TEXT_MAX];
     struct bench_lora lora;
     double fit; // adapters=1.5fit; 0: a number
-    double adapter_mib;
+    double adapter_mib, adapter_share;
     uint32_t concurrency, warm;
     struct workload workload;
 };
@@ -90,7 +91,7 @@ struct bench {
     struct bench_case *cases; // [case_count]
     struct stack *stack;
     struct store stores[STORES_MAX];
-    uint32_t store_count, registered;
+    uint32_t store_count, registered, failed;               // failed: requests
     double register_s, first_requests_per_s, first_ttft_ms; // the latter two of the first case
 };
 
@@ -206,6 +207,8 @@ static bool set_case(struct bench_case *c, const char *key, const char *value, b
         c->concurrency = (uint32_t)atoi(value);
     else if (!strcmp(key, "adapter_mib"))
         c->adapter_mib = atof(value);
+    else if (!strcmp(key, "adapter_share"))
+        c->adapter_share = atof(value);
     else if (!strcmp(key, "warm"))
         c->warm = (uint32_t)atoi(value);
     else if (!strcmp(key, "rank"))
@@ -310,14 +313,16 @@ static enum status set_split(struct bench *b, const struct bench_case *c, struct
     struct pool_stats pool;
     struct pool *p = stack_pool(b->stack);
     pool_stats(p, &pool);
-    double adapters = floor(c->adapter_mib * 1048576 / (double)pool.page_bytes);
-    double rest = pool.device_total - expert_pages(b) - adapters;
-    bool splits = c->adapter_mib > 0;
+    double left = pool.device_total - expert_pages(b);
+    double adapters =
+        floor(c->adapter_share > 0 ? left * c->adapter_share / 100
+                                   : c->adapter_mib * 1048576 / (double)pool.page_bytes);
+    double rest = left - adapters;
+    bool splits = c->adapter_mib > 0 || c->adapter_share > 0;
     if (splits && (adapters < 1 || rest < 1))
         return fault_set(fault, STATUS_LIMIT,
-                         "adapter_mib=%g: the pool has %u pages of %zu KiB, experts need %.0f.",
-                         c->adapter_mib, pool.device_total, pool.page_bytes / 1024,
-                         expert_pages(b));
+                         "case %.40s: the pool has %u pages of %zu KiB, experts need %.0f.",
+                         c->name, pool.device_total, pool.page_bytes / 1024, expert_pages(b));
     pool_set_limit(p, PAGE_ADAPTER, splits ? (uint32_t)adapters : POOL_PAGE_NONE);
     pool_set_limit(p, PAGE_KV, splits ? (uint32_t)rest : POOL_PAGE_NONE);
     return STATUS_OK;
@@ -458,9 +463,10 @@ static void print_served(struct bench *b, const struct bench_case *c, const stru
         b->first_ttft_ms = first;
     }
     (void)printf(",\"requests\":%u,\"finished\":%u,\"failed\":%u,\"held_back\":%u,\"seconds\":%.3f,"
+                 "\"cpu_s\":%.3f,"
                  "\"requests_per_s\":%.4f,\"output_tokens_per_s\":%.1f,\"tokens_per_s\":%.1f",
-                 c->workload.count, r->finished, r->failed, r->held_back, r->seconds, per_s,
-                 (double)r->output_tokens / r->seconds,
+                 c->workload.count, r->finished, r->failed, r->held_back, r->seconds, r->cpu_s,
+                 per_s, (double)r->output_tokens / r->seconds,
                  (double)(r->output_tokens + r->input_tokens) / r->seconds);
     print_times("ttft", &r->first);
     print_times("tpot", &r->each);
@@ -594,9 +600,10 @@ static enum status run_case(struct bench *b, struct bench_case *c, struct fault 
     if (!status && memcmp(&before, &after, sizeof before) != 0)
         status = fault_set(fault, STATUS_INTERNAL,
                            "a prompt gave other tokens after case %.40s than before.", c->name);
-    if (!status && result.failed)
-        status = fault_set(fault, STATUS_INTERNAL, "%u requests of case %.40s failed: %.160s",
-                           result.failed, c->name, result.message);
+    if (result.failed)
+        (void)fprintf(stderr, "%u requests of case %s failed: %s\n", result.failed, c->name,
+                      result.message);
+    b->failed += result.failed;
     serve_result_clear(&result);
     return status;
 }
@@ -719,5 +726,5 @@ int main(int count, char **values)
     for (uint32_t i = 0; b.cases && i < b.arguments.case_count; i++)
         workload_clear(&b.cases[i].workload);
     free(b.cases);
-    return status ? 1 : 0;
+    return status || b.failed ? 1 : 0;
 }

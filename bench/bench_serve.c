@@ -13,6 +13,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "base/check.h"
@@ -171,6 +172,13 @@ static void sample(struct serve *s)
 
 // ---- a run ----
 
+static double cpu_s(void)
+{
+    struct timespec t = {0};
+    (void)clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
 static enum status stall(const struct serve *s, struct fault *fault)
 {
     struct serve_counters c;
@@ -283,8 +291,10 @@ static enum status run(const struct serve_options *options, const struct workloa
     serve_counters(options->stack, &out->from);
     s.steps_seen = out->from.engine.steps;
     s.start_us = s.heard_us = clock_now_us(&s.clock);
+    double spent = cpu_s();
     if (!status)
         status = loop(&s, fault);
+    out->cpu_s = cpu_s() - spent;
     serve_counters(options->stack, &out->to);
     if (!status)
         sum_up(&s);

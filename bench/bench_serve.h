@@ -42,6 +42,7 @@ void serve_counters(struct stack *stack, struct serve_counters *out);
 
 struct serve_result {
     double seconds; // from the first request's arrival, or the beginning, to the last one's end
+    double cpu_s;   // processor seconds of all threads of this process
     uint32_t finished, failed, held_back; // held_back: waited because open_max were in the engine
     uint64_t input_tokens, output_tokens; // of those that finished
     struct serve_times first;             // to the first token
