@@ -19,6 +19,7 @@
 //   adapter_mib=X      a fixed split: adapters may have X MiB of the pool, experts what all of them
 //                      need, KV the rest; 0: one pool
 //   adapter_share=X    likewise, in percent of what experts leave of the pool
+//   first=1            over_first of this case and of those after it is over this one
 //   warm=N             N requests of the workload are served first, and not measured
 // and adapters=fit, or adapters=2fit, 1.5fit: so many times the adapters that the pool holds beside
 // all experts and the KV of --sequences sequences of the workload's mean length.
@@ -37,8 +38,8 @@
 // times: ttft from the time in the workload (open) or the sending (closed) to the first token; tpot
 // per output token after the first; adapter_wait as the engine measures it. bytes: all copies of
 // the case, and of them what adapters and experts were fetched. over_first: this case's number over
-// that of the first case. lora_work_share: multiplications of LoRA over those of the base model, of
-// the tokens of the case.
+// that of the first case, or of the last that had first=1. lora_work_share: multiplications of LoRA
+// over those of the base model, of the tokens of the case.
 #include <dirent.h>
 #include <math.h>
 #include <stdio.h>
@@ -77,6 +78,7 @@ struct bench_case {
     double fit; // adapters=1.5fit; 0: a number
     double adapter_mib, adapter_share;
     uint32_t concurrency, warm;
+    bool is_first;
     struct workload workload;
 };
 
@@ -209,6 +211,8 @@ static bool set_case(struct bench_case *c, const char *key, const char *value, b
         c->adapter_mib = atof(value);
     else if (!strcmp(key, "adapter_share"))
         c->adapter_share = atof(value);
+    else if (!strcmp(key, "first"))
+        c->is_first = atoi(value) != 0;
     else if (!strcmp(key, "warm"))
         c->warm = (uint32_t)atoi(value);
     else if (!strcmp(key, "rank"))
@@ -292,7 +296,7 @@ static uint32_t adapters_that_fit(const struct bench *b, const struct bench_case
     double blocks = tokens_mean(&c->workload) / kv->block_tokens + 1;
     double left = (double)pool.device_total - expert_pages(b) -
                   b->arguments.sequences * blocks * kv->pages_per_block;
-    double count = c->fit * (left > pages ? left / pages : 1);
+    double count = c->fit * (left > pages ? floor(left / pages) : 1);
     return count < 1 ? 1 : (uint32_t)count;
 }
 
@@ -458,7 +462,7 @@ static void print_times(const char *name, const struct serve_times *times)
 static void print_served(struct bench *b, const struct bench_case *c, const struct serve_result *r)
 {
     double per_s = r->finished / r->seconds, first = serve_percentile(&r->first, 0.5);
-    if (b->first_requests_per_s <= 0) {
+    if (c->is_first || b->first_requests_per_s <= 0) {
         b->first_requests_per_s = per_s;
         b->first_ttft_ms = first;
     }

@@ -6,18 +6,19 @@
 #       --model synth:llama-3-8b --device cuda:0 --pool-mib 20480 --rank 16 --targets all --concurrency 64
 #
 # GRID is the search, stated before the run: percentages of what experts leave of the pool that
-# adapters may have; KV gets the rest. One process runs all: the one pool, each split, the one pool
-# again (the worse of the two counts), so that all have the same device and model. Prints every line
+# adapters may have; KV gets the rest. One process runs all: a run that does not count, the one
+# pool, each split, the one pool again (the worse of the two counts), so that all have the same
+# device and model and a warm start. Prints every line
 # of bench_adapters, then one of its own: requests/s of the one pool and of each split, the best
 # split and the ratio. A split that could not serve every request is named and cannot be the best.
 set -u -o pipefail
-[ $# -ge 4 ] || { sed -n '2,13s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 4 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
 bin=$1 workload=$2 grid=$3
 shift 3
 lines=$(mktemp)
 trap 'rm -f "$lines"' EXIT
 
-cases=(--workload "$workload,name=one-pool")
+cases=(--workload "$workload,name=warm-up" --workload "$workload,name=one-pool")
 for share in $grid; do
     cases+=(--workload "$workload,name=split-$share,adapter_share=$share")
 done
