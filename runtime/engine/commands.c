@@ -129,6 +129,10 @@ static bool fits_pool(const struct engine *e, const struct engine_request *r, ad
     uint32_t pages =
         sequence_pages_needed(e, r->prompt_tokens + r->max_tokens, r->adapter[0], adapter);
     const struct model *model = e->options.model;
+    uint32_t adapter_pages = r->adapter[0] ? adapter_page_count(e->options.adapters, adapter) : 0;
+    if (adapter_pages > pool_limit(e->options.pool, PAGE_ADAPTER) ||
+        pages - adapter_pages > pool_limit(e->options.pool, PAGE_KV))
+        return false;
     return pages + engine_expert_floor(&model->expert_shape, model->config.top_k) <=
            pool.device_total;
 }
