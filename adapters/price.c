@@ -3,6 +3,8 @@
 
 #include <math.h>
 
+#include "unified_pool/pool.h"
+
 double adapter__heat_at(const struct adapter_heat *heat, uint64_t now_us)
 {
     double age = now_us > heat->at_us ? (double)(now_us - heat->at_us) : 0;
@@ -32,6 +34,6 @@ float adapter__price(const struct adapter_heat *heat, uint32_t users, float fetc
 {
     // A steady rate of x uses per microsecond settles at x * half_life / ln 2 decayed uses.
     double rate = adapter__heat_at(heat, now_us) * log(2) / ADAPTER_HALF_LIFE_US;
-    double idle = 1 - exp(-rate * ADAPTER_HORIZON_US); // Poisson: at least one use
+    double idle = 1 - exp(-rate * POOL_HORIZON_US); // Poisson: at least one use
     return (float)((idle + users) * fetch_us_per_byte);
 }

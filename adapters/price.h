@@ -14,9 +14,9 @@ struct adapter_heat {
     uint64_t at_us;
 };
 
-// 60 s: about the time in which interactive tenants come back. The horizon is what a fetch is
-// weighed against: a use further away than this does not justify keeping pages.
-enum { ADAPTER_HALF_LIFE_US = 60000000, ADAPTER_HORIZON_US = 10000000 };
+// 60 s: about the time in which interactive tenants come back. The horizon is that of all kinds
+// (POOL_HORIZON_US).
+enum { ADAPTER_HALF_LIFE_US = 60000000 };
 
 void adapter__heat_add(struct adapter_heat *heat, uint64_t now_us);  // a request arrived
 void adapter__heat_keep(struct adapter_heat *heat, uint64_t now_us); // in use: it does not cool

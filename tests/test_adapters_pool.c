@@ -125,8 +125,8 @@ static void test_adapters_price(void **state)
     assert_true(adapter__price(&cold, 0, 0.5f, now) == 0);
     float p1 = adapter__price(&once, 0, 0.5f, now), p20 = adapter__price(&often, 0, 0.5f, now);
     assert_true(p1 > 0 && p20 > p1 && p20 <= 0.5f);
-    // One use, 60 s half-life, 10 s horizon: 1 - exp(-ln 2 / 6) = 0.1091.
-    assert_true(p1 > 0.5f * 0.1090f && p1 < 0.5f * 0.1092f);
+    // One use, 60 s half-life, a horizon of half a second: 1 - exp(-ln 2 / 120) = 0.005759.
+    assert_true(p1 > 0.5f * 0.00575f && p1 < 0.5f * 0.00577f);
     uint64_t later = now + ADAPTER_HALF_LIFE_US;
     assert_true(adapter__heat_at(&once, later) == 0.5);
     assert_true(adapter__price(&once, 0, 0.5f, later) < p1);

@@ -60,8 +60,9 @@ static void test_kv_shape_choose(void **state)
 static void test_kv_price_is_monotone(void **state)
 {
     (void)state;
-    assert_float_equal(kv_price(0, 0, 800, 32768), 0.5f * 800 / 32768, 1e-9);
-    assert_float_equal(kv_price(1, 30000000, 800, 32768), 0.5f * 800 / 32768, 1e-9);
+    const float half = 0.5f * 800 / 32768 * POOL_HORIZON_US / 30000000;
+    assert_float_equal(kv_price(0, 0, 800, 32768), half, 1e-9);
+    assert_float_equal(kv_price(1, 30000000, 800, 32768), half, 1e-9);
     for (uint32_t hits = 0; hits < 100; hits++)
         for (uint64_t age = 0; age < 100000000; age += 9999999) {
             assert_true(kv_price(hits, age + 1000000, 800, 32768) <

@@ -86,6 +86,12 @@ struct pool_pressure {
     void (*give_back)(void *context, pool_object object);
 };
 
+// Prices of all kinds are microseconds per byte that giving the pages back is going to cost within
+// this time: the probability of a use times what bringing them back takes. About the 16 steps that
+// experts look ahead; with a longer time for one kind than for another its pages seem worth as much
+// as others that are used ten times as often (docs/decisions.md).
+enum { POOL_HORIZON_US = 500000 };
+
 void pool_set_pressure(struct pool *pool, enum page_kind kind,
                        const struct pool_pressure *pressure);
 

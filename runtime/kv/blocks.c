@@ -9,15 +9,15 @@
 // be found.
 #include "runtime/kv/internal.h"
 
-enum {
-    HORIZON_US = 30000000
-}; // the same half minute for all; OPEN: to be fitted to recorded traces
+// In which half of the prefixes that were used once come back; OPEN: to be fitted to recorded
+// traces.
+enum { RETURN_US = 30000000 };
 
 float kv_price(uint32_t hits, uint64_t age_us, float recompute_us, size_t bytes)
 {
     float weight = 1.0f + (float)hits;
-    float probability = weight / (weight + 1.0f + (float)age_us / (float)HORIZON_US);
-    return probability * recompute_us / (float)bytes;
+    float probability = weight / (weight + 1.0f + (float)age_us / (float)RETURN_US);
+    return probability * ((float)POOL_HORIZON_US / (float)RETURN_US) * recompute_us / (float)bytes;
 }
 
 // How likely a prefix that was never used again will be: the share of prompt tokens that the index

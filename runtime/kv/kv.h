@@ -51,9 +51,9 @@ void kv_destroy(struct kv *kv);
 void kv_set_recompute(struct kv *kv, float us_per_token);
 
 // What giving a cached block back costs, in microseconds per byte: (1 + hits) / (2 + hits + age /
-// 30 s), taken as the probability that it is used within the horizon, times the time to recompute
-// it, per byte. Falls with age, rises with hits; both are what is known about a block that was let
-// go `age_us` ago.
+// 30 s), taken as the probability that it is used within 30 s and so, spread evenly, within
+// POOL_HORIZON_US, times the time to recompute it, per byte. Falls with age, rises with hits; both
+// are what is known about a block that was let go `age_us` ago.
 float kv_price(uint32_t hits, uint64_t age_us, float recompute_us, size_t bytes);
 
 MUST_USE enum status kv_open(struct kv *kv, uint32_t owner, const struct digest *root,
