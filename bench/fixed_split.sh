@@ -8,9 +8,9 @@
 # GRID is the search, stated before the run: percentages of what experts leave of the pool that
 # adapters may have; KV gets the rest. One process runs all: a run that does not count, the one
 # pool, each split, the one pool again (the worse of the two counts), so that all have the same
-# device and model and a warm start. Prints every line
-# of bench_adapters, then one of its own: requests/s of the one pool and of each split, the best
-# split and the ratio. A split that could not serve every request is named and cannot be the best.
+# device and model and a warm start. Prints every line of bench_adapters, then one of its own:
+# requests/s of the one pool and of each split, the best split and the ratio. A split that could not
+# serve every request is named and cannot be the best.
 set -u -o pipefail
 [ $# -ge 4 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
 bin=$1 workload=$2 grid=$3
