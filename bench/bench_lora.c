@@ -217,8 +217,8 @@ static void write_config(FILE *file, const struct bench_lora *lora, const struct
                          uint32_t rank)
 {
     static const char *const modules[] = {
-        [BENCH_LORA_ALL] = "\"q_proj\",\"k_proj\",\"v_proj\",\"o_proj\","
-                           "\"gate_proj\",\"up_proj\",\"down_proj\"",
+        [BENCH_LORA_ALL] = ("\"q_proj\",\"k_proj\",\"v_proj\",\"o_proj\","
+                            "\"gate_proj\",\"up_proj\",\"down_proj\""),
         [BENCH_LORA_ATTENTION] = "\"q_proj\",\"k_proj\",\"v_proj\",\"o_proj\"",
         [BENCH_LORA_EXPERTS] = "\"gate_proj\",\"up_proj\",\"down_proj\""};
     double scale = STRENGTH / (SD * SD * sqrt((double)base->hidden * rank));
