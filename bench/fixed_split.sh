@@ -29,7 +29,7 @@ cases+=(--workload "$workload,name=one-pool-again")
 of() { sed -n "s/.*\"case\":\"\([^\"]*\)\".*\"$1\":\([0-9.]*\).*/\1 \2/p" "$lines"; }
 join -j 1 <(of requests_per_s | sort) <(of failed | sort) |
     awk -v commit="$(sed -n 's/.*"commit":"\([^"]*\)".*/\1/p' "$lines" | head -n 1)" -v workload="$workload" -v grid="$grid" '
-    /^one-pool/ { runs++; bad += $3; if (!one || $2 < one) one = $2 }
+    /^one-pool/ { runs++; bad += $3; both = both (both ? "," : "") $2; if (!one || $2 < one) one = $2 }
     sub(/^split-/, "") {
         all = all (all ? "," : "") "\"" $1 "\":" $2
         tried++
@@ -39,7 +39,7 @@ join -j 1 <(of requests_per_s | sort) <(of failed | sort) |
     END {
         complete = runs == 2 && !bad && best > 0 && tried == split(grid, words, " ")
         printf "{\"bench\":\"fixed_split\",\"commit\":\"%s\",\"workload\":\"%s\",\"grid_percent\":\"%s\",", commit, workload, grid
-        printf "\"one_pool_requests_per_s\":%.4f,\"split_requests_per_s\":{%s},\"splits_left_out\":\"%s\",", one, all, out
+        printf "\"one_pool_requests_per_s\":%.4f,\"one_pool_runs\":[%s],\"split_requests_per_s\":{%s},\"splits_left_out\":\"%s\",", one, both, all, out
         printf "\"best_split_percent\":%s,\"best_split_requests_per_s\":%.4f,", (best > 0 ? at : "null"), best
         printf "\"one_pool_over_best_split\":%.4f,\"complete\":%s}\n", (best > 0 ? one / best : 0), (complete ? "true" : "false")
         exit !complete
