@@ -35,6 +35,7 @@
 // with every token it asked for, else the exit code is 1.
 //
 // live: adapters that requests choose from; used: those that some request has chosen.
+// store_s: making the store files that were not there yet; register_s: registering from them.
 // times: ttft from the time in the workload (open) or the sending (closed) to the first token; tpot
 // per output token after the first; adapter_wait as the engine measures it. bytes: all copies of
 // the case, and of them what adapters and experts were fetched. over_first: this case's number over
@@ -93,8 +94,9 @@ struct bench {
     struct bench_case *cases; // [case_count]
     struct stack *stack;
     struct store stores[STORES_MAX];
-    uint32_t store_count, registered, failed;               // failed: requests
-    double register_s, first_requests_per_s, first_ttft_ms; // the latter two of the first case
+    uint32_t store_count, registered, failed; // failed: requests
+    double store_s, register_s, first_requests_per_s,
+        first_ttft_ms; // the latter two of the first case
 };
 
 static double now_s(void)
@@ -373,9 +375,11 @@ static enum status register_all(struct bench *b, const struct bench_case *c, str
     char name[ADAPTER_NAME_MAX];
     uint32_t tenants = c->workload.tenants;
     enum status status = STATUS_OK;
+    double begin = now_s();
     for (uint32_t r = 0; !status && r < lora->ranks && r < lora->count; r++)
         status = find_store(b, lora, r, &path[r], fault);
     double start = now_s();
+    b->store_s = start - begin;
     for (uint32_t i = 0; !status && i < lora->count; i++) {
         bench_lora_name(i, name);
         status = engine_register_adapter(stack_engine(b->stack), name, path[i % lora->ranks],
@@ -446,10 +450,10 @@ static void print_head(const struct bench *b, const struct bench_case *c)
     for (uint32_t r = 0; r < lora->ranks; r++)
         (void)printf("%s%u", r ? "," : "", lora->rank[r]);
     (void)printf("],\"targets\":\"%s\",\"tenants\":%u,\"loop\":\"%s\",\"concurrency\":%u,"
-                 "\"offered_per_s\":%.3f,\"register_s\":%.3f",
+                 "\"offered_per_s\":%.3f,\"store_s\":%.3f,\"register_s\":%.3f",
                  bench_lora_targets_name(lora->targets), w->tenants,
                  c->concurrency ? "closed" : "open", c->concurrency,
-                 c->concurrency || span <= 0 ? 0.0 : w->count / span, b->register_s);
+                 c->concurrency || span <= 0 ? 0.0 : w->count / span, b->store_s, b->register_s);
 }
 
 static void print_times(const char *name, const struct serve_times *times)

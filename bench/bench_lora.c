@@ -217,8 +217,8 @@ static void write_config(FILE *file, const struct bench_lora *lora, const struct
                          uint32_t rank)
 {
     static const char *const modules[] = {
-        [BENCH_LORA_ALL] = "\"q_proj\",\"k_proj\",\"v_proj\",\"o_proj\","
-                           "\"gate_proj\",\"up_proj\",\"down_proj\"",
+        [BENCH_LORA_ALL] = ("\"q_proj\",\"k_proj\",\"v_proj\",\"o_proj\","
+                            "\"gate_proj\",\"up_proj\",\"down_proj\""),
         [BENCH_LORA_ATTENTION] = "\"q_proj\",\"k_proj\",\"v_proj\",\"o_proj\"",
         [BENCH_LORA_EXPERTS] = "\"gate_proj\",\"up_proj\",\"down_proj\""};
     double scale = STRENGTH / (SD * SD * sqrt((double)base->hidden * rank));
@@ -230,13 +230,6 @@ static void write_config(FILE *file, const struct bench_lora *lora, const struct
 struct directory {
     char path[ENGINE_PATH - 40], config[ENGINE_PATH], weights[ENGINE_PATH];
 };
-
-static void remove_directory(const struct directory *d)
-{
-    (void)unlink(d->config);
-    (void)unlink(d->weights);
-    (void)rmdir(d->path);
-}
 
 static enum status write_fault(const char *path, struct fault *fault)
 {
@@ -274,28 +267,50 @@ static void fill_block(uint16_t *block)
     }
 }
 
-enum status bench_lora_store(const struct bench_lora *lora, struct stack *stack, uint32_t r,
-                             const char *scratch, char store[ENGINE_PATH], struct fault *fault)
+static void name_directory(const char *path, struct directory *d)
+{
+    (void)snprintf(d->path, sizeof d->path, "%.900s", path);
+    (void)snprintf(d->config, sizeof d->config, "%s/adapter_config.json", d->path);
+    (void)snprintf(d->weights, sizeof d->weights, "%s/adapter_model.safetensors", d->path);
+}
+
+enum status bench_lora_peft(const struct bench_lora *lora, struct stack *stack, uint32_t r,
+                            const char *path, struct fault *fault)
 {
     struct directory d;
-    struct adapter_report report;
-    char name[ADAPTER_NAME_MAX];
     uint16_t *block = malloc(BLOCK_ELEMENTS * sizeof *block);
-    *store = 0;
     if (!block)
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory for random adapters.");
     fill_block(block);
-    (void)snprintf(d.path, sizeof d.path, "%.900s/peft", scratch);
-    (void)snprintf(d.config, sizeof d.config, "%s/adapter_config.json", d.path);
-    (void)snprintf(d.weights, sizeof d.weights, "%s/adapter_model.safetensors", d.path);
-    (void)snprintf(name, sizeof name, "%s-%u-%u", bench_lora_targets_name(lora->targets),
-                   lora->rank[r], r);
+    name_directory(path, &d);
     enum status status =
         write_directory(&d, lora, stack_adapter_base(stack), lora->rank[r], block, fault);
-    if (!status)
-        status = stack_convert_adapter(stack, name, d.path, store, ENGINE_PATH, &report, fault);
-    remove_directory(&d);
     free(block);
+    return status;
+}
+
+void bench_lora_peft_remove(const char *path)
+{
+    struct directory d;
+    name_directory(path, &d);
+    (void)unlink(d.config);
+    (void)unlink(d.weights);
+    (void)rmdir(d.path);
+}
+
+enum status bench_lora_store(const struct bench_lora *lora, struct stack *stack, uint32_t r,
+                             const char *scratch, char store[ENGINE_PATH], struct fault *fault)
+{
+    struct adapter_report report;
+    char name[ADAPTER_NAME_MAX], path[ENGINE_PATH];
+    *store = 0;
+    (void)snprintf(path, sizeof path, "%.800s/peft", scratch);
+    (void)snprintf(name, sizeof name, "%s-%u-%u", bench_lora_targets_name(lora->targets),
+                   lora->rank[r], r);
+    enum status status = bench_lora_peft(lora, stack, r, path, fault);
+    if (!status)
+        status = stack_convert_adapter(stack, name, path, store, ENGINE_PATH, &report, fault);
+    bench_lora_peft_remove(path);
     return status;
 }
 

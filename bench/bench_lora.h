@@ -43,6 +43,11 @@ double bench_lora_step_bytes(const struct bench_lora *lora, const struct adapter
 double bench_lora_work(const struct bench_lora *lora, const struct adapter_base *base,
                        uint32_t top_k, uint32_t rank);
 
+// A PEFT directory of the r-th rank, and its removal, whatever is there of it.
+MUST_USE enum status bench_lora_peft(const struct bench_lora *lora, struct stack *stack, uint32_t r,
+                                     const char *path, struct fault *fault);
+void bench_lora_peft_remove(const char *path);
+
 // Makes a store file of the r-th rank, which adapters of that rank may be registered from; the
 // caller removes it. `scratch` is a directory to write in.
 MUST_USE enum status bench_lora_store(const struct bench_lora *lora, struct stack *stack,

@@ -24,3 +24,8 @@ add_test(NAME bench_adapters_smoke COMMAND bench_adapters --model synth:tiny,tie
     --workload ${CMAKE_CURRENT_SOURCE_DIR}/workloads/uniform.txt,requests=30,input=8..32,output=2..8,adapters=20,rank=16,adapter_mib=1,concurrency=8
     --pool-mib 8 --sequences 8)
 set_tests_properties(bench_adapters_smoke PROPERTIES LABELS fast TIMEOUT 60)
+add_executable(bench_register bench_register.c bench_serve.c bench_lora.c)
+target_link_libraries(bench_register PRIVATE bench_workload polder_stack polder_base m)
+target_compile_definitions(bench_register PRIVATE POLDER_COMMIT="${POLDER_COMMIT}")
+add_test(NAME bench_register_smoke COMMAND bench_register --model synth:tiny,tied=0 --mib 1 --times 3 --pool-mib 8)
+set_tests_properties(bench_register_smoke PROPERTIES LABELS fast TIMEOUT 60)

@@ -3,7 +3,7 @@
 #
 #   bench/gpu_run.sh                 make cuda, then every part below
 #   bench/gpu_run.sh PART...         only these: kernels engine sanitizer step step-adapters adapters
-#                                    fixed-split kernels-bench copies
+#                                    fixed-split register kernels-bench copies
 #   bench/gpu_run.sh --pack FILE     build here, pack programs and libraries for a machine where
 #                                    the Debian packages cannot be installed
 #   bench/gpu_run.sh --from FILE [PART...]   there: unpack and run, without building
@@ -181,6 +181,7 @@ for part in $parts; do
         step-adapters) step_adapters ;;
         adapters) adapters ;;
         fixed-split) fixed_split ;;
+        register) one bench_register "$(find_program bench_register)" --device "${DEVICE:-cuda:0}" --model "${MOE:-synth:olmoe-1b-7b}" --mib "${MIB:-100}" && tail -n 1 "$OUT/bench_register.log" ;;
         kernels-bench) LIMIT=300 one bench_kernels_cuda "$(find_program bench_kernels_cuda)" ;;
         copies) one bench_copies "$(find_program bench_copies)" ;;
         *) one "$part" "$(find_program "$part")" ;;
