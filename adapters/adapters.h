@@ -44,6 +44,8 @@ struct adapter_report {
     char layout[48];      // "attention", "all-linear, experts fused (target_parameters)", ...
     char ignored[512];    // adapter_config fields that were ignored, comma separated
     struct digest digest; // content
+    struct digest source; // of the two files it was made from; zero: not known
+    uint32_t version;     // of its name, from 1
 };
 
 // Names are [A-Za-z0-9._-], not starting with '.', at most ADAPTER_NAME_MAX - 1 long.
@@ -55,6 +57,25 @@ bool adapter_name_is_valid(const char *name);
 MUST_USE enum status adapter_convert(const char *directory, const struct adapter_base *base,
                                      size_t page_bytes, const char *store_path,
                                      struct adapter_report *report, struct fault *fault);
+// The same for the version of a name that was registered before; adapter_convert writes version 1.
+MUST_USE enum status adapter_convert_version(const char *directory, const struct adapter_base *base,
+                                             size_t page_bytes, uint32_t version,
+                                             const char *store_path, struct adapter_report *report,
+                                             struct fault *fault);
+// Digest of the two files, as adapter_convert puts it into report->source.
+MUST_USE enum status adapter_source(const char *directory, struct digest *out, struct fault *fault);
+
+// What a store file says of itself, for whom its base is not at hand. Any thread.
+struct adapter_summary {
+    struct adapter_report report;
+    struct digest base;
+    enum dtype dtype;
+    size_t page_bytes;
+    uint64_t file_bytes;
+};
+// whole: also reads the pages and compares them with their digest.
+MUST_USE enum status adapter_inspect(const char *store_path, bool whole,
+                                     struct adapter_summary *out, struct fault *fault);
 
 // Reads a whole store file and compares it with its digests; adapter_register checks all but the
 // content of the pages. Any thread.

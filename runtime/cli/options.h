@@ -47,6 +47,9 @@ struct settings {
     bool ignore_eos, token_ids;
     // talking to a server
     const char *connect, *api_key, *api_key_file;
+    // adapter
+    const char *owner;
+    bool offline;
     // synth
     const char *out, *shape;
     struct option_list set;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Commands that talk to a running server: call, stats, adapter, chat.
+// Commands that talk to a running server: call, stats, chat, and adapter without --offline.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,6 +10,7 @@
 #include "base/reader.h"
 #include "clients/c/polder_client.h"
 #include "clients/c/polder_client_json.h"
+#include "runtime/cli/adapter.h"
 #include "runtime/cli/commands.h"
 
 enum { TIMEOUT_MS = 600000, KEY_MAX = 1024, LINE_MAX_BYTES = 65536, CHAT_MAX = 1 << 20 };
@@ -53,7 +54,8 @@ static struct polder_client *open_client(const struct settings *s)
     struct polder_error error;
     if (find_key(s, key, sizeof key))
         return NULL;
-    struct polder_client *client = polder_open(s->connect, key[0] ? key : NULL, TIMEOUT_MS, &error);
+    struct polder_client *client = polder_open(s->connect ? s->connect : "127.0.0.1:7077",
+                                               key[0] ? key : NULL, TIMEOUT_MS, &error);
     memset(key, 0, sizeof key);
     if (!client)
         (void)complain_remote(&error);
@@ -192,21 +194,16 @@ static int adapter_show(const struct settings *s, const char *name)
     return code;
 }
 
-int command_adapter(const struct settings *settings)
+int adapter_remote(const struct settings *settings)
 {
-    const char *verb = settings->words ? settings->word[0] : "";
-    uint32_t words = settings->words;
-    if (!strcmp(verb, "add") && words == 3)
+    const char *verb = settings->word[0];
+    if (!strcmp(verb, "add"))
         return adapter_call(settings, "adapters.add", settings->word[1], settings->word[2]);
-    if (!strcmp(verb, "rm") && words == 2)
+    if (!strcmp(verb, "rm"))
         return adapter_call(settings, "adapters.remove", settings->word[1], NULL);
-    if (!strcmp(verb, "list") && words == 1)
-        return call_once(settings, "adapters.list", NULL);
-    if (!strcmp(verb, "show") && words == 2)
+    if (!strcmp(verb, "show"))
         return adapter_show(settings, settings->word[1]);
-    (void)fprintf(stderr,
-                  "polder: usage: polder adapter add NAME DIR | list | show NAME | rm NAME\n");
-    return EXIT_USAGE;
+    return call_once(settings, "adapters.list", NULL);
 }
 
 // ---- chat ----

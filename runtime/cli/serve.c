@@ -8,6 +8,7 @@
 #include <sys/sysinfo.h>
 
 #include "base/log.h"
+#include "runtime/cli/adapter.h"
 #include "runtime/cli/commands.h"
 #include "runtime/cli/wire.h"
 #include "runtime/server/server.h"
@@ -36,15 +37,6 @@ static enum status decode(void *context, const int32_t *tokens, size_t count, ch
     return wire_decode(&face->text, tokens, count, out, max, bytes);
 }
 
-// Field names come from the client's file; what would break a JSON text becomes '?'.
-static void report_text(char *text)
-{
-    for (; *text; text++) {
-        if (*text == '"' || *text == '\\' || (unsigned char)*text < 0x20)
-            *text = '?';
-    }
-}
-
 static enum status convert(void *context, const char *directory, const char *store_path,
                            char *report, size_t report_bytes, struct fault *fault)
 {
@@ -53,14 +45,7 @@ static enum status convert(void *context, const char *directory, const char *sto
     enum status status = adapter_convert(directory, stack_adapter_base(face->stack),
                                          stack_page_bytes(face->stack), store_path, &r, fault);
     if (!status)
-        report_text(r.ignored);
-    if (!status)
-        (void)snprintf(
-            report, report_bytes,
-            "{\"applied\":%u,\"possible\":%u,\"rank_min\":%u,\"rank_max\":%u,\"bytes\":%llu,"
-            "\"layout\":\"%s\",\"ignored\":\"%s\"}",
-            r.matrices_applied, r.matrices_possible, r.rank_min, r.rank_max,
-            (unsigned long long)r.bytes, r.layout, r.ignored);
+        adapter_report_json(&r, report, report_bytes);
     return status;
 }
 

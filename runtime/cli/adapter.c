@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// polder adapter: which verb, against a server or against a state directory, and the words both
+// use.
+#include "runtime/cli/adapter.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "base/check.h"
+#include "runtime/cli/commands.h"
+
+// Field names come from the client's file; what would break a JSON text becomes '?'.
+static void clean(char *text)
+{
+    for (; *text; text++) {
+        if (*text == '"' || *text == '\\' || (unsigned char)*text < 0x20)
+            *text = '?';
+    }
+}
+
+void adapter_report_json(const struct adapter_report *report, char *out, size_t room)
+{
+    char ignored[sizeof report->ignored], digest[2 * DIGEST_BYTES + 1];
+    memcpy(ignored, report->ignored, sizeof ignored);
+    clean(ignored);
+    digest_hex(&report->digest, digest);
+    (void)snprintf(out, room,
+                   "{\"applied\":%u,\"possible\":%u,\"rank_min\":%u,\"rank_max\":%u,\"bytes\":%llu,"
+                   "\"version\":%u,\"digest\":\"%s\",\"layout\":\"%s\",\"ignored\":\"%s\"}",
+                   report->matrices_applied, report->matrices_possible, report->rank_min,
+                   report->rank_max, (unsigned long long)report->bytes, report->version, digest,
+                   report->layout, ignored);
+}
+
+void adapter_report_say(const char *name, const struct adapter_report *report)
+{
+    char ranks[32];
+    (void)snprintf(ranks, sizeof ranks, "%u", report->rank_max);
+    if (report->rank_min != report->rank_max)
+        (void)snprintf(ranks, sizeof ranks, "%u to %u", report->rank_min, report->rank_max);
+    (void)fprintf(stderr,
+                  "%s: applied to %u of %u matrices, rank %s, %llu bytes; %s; version %u%s%s\n",
+                  name, report->matrices_applied, report->matrices_possible, ranks,
+                  (unsigned long long)report->bytes, report->layout, report->version,
+                  report->ignored[0] ? "; ignored fields: " : "", report->ignored);
+}
+
+static const struct verb {
+    const char *word;
+    uint32_t words_min, words_max; // with the verb
+    bool offline_only;
+} VERBS[] = {
+    {"add", 3, 3, false}, {"list", 1, 1, false}, {"show", 2, 2, false},
+    {"rm", 2, 2, false},  {"gc", 1, 1, true},    {"verify", 1, OPTION_WORDS_MAX, true},
+};
+
+int command_adapter(const struct settings *settings)
+{
+    const char *word = settings->words ? settings->word[0] : "";
+    const struct verb *verb = NULL;
+    for (size_t i = 0; i < ARRAY_COUNT(VERBS); i++) {
+        if (!strcmp(VERBS[i].word, word) && settings->words >= VERBS[i].words_min &&
+            settings->words <= VERBS[i].words_max)
+            verb = &VERBS[i];
+    }
+    if (!verb) {
+        (void)fprintf(stderr, "polder: usage: polder adapter add NAME DIR | list | show NAME | rm "
+                              "NAME | verify [NAME...] | gc\n");
+        return EXIT_USAGE;
+    }
+    bool named = settings->model || settings->state_dir;
+    if (settings->offline || (named && !settings->connect))
+        return adapter_offline(settings);
+    if (!verb->offline_only)
+        return adapter_remote(settings);
+    (void)fprintf(
+        stderr, "polder: adapter %s works on a state directory: say which with --state-dir DIR.\n",
+        word);
+    return EXIT_USAGE;
+}
