@@ -215,17 +215,16 @@ static uint32_t milliseconds(uint32_t seconds)
 
 static int serve_stack(const struct settings *s, struct face *face, struct fault *fault)
 {
-    char tcp[ADDRESS_ROOM], uds[ADDRESS_ROOM], store[ENGINE_PATH], state[ENGINE_PATH];
+    char tcp[ADDRESS_ROOM], uds[ADDRESS_ROOM], state[ENGINE_PATH];
     struct stack_options paths;
     if (wire_stack_options(s, NULL, state, sizeof state, &paths, fault))
         return complain(fault);
-    (void)snprintf(store, sizeof store, "%.1000s/adapters", paths.state_directory);
     struct server_options o = {
         .port = stack_port(face->stack),
         .engine = stack_limits(face->stack),
         .tokenizer = {.context = face, .encode = encode, .decode = decode},
         .converter = {.context = face, .convert = s->adapter_dirs.count ? convert : NULL},
-        .store_dir = store,
+        .state_dir = state,
         .tenants_path = s->tenants,
         .open_access = !s->tenants,
         .clock = clock_monotonic(),

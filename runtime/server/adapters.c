@@ -20,6 +20,7 @@
 
 #include <jansson.h>
 
+#include "adapters/registry.h"
 #include "base/check.h"
 #include "base/log.h"
 #include "runtime/server/internal.h"
@@ -171,7 +172,8 @@ static void start_job(struct call *call, const char *name, int directory)
     struct worker_job job = {.id = request_id(request, 0), .directory = directory};
     (void)snprintf(request->model, sizeof request->model, "%s", name);
     (void)snprintf(request->store_path, sizeof request->store_path,
-                   "%s/%s-%016" PRIx64 ".adapter.new", server->options.store_dir, name, unique);
+                   "%.850s/adapters/%s-%016" PRIx64 ".adapter.new", server->options.state_dir, name,
+                   unique);
     memcpy(job.store_path, request->store_path, sizeof job.store_path);
     if (!worker_put(server->worker, &job))
         return;
@@ -351,29 +353,30 @@ static void answer_stats(struct request *request, const json_t *engine)
     reply_send(request->connection);
 }
 
-// Where a registered adapter's store file stands, found there again when the server starts:
-// NAME@TENANT.adapter, or NAME.adapter for the operator's (tenant NULL).
-static void kept_path(const struct request *request, const char *tenant, char out[ENGINE_PATH])
+// Where a name's store file stands, found there again when the server starts: the tenant's own, or
+// the operator's.
+static struct registry_entry entry_of(const struct request *request)
 {
-    (void)snprintf(out, ENGINE_PATH, "%.850s/%.63s%s%.63s.adapter",
-                   request->server->options.store_dir, request->model, tenant ? "@" : "",
-                   tenant ? tenant : "");
-}
-
-static const char *tenant_name(const struct request *request)
-{
-    return tenants_at(request->server->tenants, request->tenant)->name;
+    const struct server *server = request->server;
+    const char *tenant = tenants_at(server->tenants, request->tenant)->name;
+    struct registry_entry entry;
+    if (!registry_find(server->options.state_dir, request->model, tenant, &entry) &&
+        (!entry.tenant[0] || !strcmp(entry.tenant, tenant)))
+        return entry;
+    entry = (struct registry_entry){.name = ""};
+    (void)snprintf(entry.name, sizeof entry.name, "%.63s", request->model);
+    (void)snprintf(entry.tenant, sizeof entry.tenant, "%s", tenant);
+    return entry;
 }
 
 // The engine has the file open; the rename makes the registration survive a restart.
 static void keep_store(const struct request *request)
 {
-    char kept[ENGINE_PATH];
-    kept_path(request, tenant_name(request), kept);
-    if (rename(request->store_path, kept) != 0)
-        log_line(LOG_WARN,
-                 "adapter %s will be gone after a restart: its store file could not be kept",
-                 request->model);
+    struct fault fault;
+    struct registry_entry entry = entry_of(request);
+    if (registry_commit(request->server->options.state_dir, request->store_path, &entry, &fault))
+        log_line(LOG_WARN, "adapter %s will be gone after a restart: %s", request->model,
+                 fault.text);
 }
 
 static void answer_added(struct request *request, const struct engine_reply *reply)
@@ -409,12 +412,11 @@ static void answer_removed(struct request *request, const struct engine_reply *r
         reply_fault_for(request, &fault);
         return;
     }
-    char kept[ENGINE_PATH]; // a tenant removes its own or the operator's
-    kept_path(request, tenant_name(request), kept);
-    if (unlink(kept) != 0) {
-        kept_path(request, NULL, kept);
-        (void)unlink(kept);
-    }
+    struct registry_entry entry = entry_of(request); // a tenant removes its own or the operator's
+    enum status status = registry_remove(request->server->options.state_dir, &entry, &fault);
+    if (status && status != STATUS_NOT_FOUND)
+        log_line(LOG_WARN, "adapter %s will be back after a restart: %s", request->model,
+                 fault.text);
     if (request->connection) {
         msgpack_packer *packer = reply_open_for(request);
         put_map(packer, 1);

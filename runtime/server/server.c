@@ -329,7 +329,7 @@ static enum status start(struct server *server, struct fault *fault)
 {
     const struct server_options *options = &server->options;
     if (!options->port || !options->tokenizer.encode || !options->tokenizer.decode ||
-        (options->converter.convert && !options->store_dir))
+        (options->converter.convert && !options->state_dir))
         return fault_set(fault, STATUS_INVALID, "the server's options are incomplete.");
     if (!options->tenants_path == !options->open_access)
         return fault_set(fault, STATUS_INVALID,

@@ -74,7 +74,7 @@ struct server_options {
     struct server_tokenizer tokenizer;
     struct server_converter converter;                 // convert NULL: adapters.add is not offered
     const char *adapter_dirs[SERVER_ADAPTER_DIRS_MAX]; // roots of what adapters.add may read
-    const char *store_dir;    // where converted adapters are written; needed with convert
+    const char *state_dir;    // its adapters/ gets converted adapters; needed with convert
     const char *tenants_path; // tenants.yaml, read again at SIGHUP
     bool open_access;         // instead of tenants_path: no keys; refused unless loopback or Unix
     struct clock clock;       // monotonic, the engine's
