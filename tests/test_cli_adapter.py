@@ -210,6 +210,86 @@ def test_adapter_offline_refusals():
     assert code == 1 and "no-socket" in err, err
 
 
+# ---- manifests ----
+
+def manifest(name, entries):
+    """entries: (name, directory) or (name, directory, owner)."""
+    lines = ["adapters:"]
+    for entry in entries:
+        lines += ["  - name: " + entry[0], "    path: " + entry[1]] + ["    owner: " + owner for owner in entry[2:]]
+    with open(path(name), "w") as file:
+        file.write("\n".join(lines) + "\n")
+    return path(name)
+
+
+def test_adapter_manifest_hundreds_resumable():
+    state, directories = path("many"), ["man-it-attn-r8", "man-pl-attn-r16", "gcide-attn-r16"]
+    for directory in directories:
+        shutil.copytree(source(directory), path("src/" + directory))
+    file = manifest("many.yaml", [("a-%03d" % i, "src/" + directories[i % 3]) for i in range(300)])
+    words = [POLDER, "adapter", "add", "--manifest", file, "--state-dir", state, "--model", MODEL]
+    half = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment())
+    for _ in range(150):
+        half.stderr.readline()
+    half.kill()
+    half.wait()
+    half.stderr.close()
+    before = len([name for name in files(state) if name.endswith(".adapter")])
+    assert 150 <= before < 300, before
+    out, err = done(state, "add", "--manifest", file, model=True)
+    registered = 300 - before
+    assert out == "300 listed: %d registered, %d unchanged, 0 failed, 0 not tried\n" % (registered, before), out
+    lines = err.strip().split("\n")
+    assert len(lines) == 300 and lines[0] == "[1/300] a-000: registered with this content already, version 1", lines[0]
+    assert lines[299].startswith("[300/300] a-299: applied to 32 of 800 matrices, rank 16, "), lines[299]
+    out, _ = done(state, "add", "--manifest", file, model=True)
+    assert "0 registered, 300 unchanged" in out
+    done(state, "gc")
+    assert len(files(state)) == 300 and done(state, "verify")[0].endswith("300 verified, 0 bad\n")
+    # one source changes: its adapters alone get a new version
+    shutil.rmtree(path("src/gcide-attn-r16"))
+    shutil.copytree(source("gcide-fused-r4"), path("src/gcide-attn-r16"))
+    assert "100 registered, 200 unchanged" in done(state, "add", "--manifest", file, model=True)[0]
+    assert sorted({(a["version"], a["rank_max"]) for a in listed(state).values()}) == [(1, 8), (1, 16), (2, 4)]
+    return "killed after %d" % before
+
+
+def test_adapter_manifest_failures_at_the_end():
+    state = path("some")
+    good, broken = source("man-it-attn-r8"), path("some-broken")
+    shutil.copytree(good, broken)
+    os.truncate(os.path.join(broken, "adapter_model.safetensors"), 5000)
+    add(state, "taken", good, "--owner", "bolt")
+    file = manifest("some.yaml", [("one", good), ("two", broken), ("three", path("nowhere")), ("taken", good, "acme"),
+                                  ("four", good, "acme")])
+    code, out, err = tool(state, "add", "--manifest", file, model=True)
+    assert code == 1 and out.startswith("5 listed: 2 registered, 0 unchanged, 3 failed, 0 not tried\n"), (out, err)
+    failures = out.strip().split("\n")[1:]
+    assert [line.split(":")[1].strip() for line in failures] == ["two (line 4)", "three (line 6)", "taken (line 8)"], out
+    assert "adapter_model.safetensors" in failures[0] and "nowhere" in failures[1] and "tenant bolt" in failures[2], out
+    assert files(state) == ["four@acme.adapter", "one.adapter", "taken@bolt.adapter"]
+
+
+def test_adapter_manifest_refused_whole():
+    state = path("refused")
+    good = source("man-it-attn-r8")
+    cases = [("adapters:\n  - name: a\n    path: %s\n  - name: a\n    path: %s\n" % (good, good), [":4:", "line 2"]),
+             ("adapters:\n  - name: a\n    path: %s\n  - name: ../b\n    path: x\n" % good, [":4:", "../b"]),
+             ("adapters:\n  - name: a\n    path: %s\n  - name: b\n" % good, [":4:", "name and path"]),
+             ("adapters:\n  - name: a\n    path: %s\n    rank: 3\n" % good, [":4:", "rank"]),
+             ("adapters:\n  - name: a\n    path: %s\n    owner: a/b\n" % good, ["a/b"]),
+             ("adapters: a\n", [":1:", "adapters"]), ("other: []\n", ["other"]), ("", ["adapters:"]), ("- a\n", [":1:"])]
+    for text, says in cases:
+        with open(path("bad.yaml"), "w") as file:
+            file.write(text)
+        refused(state, "add", "--manifest", path("bad.yaml"), model=True, says=["bad.yaml"] + says)
+    assert files(state) == []
+    refused(state, "add", "--manifest", path("nowhere.yaml"), model=True, says="nowhere.yaml")
+    for words in (["add", "x", good], ["add", "x"], ["list"]):
+        code, _, err = tool(state, *words, "--manifest", path("many.yaml"), model=True)
+        assert code == 2 and "usage" in err, (words, err)
+
+
 if __name__ == "__main__":
     code = main([value for name, value in list(globals().items()) if name.startswith("test_")])
     FOLDER.cleanup()

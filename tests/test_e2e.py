@@ -340,7 +340,7 @@ def test_e2e_adapters_by_command_line(server):
     code, out, err = cli(server, "adapter", "show", "gcide")
     assert code == 1 and "gcide" in err
     code, out, err = cli(server, "adapter", "add", "own-it", os.path.join(ROOT, "it"))
-    assert code == 1 and "already_exists" in err, err
+    assert code == 0 and "already, version 1" in err and json.loads(out) == listed["own-it"], (out, err)
     with server.peer("key-alpha") as peer:
         base = peer.generate("NOME\n       kill", max_tokens=30, **GREEDY)["text"]
         before = peer.call("stats")
@@ -367,6 +367,27 @@ def test_e2e_adapters_by_command_line(server):
     code, out, err = run("chat", "--connect", "%s:%d" % server.tcp, "--max-tokens", "5", "--ignore-eos",
                          stdin=b"static int\n/new\nint main\n/quit\n", env={"POLDER_API_KEY": "key-beta"})[0:3]
     assert code == 0 and out.strip(), err
+
+
+def test_e2e_adapters_by_manifest(server):
+    """The same file against a running server: its failures at the end, again without work."""
+    file = os.path.join(server.folder.name, "adapters.yaml")
+    lines = ["adapters:"]
+    for name, directory in [("own-a", "it"), ("own-b", "broken"), ("own-c", "pl"), ("ru", "it")]:
+        lines += ["  - name: " + name, "    path: " + os.path.join(ROOT, directory)]
+    with open(file, "w") as out:
+        out.write("\n".join(lines + ["  - name: own-d", "    path: " + MODEL, ""]))
+    for added, unchanged in ((2, 0), (0, 2)):
+        code, out, err = cli(server, "adapter", "add", "--manifest", file)
+        assert code == 1, (out, err)
+        said = out.split("\n")
+        assert said[0] == "5 listed: %d registered, %d unchanged, 3 failed, 0 not tried" % (added, unchanged), out
+        assert ["own-b" in said[1], "permission_denied" in said[2], "not_found" in said[3]] == [True] * 3, out
+        assert err.startswith("[1/5] own-a: " + ("applied to 32 of 800 matrices, rank 8" if added else "registered with")), err
+    with server.peer("key-alpha") as peer:
+        assert {"own-a", "own-c"} < {a["name"] for a in peer.call("adapters.list")}
+        for name in ("own-a", "own-c"):
+            peer.call("adapters.remove", name=name)
 
 
 def test_e2e_adapters_refused(server):

@@ -32,17 +32,17 @@ void adapter_report_json(const struct adapter_report *report, char *out, size_t 
                    report->layout, ignored);
 }
 
-void adapter_report_say(const char *name, const struct adapter_report *report)
+void adapter_report_line(const struct adapter_report *report, char *out, size_t room)
 {
     char ranks[32];
     (void)snprintf(ranks, sizeof ranks, "%u", report->rank_max);
     if (report->rank_min != report->rank_max)
         (void)snprintf(ranks, sizeof ranks, "%u to %u", report->rank_min, report->rank_max);
-    (void)fprintf(stderr,
-                  "%s: applied to %u of %u matrices, rank %s, %llu bytes; %s; version %u%s%s\n",
-                  name, report->matrices_applied, report->matrices_possible, ranks,
-                  (unsigned long long)report->bytes, report->layout, report->version,
-                  report->ignored[0] ? "; ignored fields: " : "", report->ignored);
+    (void)snprintf(out, room,
+                   "applied to %u of %u matrices, rank %s, %llu bytes; %s; version %u%s%s",
+                   report->matrices_applied, report->matrices_possible, ranks,
+                   (unsigned long long)report->bytes, report->layout, report->version,
+                   report->ignored[0] ? "; ignored fields: " : "", report->ignored);
 }
 
 static const struct verb {
@@ -54,18 +54,26 @@ static const struct verb {
     {"rm", 2, 2, false},  {"gc", 1, 1, true},    {"verify", 1, OPTION_WORDS_MAX, true},
 };
 
+static const struct verb *find_verb(const struct settings *settings)
+{
+    uint32_t words = settings->words;
+    if (settings->manifest) // its verb is add, without words
+        return words == 1 && !strcmp(settings->word[0], "add") ? &VERBS[0] : NULL;
+    for (size_t i = 0; i < ARRAY_COUNT(VERBS); i++) {
+        const struct verb *verb = &VERBS[i];
+        if (words >= verb->words_min && words <= verb->words_max &&
+            !strcmp(verb->word, settings->word[0]))
+            return verb;
+    }
+    return NULL;
+}
+
 int command_adapter(const struct settings *settings)
 {
-    const char *word = settings->words ? settings->word[0] : "";
-    const struct verb *verb = NULL;
-    for (size_t i = 0; i < ARRAY_COUNT(VERBS); i++) {
-        if (!strcmp(VERBS[i].word, word) && settings->words >= VERBS[i].words_min &&
-            settings->words <= VERBS[i].words_max)
-            verb = &VERBS[i];
-    }
+    const struct verb *verb = find_verb(settings);
     if (!verb) {
-        (void)fprintf(stderr, "polder: usage: polder adapter add NAME DIR | list | show NAME | rm "
-                              "NAME | verify [NAME...] | gc\n");
+        (void)fprintf(stderr, "polder: usage: polder adapter add NAME DIR | add --manifest FILE | "
+                              "list | show NAME | rm NAME | verify [NAME...] | gc\n");
         return EXIT_USAGE;
     }
     bool named = settings->model || settings->state_dir;
@@ -75,6 +83,6 @@ int command_adapter(const struct settings *settings)
         return adapter_remote(settings);
     (void)fprintf(
         stderr, "polder: adapter %s works on a state directory: say which with --state-dir DIR.\n",
-        word);
+        verb->word);
     return EXIT_USAGE;
 }

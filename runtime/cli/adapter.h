@@ -12,7 +12,7 @@ int adapter_offline(const struct settings *settings);
 
 // A JSON object: what a registration says to its client.
 void adapter_report_json(const struct adapter_report *report, char *out, size_t room);
-// "NAME: applied to N of M matrices, rank r, bytes" to standard error.
-void adapter_report_say(const char *name, const struct adapter_report *report);
+// "applied to N of M matrices, rank r, bytes" and the rest of it.
+void adapter_report_line(const struct adapter_report *report, char *out, size_t room);
 
 #endif

@@ -16,6 +16,7 @@
 #include "base/check.h"
 #include "runtime/cli/adapter.h"
 #include "runtime/cli/commands.h"
+#include "runtime/cli/manifest.h"
 #include "runtime/cli/wire.h"
 
 struct offline {
@@ -62,10 +63,11 @@ static bool is_unchanged(const struct offline *o, const struct adapter_summary *
 }
 
 // Whose file the name gets: that of the adapter that has it, else --owner.
-static enum status choose_entry(const struct offline *o, const char *name,
+static enum status choose_entry(const struct offline *o, const char *name, const char *owner,
                                 struct registry_entry *out, struct fault *fault)
 {
-    const char *owner = o->settings->owner ? o->settings->owner : "";
+    owner = owner ? owner : o->settings->owner;
+    owner = owner ? owner : "";
     if (!adapter_name_is_valid(name))
         return fault_set(
             fault, STATUS_INVALID,
@@ -88,45 +90,68 @@ static enum status choose_entry(const struct offline *o, const char *name,
 }
 
 // *skipped: it was registered with the same content already.
-static enum status add_one(const struct offline *o, const char *name, const char *directory,
+static enum status add_one(const struct offline *o, const struct manifest_entry *wanted,
                            struct adapter_report *report, bool *skipped, struct fault *fault)
 {
     struct registry_entry entry;
     struct adapter_summary now;
     char path[REGISTRY_PATH];
     *skipped = false;
-    enum status status = choose_entry(o, name, &entry, fault);
+    enum status status = choose_entry(o, wanted->name, wanted->owner, &entry, fault);
     if (!status)
         status = registry_path(o->state, &entry, path, fault);
     if (status)
         return status;
     uint32_t version = version_now(o, &entry, &now);
-    if (version && is_unchanged(o, &now, directory)) {
+    if (version && is_unchanged(o, &now, wanted->path)) {
         *skipped = true;
         *report = now.report;
         return STATUS_OK;
     }
     // The rename at the end of the conversion is what registers.
-    return adapter_convert_version(directory, &o->identity.base, o->identity.page_bytes,
+    return adapter_convert_version(wanted->path, &o->identity.base, o->identity.page_bytes,
                                    version + 1, path, report, fault);
 }
 
-static int add(const struct offline *o)
+static void say(const struct adapter_report *report, bool skipped, char *out, size_t room)
+{
+    if (skipped)
+        (void)snprintf(out, room, "registered with this content already, version %u",
+                       report->version);
+    else
+        adapter_report_line(report, out, room);
+}
+
+static enum manifest_result add_listed(void *context, const struct manifest_entry *entry,
+                                       char *line, size_t room)
 {
     struct fault fault = {.text = ""};
     struct adapter_report report;
     bool skipped;
-    char text[2048];
-    const char *name = o->settings->word[1];
-    if (add_one(o, name, o->settings->word[2], &report, &skipped, &fault))
+    enum status status = add_one(context, entry, &report, &skipped, &fault);
+    if (status) {
+        (void)snprintf(line, room, "%s", fault.text[0] ? fault.text : status_sentence(status));
+        return MANIFEST_FAILED;
+    }
+    say(&report, skipped, line, room);
+    return skipped ? MANIFEST_UNCHANGED : MANIFEST_ADDED;
+}
+
+static int add(struct offline *o)
+{
+    struct fault fault = {.text = ""};
+    struct adapter_report report;
+    bool skipped;
+    char line[1024], text[2048];
+    if (o->settings->manifest)
+        return manifest_run(o->settings->manifest, add_listed, o);
+    struct manifest_entry entry = {.name = o->settings->word[1], .path = o->settings->word[2]};
+    if (add_one(o, &entry, &report, &skipped, &fault))
         return complain(&fault);
-    if (skipped)
-        (void)fprintf(stderr, "%s: registered with this content already, version %u\n", name,
-                      report.version);
-    else
-        adapter_report_say(name, &report);
+    say(&report, skipped, line, sizeof line);
+    (void)fprintf(stderr, "%s: %s\n", entry.name, line);
     adapter_report_json(&report, text, sizeof text);
-    (void)printf("{\"name\": \"%s\", \"report\": %s}\n", name, text);
+    (void)printf("{\"name\": \"%s\", \"report\": %s}\n", entry.name, text);
     return EXIT_DONE;
 }
 

@@ -48,7 +48,7 @@ struct settings {
     // talking to a server
     const char *connect, *api_key, *api_key_file;
     // adapter
-    const char *owner;
+    const char *owner, *manifest;
     bool offline;
     // synth
     const char *out, *shape;

@@ -152,19 +152,21 @@ size_t report_adapters(struct engine *engine, char *out, size_t room)
          i++) {
         if (w.at + 1024 > room)
             break;
-        char digest[2 * DIGEST_BYTES + 1];
+        char digest[2 * DIGEST_BYTES + 1], source[2 * DIGEST_BYTES + 1];
         digest_hex(&info.report.digest, digest);
+        digest_hex(&info.report.source, source);
         put(&w,
             "%s{\"name\":\"%s\",\"owner\":%u,\"resident\":%s,\"pages\":%u,\"users\":%u,"
             "\"device_bytes\":%llu,\"file_bytes\":%llu,"
             "\"rank_min\":%u,\"rank_max\":%u,\"bytes\":%llu,\"applied\":%u,\"possible\":%u,"
-            "\"layout\":\"%s\",\"digest\":\"%s\",",
+            "\"layout\":\"%s\",\"version\":%u,\"digest\":\"%s\","
+            "\"source\":\"%s\",",
             i ? "," : "", info.name, info.owner, info.resident ? "true" : "false", info.pages,
             info.users, info.resident ? (unsigned long long)info.pages * p.page_bytes : 0,
             (unsigned long long)info.pages * p.page_bytes, info.report.rank_min,
             info.report.rank_max, (unsigned long long)info.report.bytes,
             info.report.matrices_applied, info.report.matrices_possible, info.report.layout,
-            digest);
+            info.report.version, digest, source);
         put_loads(&w, &info.loads);
         put(&w, "}");
     }
