@@ -3,8 +3,8 @@
 //
 // States of a slot, and who moves it:
 //
-//   FREE --adapter_register--> NAMED --adapter_remove--> LEAVING --bury--> BURIED --graves_close-->
-//     FREE
+//   FREE --adapter_register, adapter_replace--> NAMED --adapter_remove, adapter_replace--> LEAVING
+//     --bury--> BURIED --graves_close--> FREE
 //
 // A NAMED adapter has a place in the name index. A LEAVING one has none: its name is free, requests
 // that hold it go on, and it is buried when the last user has released it and nothing pins it.
@@ -71,6 +71,7 @@ struct adapters {
     uint32_t flush_words, flush_next;
     uint32_t *arriving, arriving_count; // fetched since the last flush
     uint32_t *free_slots, free_count;
+    uint32_t rank_max;      // 0: any
     uint32_t *order, count; // slots by name
     uint64_t pool_slots;    // of all pool objects that live
     uint32_t *warm, warm_count;
@@ -362,6 +363,11 @@ void adapters_destroy(struct adapters *adapters)
     free(adapters);
 }
 
+void adapters_limit_rank(struct adapters *adapters, uint32_t rank_max)
+{
+    adapters->rank_max = rank_max;
+}
+
 // ---- names ----
 
 // The place of the first name that is not below `name`; *found when it is that name.
@@ -448,6 +454,11 @@ static enum status slot_fill(struct adapters *adapters, struct adapter *adapter,
     if (!status)
         status = adapter__store_open(adapter->file, label, &adapters->options.base,
                                      adapters->page_bytes, &adapter->store, fault);
+    uint32_t rank = adapter->store.report.rank_max, rank_max = adapters->rank_max;
+    if (!status && rank_max && rank > rank_max)
+        status = fault_set(fault, STATUS_LIMIT,
+                           "The adapter has rank %u; this server takes up to %u (--max-lora-rank).",
+                           rank, rank_max);
     if (!status)
         status = object_create(adapters, adapter, slot, fault);
     if (status)
@@ -460,14 +471,31 @@ static enum status slot_fill(struct adapters *adapters, struct adapter *adapter,
     return status;
 }
 
-enum status adapter_register(struct adapters *adapters, const char *name, const char *store_path,
-                             uint32_t owner, adapter_id *out, struct fault *fault)
+static void name_insert(struct adapters *adapters, uint32_t place, uint32_t slot)
+{
+    memmove(adapters->order + place + 1, adapters->order + place,
+            (adapters->count - place) * sizeof *adapters->order);
+    adapters->order[place] = slot;
+    adapters->count++;
+}
+
+// The name goes over to the new version; the old one leaves when its users have.
+static void name_hand_over(struct adapters *adapters, uint32_t place, uint32_t slot)
+{
+    struct adapter *old = &adapters->slots[adapters->order[place]];
+    adapters->order[place] = slot;
+    old->state = STATE_LEAVING;
+    bury_if_done(adapters, old);
+}
+
+static enum status register_as(struct adapters *adapters, const char *name, const char *store_path,
+                               uint32_t owner, bool replace, adapter_id *out, struct fault *fault)
 {
     bool found;
     if (!adapter_name_is_valid(name))
         return fault_set(fault, STATUS_INVALID, "\"%.80s\" is not an adapter name.", name);
     uint32_t place = order_place(adapters, name, &found);
-    if (found)
+    if (found && !replace)
         return fault_set(fault, STATUS_EXISTS, "there is an adapter \"%s\" already.", name);
     graves_close(adapters);
     if (!adapters->free_count)
@@ -476,7 +504,7 @@ enum status adapter_register(struct adapters *adapters, const char *name, const 
     uint32_t slot = adapters->free_slots[adapters->free_count - 1];
     struct adapter *adapter = &adapters->slots[slot];
     strcpy(adapter->name, name);
-    adapter->owner = owner;
+    adapter->owner = found ? adapters->slots[adapters->order[place]].owner : owner;
     enum status status = slot_fill(adapters, adapter, slot, store_path, fault);
     if (status) {
         pairs_release(adapters, adapter);
@@ -487,12 +515,24 @@ enum status adapter_register(struct adapters *adapters, const char *name, const 
     }
     adapter->state = STATE_NAMED;
     adapters->free_count--;
-    memmove(adapters->order + place + 1, adapters->order + place,
-            (adapters->count - place) * sizeof *adapters->order);
-    adapters->order[place] = slot;
-    adapters->count++;
+    if (found)
+        name_hand_over(adapters, place, slot);
+    else
+        name_insert(adapters, place, slot);
     *out = id_of(adapters, slot);
     return STATUS_OK;
+}
+
+enum status adapter_register(struct adapters *adapters, const char *name, const char *store_path,
+                             uint32_t owner, adapter_id *out, struct fault *fault)
+{
+    return register_as(adapters, name, store_path, owner, false, out, fault);
+}
+
+enum status adapter_replace(struct adapters *adapters, const char *name, const char *store_path,
+                            uint32_t owner, adapter_id *out, struct fault *fault)
+{
+    return register_as(adapters, name, store_path, owner, true, out, fault);
 }
 
 enum status adapter_remove(struct adapters *adapters, const char *name)

@@ -65,6 +65,11 @@ MUST_USE enum status adapter_convert_version(const char *directory, const struct
 // Digest of the two files, as adapter_convert puts it into report->source.
 MUST_USE enum status adapter_source(const char *directory, struct digest *out, struct fault *fault);
 
+// The version of the store file at this path, 0 when there is none that can be read. *same (may be
+// NULL): converting the directory for this base and page size would give the same content.
+uint32_t adapter_version_at(const char *store_path, const char *directory,
+                            const struct adapter_base *base, size_t page_bytes, bool *same);
+
 // What a store file says of itself, for whom its base is not at hand. Any thread.
 struct adapter_summary {
     struct adapter_report report;
@@ -103,6 +108,9 @@ struct adapter_options {
 };
 MUST_USE enum status adapters_create(const struct adapter_options *options, struct adapters **out);
 void adapters_destroy(struct adapters *adapters);
+// From now on an adapter of a larger rank is refused with LIMIT: what the work areas of the engine
+// hold.
+void adapters_limit_rank(struct adapters *adapters, uint32_t rank_max);
 
 // Registers a store file under a name. EXISTS when taken; CORRUPT, or DENIED for another base;
 // INVALID for other pages or another dtype (convert again); LIMIT when there are too many or it is
@@ -111,6 +119,12 @@ void adapters_destroy(struct adapters *adapters);
 MUST_USE enum status adapter_register(struct adapters *adapters, const char *name,
                                       const char *store_path, uint32_t owner, adapter_id *out,
                                       struct fault *fault);
+// The next version of a name, or its first: a name that is taken goes over to the new store file
+// and keeps its owner. Requests that hold the old version finish on it; what comes later gets the
+// new one. A failure leaves the old one as it was.
+MUST_USE enum status adapter_replace(struct adapters *adapters, const char *name,
+                                     const char *store_path, uint32_t owner, adapter_id *out,
+                                     struct fault *fault);
 // The name is free at once; running requests finish, then pages and file handle go.
 MUST_USE enum status adapter_remove(struct adapters *adapters, const char *name);
 MUST_USE enum status adapter_find(const struct adapters *adapters, const char *name,

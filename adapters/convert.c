@@ -310,6 +310,22 @@ enum status adapter_inspect(const char *store_path, bool whole, struct adapter_s
     return status;
 }
 
+uint32_t adapter_version_at(const char *store_path, const char *directory,
+                            const struct adapter_base *base, size_t page_bytes, bool *same)
+{
+    struct adapter_summary now;
+    struct digest source;
+    if (same)
+        *same = false;
+    if (adapter_inspect(store_path, false, &now, NULL))
+        return 0;
+    if (same)
+        *same = digest_equal(&base->digest, &now.base) && base->dtype == now.dtype &&
+                page_bytes == now.page_bytes && !adapter_source(directory, &source, NULL) &&
+                digest_equal(&source, &now.report.source);
+    return now.report.version;
+}
+
 enum status adapter_verify(const char *store_path, const struct adapter_base *base,
                            size_t page_bytes, struct fault *fault)
 {

@@ -189,7 +189,8 @@ static bool send_adapter(struct book *book, uint32_t name, const struct sim_adap
                          enum status expected)
 {
     struct engine_adapter_command c = {.kind = content ? ENGINE_ADAPTER_ADD : ENGINE_ADAPTER_REMOVE,
-                                       .owner = name % SIM_TENANTS};
+                                       .owner = name % SIM_TENANTS,
+                                       .replace = book->names[name] && expected == STATUS_OK};
     c.id = book->reply_ids + 1;
     (void)snprintf(c.name, sizeof c.name, "n%u", name);
     if (content)
@@ -218,7 +219,10 @@ static void change_name(struct book *book)
             book->counts.adapters_removed++;
         }
     } else if (book->names[name]) {
-        (void)send_adapter(book, name, a, STATUS_EXISTS);
+        // A new version: what was asked before goes on with the old one.
+        bool is_new = a != book->names[name];
+        if (send_adapter(book, name, a, is_new ? STATUS_OK : STATUS_EXISTS) && is_new)
+            book->names[name] = a;
     } else if (chance(book, 100)) {
         (void)send_adapter(book, name, NULL, STATUS_NOT_FOUND);
     } else if (send_adapter(book, name, a, STATUS_OK)) {

@@ -190,6 +190,15 @@ def test_kill_server_add():
     return said(died, turn, leftovers)
 
 
+def test_kill_server_add_again():
+    begin = path("server-begin-again")
+    with Server(begin, TENANTS, "--adapter-dir", ADAPTERS) as server, server.peer("key-acme") as peer:
+        peer.call("adapters.add", name="one", path="man-pl-attn-r16")
+    died, turn, leftovers = server_at_every_operation(begin, "adapters.add", name="one", path="man-it-attn-r8")
+    assert {"mkostemps", "pwrite", "fsync", "rename"} <= set(died), died
+    return said(died, turn, leftovers)
+
+
 def test_kill_server_remove():
     begin = path("server-begin-rm")
     with Server(begin, TENANTS, "--adapter-dir", ADAPTERS) as server, server.peer("key-acme") as peer:

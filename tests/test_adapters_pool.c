@@ -383,6 +383,51 @@ static void test_adapters_removed_while_in_use(void **state)
     tool_rig_clear(&world.rig);
 }
 
+static void test_adapters_replaced_while_in_use(void **state)
+{
+    struct world world;
+    struct fault fault;
+    adapter_id found, new;
+    begin(&world, *state, 8, 2);
+    uint32_t files = open_files();
+    adapter_id old = add(&world, "x", world.large);
+    adapter_acquire(world.rig.adapters, old);
+    bring(&world, old);
+    assert_int_equal(adapter_replace(world.rig.adapters, "x", world.small, 7, &new, &fault),
+                     STATUS_OK);
+    assert_int_equal(adapter_find(world.rig.adapters, "x", &found), STATUS_OK);
+    assert_int_equal(found.bits, new.bits);
+    assert_int_not_equal(old.bits, new.bits);
+    assert_int_equal(adapter_owner(world.rig.adapters, new), 3); // a name stays whose it is
+    assert_true(adapter_is_resident(world.rig.adapters, old));
+    assert_int_equal(adapter_page_count(world.rig.adapters, old), 2);
+    assert_int_equal(adapter_page_count(world.rig.adapters, new), 1);
+    assert_int_equal(adapters_count(world.rig.adapters), 1);
+    assert_int_equal(stats_of(&world).leaving, 1);
+    // both slots are taken; what fails changes nothing
+    assert_int_equal(adapter_replace(world.rig.adapters, "x", world.large, 7, &found, &fault),
+                     STATUS_LIMIT);
+    assert_int_equal(adapter_find(world.rig.adapters, "x", &found), STATUS_OK);
+    assert_int_equal(found.bits, new.bits);
+    adapter_release(world.rig.adapters, old);
+    assert_int_equal(stats_of(&world).leaving, 0);
+    assert_int_equal(pool_pages(&world), 0);
+    assert_int_equal(open_files(), files + 1);
+    adapters_limit_rank(world.rig.adapters, 63);
+    assert_int_equal(adapter_replace(world.rig.adapters, "x", world.large, 3, &found, &fault),
+                     STATUS_LIMIT);
+    assert_non_null(strstr(fault.text, "rank 64"));
+    assert_int_equal(adapter_replace(world.rig.adapters, "x", "/nowhere", 3, &found, &fault),
+                     STATUS_NOT_FOUND);
+    assert_int_equal(adapter_find(world.rig.adapters, "x", &found), STATUS_OK);
+    assert_int_equal(found.bits, new.bits);
+    assert_int_equal(adapter_replace(world.rig.adapters, "y", world.small, 7, &found, &fault),
+                     STATUS_OK); // of a free name it is the first
+    assert_int_equal(adapter_owner(world.rig.adapters, found), 7);
+    assert_int_equal(open_files(), files + 2);
+    tool_rig_clear(&world.rig);
+}
+
 static void test_adapters_removed_while_it_is_read(void **state)
 {
     struct world world;
@@ -515,6 +560,7 @@ int main(void)
         cmocka_unit_test(test_adapters_coldest_leaves_first),
         cmocka_unit_test(test_adapters_comes_back_from_the_host_tier),
         cmocka_unit_test(test_adapters_removed_while_in_use),
+        cmocka_unit_test(test_adapters_replaced_while_in_use),
         cmocka_unit_test(test_adapters_removed_while_it_is_read),
         cmocka_unit_test(test_adapters_count_loads),
         cmocka_unit_test(test_adapters_every_copy_fails_once),

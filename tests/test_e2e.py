@@ -422,6 +422,41 @@ def test_e2e_adapter_removed_in_use(server):
     idle(server)
 
 
+def test_e2e_adapter_versions(server):
+    """A name is registered again: running and queued requests finish on the old version, the next ones get the new
+    one, and neither is served KV of the other. A restart has the new one."""
+    prompt = "NAZWA\n       zapis " * 8
+    with server.peer("key-alpha") as peer, server.peer("key-alpha") as other:
+        assert other.call("adapters.add", name="own-v", path="pl")["report"]["version"] == 1
+        first = peer.generate(prompt, model="own-v", max_tokens=300, **GREEDY)["text"]
+        running = peer.send("generate", prompt=prompt, model="own-v", max_tokens=300, stream=True, **GREEDY)
+        peer.first_token(running)
+        assert other.call("adapters.add", name="own-v", path="it")["report"]["version"] == 2
+        second = other.generate(prompt, model="own-v", max_tokens=40, **GREEDY)
+        assert running not in peer.answers and second["usage"]["cached_tokens"] == 0, second["usage"]
+        assert peer.finish(running)["text"] == first and not first.startswith(second["text"])
+        code, out, _ = cli(server, "adapter", "show", "own-v")
+        assert code == 0 and json.loads(out)["version"] == 2, out
+        assert other.refused("adapters.add", name="own-v", path="pl", replace=False)["code"] == "already_exists"
+        # what is refused leaves the version as it is
+        assert other.refused("adapters.add", name="own-v", path="broken")["code"] == "invalid_argument"
+        # the operator's adapter may be replaced too, and stays the operator's
+        assert other.call("adapters.add", name="kjv", path="pl")["report"]["version"] == 2
+        listed = {a["name"]: a for a in other.call("adapters.list")}
+        assert (listed["own-v"]["version"], listed["own-v"]["own"]) == (2, True), listed["own-v"]
+        assert (listed["kjv"]["version"], listed["kjv"]["own"], listed["kjv"]["rank_max"]) == (2, False, 16), listed["kjv"]
+    state = sorted(name for name in os.listdir(os.path.join(STATE, "adapters")) if "own-v" in name or "kjv" in name)
+    assert state == ["kjv.adapter", "own-v@alpha.adapter"], state
+    idle(server)
+    server.kill()
+    server.start()
+    with server.peer("key-alpha") as peer:
+        listed = {a["name"]: (a["version"], a["rank_max"]) for a in peer.call("adapters.list")}
+        assert listed == {"own-v": (2, 8), "kjv": (3, 4)}, listed  # --lora-modules says again what kjv is
+        assert peer.generate(prompt, model="own-v", max_tokens=40, **GREEDY)["text"] == second["text"]
+        peer.call("adapters.remove", name="own-v")
+
+
 # ---- other clients ----
 
 LUA = """

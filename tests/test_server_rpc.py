@@ -245,9 +245,17 @@ class Methods(unittest.TestCase):
             self.assertTrue(peer.error("adapters.remove", name="bolt-one")[1].startswith("permission"))
         with Peer(self.server) as peer:
             self.assertEqual(peer.result("adapters.add", name="acme-x", path="good"),
-                             {"name": "acme-x", "report": {"applied": 4, "possible": 8}})
-            self.assertEqual(len(os.listdir(self.server.store)), 1)
-            self.assertEqual(peer.error("adapters.add", name="acme-x", path=good)[1][:14], "already_exists")
+                             {"name": "acme-x", "report": {"applied": 4, "possible": 8, "version": 1}})
+            self.assertEqual(os.listdir(self.server.store), ["acme-x@acme.adapter"])
+            self.assertEqual(peer.error("adapters.add", name="acme-x", path=good, replace=False)[1][:14],
+                             "already_exists")
+            self.assertEqual(peer.result("adapters.add", name="acme-x", path=good)["report"]["version"], 2)
+            self.assertEqual(peer.error("adapters.add", name="acme-x", path=good, replace=1)[0], 1)
+            ids = [peer.request("adapters.add", name="acme-x", path="good") for _ in range(2)]
+            answers = {message[1]: message for message in (peer.read(), peer.read())}
+            self.assertIsNone(answers[ids[0]][2])
+            second = answers[ids[1]][2]  # the first may have been done
+            self.assertTrue(second is None or second[1].startswith("busy: "), second)
             self.assertEqual(peer.error("adapters.add", name="acme-y", path="empty"),
                              [0, "corrupt: there is no adapter_config.json."])
             self.assertEqual(len(os.listdir(self.server.store)), 1)

@@ -42,26 +42,6 @@ static enum status identify(struct offline *o, struct fault *fault)
 
 // ---- add ----
 
-// What is registered under the name now: its version, 0 when nothing is or it cannot be read.
-static uint32_t version_now(const struct offline *o, const struct registry_entry *entry,
-                            struct adapter_summary *out)
-{
-    char path[REGISTRY_PATH];
-    if (registry_path(o->state, entry, path, NULL) || adapter_inspect(path, false, out, NULL))
-        return 0;
-    return out->report.version;
-}
-
-static bool is_unchanged(const struct offline *o, const struct adapter_summary *now,
-                         const char *directory)
-{
-    struct digest source;
-    const struct adapter_base *base = &o->identity.base;
-    return !adapter_source(directory, &source, NULL) &&
-           digest_equal(&source, &now->report.source) && digest_equal(&base->digest, &now->base) &&
-           base->dtype == now->dtype && o->identity.page_bytes == now->page_bytes;
-}
-
 // Whose file the name gets: that of the adapter that has it, else --owner.
 static enum status choose_entry(const struct offline *o, const char *name, const char *owner,
                                 struct registry_entry *out, struct fault *fault)
@@ -93,6 +73,8 @@ static enum status choose_entry(const struct offline *o, const char *name, const
 static enum status add_one(const struct offline *o, const struct manifest_entry *wanted,
                            struct adapter_report *report, bool *skipped, struct fault *fault)
 {
+    const struct adapter_base *base = &o->identity.base;
+    size_t page_bytes = o->identity.page_bytes;
     struct registry_entry entry;
     struct adapter_summary now;
     char path[REGISTRY_PATH];
@@ -102,15 +84,15 @@ static enum status add_one(const struct offline *o, const struct manifest_entry 
         status = registry_path(o->state, &entry, path, fault);
     if (status)
         return status;
-    uint32_t version = version_now(o, &entry, &now);
-    if (version && is_unchanged(o, &now, wanted->path)) {
-        *skipped = true;
+    uint32_t version = adapter_version_at(path, wanted->path, base, page_bytes, skipped);
+    if (*skipped && !adapter_inspect(path, true, &now, NULL)) {
         *report = now.report;
         return STATUS_OK;
     }
+    *skipped = false;
     // The rename at the end of the conversion is what registers.
-    return adapter_convert_version(wanted->path, &o->identity.base, o->identity.page_bytes,
-                                   version + 1, path, report, fault);
+    return adapter_convert_version(wanted->path, base, page_bytes, version + 1, path, report,
+                                   fault);
 }
 
 static void say(const struct adapter_report *report, bool skipped, char *out, size_t room)

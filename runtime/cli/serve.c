@@ -37,13 +37,17 @@ static enum status decode(void *context, const int32_t *tokens, size_t count, ch
     return wire_decode(&face->text, tokens, count, out, max, bytes);
 }
 
-static enum status convert(void *context, const char *directory, const char *store_path,
-                           char *report, size_t report_bytes, struct fault *fault)
+static enum status convert(void *context, const char *directory, const char *old_path,
+                           const char *store_path, char *report, size_t report_bytes,
+                           struct fault *fault)
 {
     const struct face *face = context;
     struct adapter_report r;
-    enum status status = adapter_convert(directory, stack_adapter_base(face->stack),
-                                         stack_page_bytes(face->stack), store_path, &r, fault);
+    const struct adapter_base *base = stack_adapter_base(face->stack);
+    size_t page_bytes = stack_page_bytes(face->stack);
+    uint32_t version = adapter_version_at(old_path, NULL, base, page_bytes, NULL);
+    enum status status =
+        adapter_convert_version(directory, base, page_bytes, version + 1, store_path, &r, fault);
     if (!status)
         adapter_report_json(&r, report, report_bytes);
     return status;

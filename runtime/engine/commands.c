@@ -165,29 +165,35 @@ static bool take_request(struct engine *e, const struct engine_request *r, size_
     return true;
 }
 
-enum status engine_register_adapter(struct engine *engine, const char *name, const char *store_path,
-                                    uint32_t owner, struct fault *fault)
+// Another tenant's adapter cannot be replaced: to this one the name is taken.
+static enum status register_adapter(struct engine *e, const struct engine_adapter_command *c,
+                                    struct fault *fault)
 {
-    const struct engine_options *o = &engine->options;
+    const struct engine_options *o = &e->options;
     adapter_id id;
+    bool replace = c->replace && adapter_find(o->adapters, c->name, &id) == STATUS_OK;
+    if (replace) {
+        uint32_t owner = adapter_owner(o->adapters, id);
+        replace = owner >= o->tenants_max || owner == c->owner;
+    }
     // Owners beyond the tenants stand for the operator, who shares a number with the base model.
-    if (owner > o->tenants_max)
-        owner = o->tenants_max;
+    uint32_t owner = c->owner > o->tenants_max ? o->tenants_max : c->owner;
     if (o->model->share.world > 1)
         return fault_set(fault, STATUS_UNSUPPORTED,
                          "Adapters cannot be served by a model that several ranks share.");
-    enum status status = adapter_register(o->adapters, name, store_path, owner, &id, fault);
-    if (status)
-        return status;
-    uint32_t rank = adapter_rank_max(o->adapters, id);
-    if (rank <= o->rank_max)
-        return STATUS_OK;
-    status = adapter_remove(o->adapters, name);
-    CHECK(!status);
-    return fault_set(fault, STATUS_LIMIT,
-                     "The adapter has rank %u; this server takes up to %u "
-                     "(--max-lora-rank).",
-                     rank, o->rank_max);
+    return replace ? adapter_replace(o->adapters, c->name, c->store_path, owner, &id, fault)
+                   : adapter_register(o->adapters, c->name, c->store_path, owner, &id, fault);
+}
+
+enum status engine_register_adapter(struct engine *engine, const char *name, const char *store_path,
+                                    uint32_t owner, struct fault *fault)
+{
+    struct engine_adapter_command command = {.kind = ENGINE_ADAPTER_ADD, .owner = owner};
+    if (strlen(name) >= sizeof command.name || strlen(store_path) >= sizeof command.store_path)
+        return fault_set(fault, STATUS_INVALID, "The name or the path is too long.");
+    strcpy(command.name, name);
+    strcpy(command.store_path, store_path);
+    return register_adapter(engine, &command, fault);
 }
 
 // A tenant removes its own adapters and the operator's; another tenant's do not exist for it.
@@ -203,23 +209,31 @@ static enum status remove_adapter(struct engine *e, const struct engine_adapter_
     return adapter_remove(e->options.adapters, c->name);
 }
 
+static bool is_operators(const struct engine *e, const char *name)
+{
+    adapter_id id;
+    return adapter_find(e->options.adapters, name, &id) == STATUS_OK &&
+           adapter_owner(e->options.adapters, id) >= e->options.tenants_max;
+}
+
 static bool take_adapter(struct engine *e, const struct engine_adapter_command *c, size_t bytes)
 {
     struct fault fault = {.text = ""};
     enum status status = STATUS_INVALID;
     if (bytes < sizeof *c)
         return true;
-    if (ring_room(e->options.port->events) < sizeof(struct engine_reply) + 16)
+    if (ring_room(e->options.port->events) < sizeof(struct engine_reply) + 64)
         return false;
     if (!e->options.adapters)
         status = fault_set(&fault, STATUS_UNSUPPORTED, "This server was started without adapters.");
     else if (c->kind == ENGINE_ADAPTER_ADD)
-        status = engine_register_adapter(e, c->name, c->store_path, c->owner, &fault);
+        status = register_adapter(e, c, &fault);
     else
         status = remove_adapter(e, c);
     if (status == STATUS_NOT_FOUND)
         (void)fault_set(&fault, status, "There is no adapter named \"%.63s\".", c->name);
-    return reply(e, c->id, status, status ? fault.text : "", NULL, 0);
+    const char *text = !status && is_operators(e, c->name) ? "{\"operator\":true}" : "";
+    return reply(e, c->id, status, status ? fault.text : "", text, strlen(text));
 }
 
 static bool take_control(struct engine *e, const struct engine_control *c)

@@ -68,7 +68,9 @@ struct engine_control {
 
 struct engine_adapter_command {
     uint32_t kind, owner;
-    uint64_t id; // reply id
+    uint64_t id;      // reply id
+    uint32_t replace; // ADD: the name may be taken by the owner or the operator, then this is its
+                      // next version
     char name[ENGINE_ADAPTER_NAME];
     char store_path[ENGINE_PATH]; // of a store file made by adapter_convert; ADD only
 };
@@ -109,7 +111,8 @@ struct engine_done {
     uint32_t text_bytes;
 };
 
-// Answer to a command with a reply id. Followed by bytes: JSON text (stats, list), or nothing.
+// Answer to a command with a reply id. Followed by bytes: JSON text (stats, list; {"operator":true}
+// when an adapter that was registered is the operator's), or nothing.
 struct engine_reply {
     uint32_t kind;
     uint32_t status;

@@ -535,7 +535,16 @@ enum status stack_convert_adapter(const struct stack *stack, const char *name,
                        name, (int)getpid());
     if (n < 0 || (size_t)n >= store_path_room)
         return fault_set(fault, STATUS_INVALID, "the state directory's path is too long.");
-    return adapter_convert(directory, &stack->base, stack->page_bytes, store_path, report, fault);
+    bool same = false;
+    struct adapter_summary now;
+    uint32_t version =
+        adapter_version_at(store_path, directory, &stack->base, stack->page_bytes, &same);
+    if (same && !adapter_inspect(store_path, true, &now, NULL)) {
+        *report = now.report;
+        return STATUS_OK;
+    }
+    return adapter_convert_version(directory, &stack->base, stack->page_bytes, version + 1,
+                                   store_path, report, fault);
 }
 
 enum status stack_add_adapter(struct stack *stack, const char *name, const char *directory,

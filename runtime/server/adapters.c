@@ -141,13 +141,15 @@ static int open_adapter(const struct server *server, const char *path)
     return -1;
 }
 
-static bool read_add(struct call *call, char name[ENGINE_ADAPTER_NAME], char path[ENGINE_PATH])
+static bool read_add(struct call *call, char name[ENGINE_ADAPTER_NAME], char path[ENGINE_PATH],
+                     bool *replace)
 {
-    static const char *const names[] = {"name", "path"};
+    static const char *const names[] = {"name", "path", "replace"};
     struct params *params = &call->params;
     bool good = params_known(params, names, ARRAY_COUNT(names)) &&
                 params_name(params, "name", ENGINE_ADAPTER_NAME, name) &&
-                params_name(params, "path", ENGINE_PATH, path);
+                params_name(params, "path", ENGINE_PATH, path) &&
+                params_bool(params, "replace", replace);
     if (good && (!*name || !*path))
         good = params_refuse(params, "name and path are needed.");
     if (good && !adapter_name_is_good(name))
@@ -159,7 +161,34 @@ static bool read_add(struct call *call, char name[ENGINE_ADAPTER_NAME], char pat
     return good;
 }
 
-static void start_job(struct call *call, const char *name, int directory)
+// Where a name's store file stands, found there again when the server starts: the tenant's own, or
+// the operator's.
+static struct registry_entry entry_of(const struct request *request)
+{
+    const struct server *server = request->server;
+    const char *tenant = tenants_at(server->tenants, request->tenant)->name;
+    struct registry_entry entry;
+    if (!registry_find(server->options.state_dir, request->model, tenant, &entry) &&
+        (!entry.tenant[0] || !strcmp(entry.tenant, tenant)))
+        return entry;
+    entry = (struct registry_entry){.name = ""};
+    (void)snprintf(entry.name, sizeof entry.name, "%.63s", request->model);
+    (void)snprintf(entry.tenant, sizeof entry.tenant, "%s", tenant);
+    return entry;
+}
+
+// Two registrations of one name at once would take the same version.
+static bool is_being_added(const struct server *server, const char *name)
+{
+    for (uint32_t i = 0; i < server->limits.requests_max; i++) {
+        const struct request *request = &server->requests[i];
+        if (request->kind == REQUEST_ADAPTER_ADD && !strcmp(request->model, name))
+            return true;
+    }
+    return false;
+}
+
+static void start_job(struct call *call, const char *name, int directory, bool replace)
 {
     struct request *request = request_new(call, REQUEST_ADAPTER_ADD);
     if (!request) {
@@ -175,6 +204,10 @@ static void start_job(struct call *call, const char *name, int directory)
                    "%.850s/adapters/%s-%016" PRIx64 ".adapter.new", server->options.state_dir, name,
                    unique);
     memcpy(job.store_path, request->store_path, sizeof job.store_path);
+    request->replace = replace;
+    struct registry_entry entry = entry_of(request);
+    if (registry_path(server->options.state_dir, &entry, job.old_path, NULL))
+        job.old_path[0] = 0;
     if (!worker_put(server->worker, &job))
         return;
     (void)close(directory);
@@ -187,7 +220,8 @@ void method_adapters_add(struct call *call)
     struct connection *connection = call->connection;
     struct server *server = connection->server;
     char name[ENGINE_ADAPTER_NAME] = "", path[ENGINE_PATH] = "";
-    if (!may_manage(call) || !read_add(call, name, path))
+    bool replace = true;
+    if (!may_manage(call) || !read_add(call, name, path, &replace))
         return;
     if (!server->worker) {
         reply_error(call, STATUS_UNSUPPORTED, "this server takes no adapters at run time.");
@@ -205,6 +239,13 @@ void method_adapters_add(struct call *call)
                     name);
         return;
     }
+    if (is_being_added(server, name)) {
+        reply_error(call, STATUS_BUSY,
+                    "the adapter \"%.63s\" is being registered already; try again when that is "
+                    "answered.",
+                    name);
+        return;
+    }
     int directory = open_adapter(server, path);
     if (directory < 0) {
         reply_error(call, STATUS_NOT_FOUND,
@@ -212,13 +253,15 @@ void method_adapters_add(struct call *call)
                     "directories.");
         return;
     }
-    start_job(call, name, directory);
+    start_job(call, name, directory, replace);
 }
 
 static bool send_add(struct request *request)
 {
-    struct engine_adapter_command command = {
-        .kind = ENGINE_ADAPTER_ADD, .owner = request->tenant, .id = request_id(request, 0)};
+    struct engine_adapter_command command = {.kind = ENGINE_ADAPTER_ADD,
+                                             .owner = request->tenant,
+                                             .id = request_id(request, 0),
+                                             .replace = request->replace};
     (void)snprintf(command.name, sizeof command.name, "%.63s", request->model);
     memcpy(command.store_path, request->store_path, sizeof command.store_path);
     return engine_send(request->server->options.port, &command, sizeof command) == STATUS_OK;
@@ -353,33 +396,21 @@ static void answer_stats(struct request *request, const json_t *engine)
     reply_send(request->connection);
 }
 
-// Where a name's store file stands, found there again when the server starts: the tenant's own, or
-// the operator's.
-static struct registry_entry entry_of(const struct request *request)
-{
-    const struct server *server = request->server;
-    const char *tenant = tenants_at(server->tenants, request->tenant)->name;
-    struct registry_entry entry;
-    if (!registry_find(server->options.state_dir, request->model, tenant, &entry) &&
-        (!entry.tenant[0] || !strcmp(entry.tenant, tenant)))
-        return entry;
-    entry = (struct registry_entry){.name = ""};
-    (void)snprintf(entry.name, sizeof entry.name, "%.63s", request->model);
-    (void)snprintf(entry.tenant, sizeof entry.tenant, "%s", tenant);
-    return entry;
-}
-
 // The engine has the file open; the rename makes the registration survive a restart.
-static void keep_store(const struct request *request)
+static void keep_store(const struct request *request, bool operators)
 {
     struct fault fault;
-    struct registry_entry entry = entry_of(request);
+    struct registry_entry entry = {.name = ""};
+    const char *tenant = tenants_at(request->server->tenants, request->tenant)->name;
+    (void)snprintf(entry.name, sizeof entry.name, "%.63s", request->model);
+    (void)snprintf(entry.tenant, sizeof entry.tenant, "%s", operators ? "" : tenant);
     if (registry_commit(request->server->options.state_dir, request->store_path, &entry, &fault))
         log_line(LOG_WARN, "adapter %s will be gone after a restart: %s", request->model,
                  fault.text);
 }
 
-static void answer_added(struct request *request, const struct engine_reply *reply)
+static void answer_added(struct request *request, const struct engine_reply *reply,
+                         const json_t *json)
 {
     struct fault fault;
     if (reply->status) {
@@ -388,7 +419,7 @@ static void answer_added(struct request *request, const struct engine_reply *rep
         reply_fault_for(request, &fault);
         return;
     }
-    keep_store(request);
+    keep_store(request, json_is_true(json_object_get(json, "operator")));
     if (!request->connection)
         return;
     json_t *report =
@@ -461,7 +492,7 @@ void adapters_on_reply(struct request *request, const struct engine_reply *reply
         reply->bytes ? json_loadb(text, reply->bytes, JSON_REJECT_DUPLICATES, NULL) : NULL;
     bool waits = false;
     if (request->kind == REQUEST_ADAPTER_ADD) {
-        answer_added(request, reply);
+        answer_added(request, reply, json);
     } else if (request->kind == REQUEST_ADAPTER_REMOVE) {
         answer_removed(request, reply);
     } else if (reply->status || !json) {

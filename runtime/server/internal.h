@@ -68,6 +68,7 @@ struct request {
     struct request *next, *previous; // of the connection; next also links the free list
     uint64_t created_us, seed;
     uint32_t choices, done;
+    bool replace;                  // adapters.add
     bool stream, logprobs, hidden; // hidden: a model this tenant may not use
     bool want_pause, is_paused;    // by a slow reader; sent with the next flush
     bool control;                  // has controls to send
@@ -235,7 +236,7 @@ void adapters_on_converted(struct server *server);
 struct worker_job {
     uint64_t id;
     int directory; // descriptor, closed by the worker
-    char store_path[ENGINE_PATH];
+    char old_path[ENGINE_PATH], store_path[ENGINE_PATH];
 };
 struct worker_result {
     uint64_t id;

@@ -58,12 +58,13 @@ struct server_tokenizer {
 };
 
 // Called on the worker thread. Checks the PEFT adapter in `directory` (a path that stays valid
-// during the call) and writes a store file at `store_path`. `report`: a JSON object for the client,
-// or "".
+// during the call) and writes a store file at `store_path`, the next version after the store file
+// at `old_path` (there may be none). `report`: a JSON object for the client, or "".
 struct server_converter {
     void *context;
-    enum status (*convert)(void *context, const char *directory, const char *store_path,
-                           char *report, size_t report_bytes, struct fault *fault);
+    enum status (*convert)(void *context, const char *directory, const char *old_path,
+                           const char *store_path, char *report, size_t report_bytes,
+                           struct fault *fault);
 };
 
 struct server_options {

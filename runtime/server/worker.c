@@ -37,8 +37,8 @@ static struct worker_result convert(const struct worker *worker, const struct wo
         result.status = fault_set(&result.fault, STATUS_NO_MEMORY, "out of memory.");
     else
         result.status =
-            worker->converter.convert(worker->converter.context, directory, job->store_path,
-                                      result.report, REPORT_BYTES, &result.fault);
+            worker->converter.convert(worker->converter.context, directory, job->old_path,
+                                      job->store_path, result.report, REPORT_BYTES, &result.fault);
     if (result.status && !result.fault.status)
         (void)fault_set(&result.fault, result.status, "%s", status_sentence(result.status));
     (void)close(job->directory);
