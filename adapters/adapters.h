@@ -147,6 +147,21 @@ void adapter_pin(struct adapters *adapters, adapter_id id); // while a step uses
 void adapter_unpin(struct adapters *adapters, adapter_id id);
 void adapter_used(struct adapters *adapters, adapter_id id); // recency, popularity
 
+// Begins to fetch its pages, as if a request had asked. FULL: no room now.
+MUST_USE enum status adapter_load(struct adapters *adapters, adapter_id id);
+// Gives its device pages back. BUSY when it is used, on its way or kept.
+MUST_USE enum status adapter_unload(struct adapters *adapters, adapter_id id, struct fault *fault);
+// Pins it for a tenant: never given back under pressure until it is let go, removed or replaced.
+// Not for one that is kept already. Its pages count from here on, and are fetched by
+// adapters_fetch_kept: at every turn of the engine.
+enum { ADAPTER_NO_KEEPER = 0xffffffff };
+void adapter_keep(struct adapters *adapters, adapter_id id, uint32_t keeper);
+void adapter_let_go(struct adapters *adapters, adapter_id id);
+uint32_t adapter_keeper(const struct adapters *adapters, adapter_id id); // or ADAPTER_NO_KEEPER
+uint64_t adapters_kept_pages(const struct adapters *adapters);
+uint64_t adapters_kept_pages_of(const struct adapters *adapters, uint32_t keeper);
+void adapters_fetch_kept(struct adapters *adapters);
+
 // Records the page numbers of the adapters that became resident since the last flush into the
 // stream, before the segment's other commands. Between this and the submit of that segment nothing
 // may take pages.
@@ -172,6 +187,7 @@ struct adapter_info {
     uint32_t owner;
     bool resident;
     uint32_t pages, users;
+    uint32_t keeper; // ADAPTER_NO_KEEPER: not pinned
     struct adapter_report report;
     struct adapter_loads loads;
 };
@@ -182,6 +198,8 @@ bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_
 struct adapters_stats {
     uint32_t registered, leaving; // leaving: removed, still used by running requests
     uint32_t resident, resident_pages, fetching;
+    uint32_t kept; // pinned by tenants
+    uint64_t kept_pages;
     uint64_t fetches, given_back;
     struct adapter_loads loads; // since the start, of removed adapters too
 };

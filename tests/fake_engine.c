@@ -274,6 +274,16 @@ static void push_reply(struct fake_engine *engine, uint64_t id, enum status stat
 static void take_adapter(struct fake_engine *engine, const struct engine_adapter_command *command)
 {
     uint32_t at = find_adapter(engine, command->name);
+    if (command->kind != ENGINE_ADAPTER_ADD && command->kind != ENGINE_ADAPTER_REMOVE) {
+        // Every adapter has 1000 bytes and nobody has pinned one before.
+        bool pins = command->kind == ENGINE_ADAPTER_PIN && command->pinned_bytes_max < 1000;
+        push_reply(engine, command->id,
+                   at == ADAPTERS_MAX ? STATUS_NOT_FOUND
+                   : pins             ? STATUS_LIMIT
+                                      : STATUS_OK,
+                   "");
+        return;
+    }
     if (command->kind == ENGINE_ADAPTER_REMOVE) {
         if (at < ADAPTERS_MAX)
             engine->adapter[at][0] = 0;
@@ -349,6 +359,10 @@ static void take(struct fake_engine *engine, const void *record)
         break;
     case ENGINE_ADAPTER_ADD:
     case ENGINE_ADAPTER_REMOVE:
+    case ENGINE_ADAPTER_LOAD:
+    case ENGINE_ADAPTER_UNLOAD:
+    case ENGINE_ADAPTER_PIN:
+    case ENGINE_ADAPTER_UNPIN:
         take_adapter(engine, record);
         break;
     case ENGINE_ADAPTER_LIST:

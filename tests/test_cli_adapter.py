@@ -210,6 +210,35 @@ def test_adapter_offline_refusals():
     assert code == 1 and "no-socket" in err, err
 
 
+def test_adapter_pin_leaves_room_for_a_context():
+    """In a pool that holds one context, one token's experts and little more, pinning ends where the next request of the
+    whole context would not fit; it runs beside what is pinned."""
+    state, refusal = path("pin"), None
+    for i in range(12):
+        add(state, "a%02d" % i, source("man-pl-attn-r16"))
+    tenants = TENANTS + "    pinned_adapter_bytes: 1000000000\n"
+    with Server(state, tenants, "--pool-bytes", "4M", "--max-model-len", "512") as server, server.peer("key-acme") as peer:
+        alone = peer.generate("word " * 200, **GREEDY)["text"]
+        pinned = 0
+        for i in range(12):
+            try:
+                peer.call("adapters.pin", name="a%02d" % i)
+                pinned += 1
+            except Exception as error:
+                refusal = refusal or error
+                assert error.code == "resource_exhausted" and "pool" in error.message, error
+        assert 0 < pinned < 12, pinned
+        assert peer.generate("word " * 200, **GREEDY)["text"] == alone
+        ids = peer.call("tokenize", text="word " * 400)["tokens"][:480]
+        assert len(peer.generate(ids, temperature=0, ignore_eos=True, max_tokens=512 - len(ids))["tokens"]) == 512 - len(ids)
+        listed = [a for a in peer.call("adapters.list") if a["pinned"]]
+        assert len(listed) == pinned and all(a["resident"] for a in listed), listed
+        for a in listed:
+            peer.call("adapters.unpin", name=a["name"])
+        assert peer.generate("word " * 200, model="a11", **GREEDY)["text"]
+    return "%d of 12: %s" % (pinned, refusal.message)
+
+
 # ---- manifests ----
 
 def manifest(name, entries):

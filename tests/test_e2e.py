@@ -24,7 +24,7 @@ TENANT = """  - name: %s
     priority_class: %s
 """
 TENANTS = "tenants:\n" + TENANT % ("alpha", key_hash("key-alpha"), '"kjv", "own-*"', "interactive") + \
-    "    manage_adapters: true\n" + TENANT % ("beta", key_hash("key-beta"), '"gcide", "ru"', "standard") + \
+    "    manage_adapters: true\n    pinned_adapter_bytes: 1000000\n" + TENANT % ("beta", key_hash("key-beta"), '"gcide", "ru"', "standard") + \
     TENANT % ("gamma", key_hash("key-gamma"), '"elisp"', "batch") + \
     TENANT % ("delta", key_hash("key-delta"), "", "standard") + "    rpm_limit: 6\n    max_parallel_requests: 2\n"
 MODULES = {"kjv": "kjv-all-r4", "gcide": "gcide-fused-r4", "ru": "man-ru-attn-r32", "elisp": "elisp-fused-r4"}
@@ -455,6 +455,45 @@ def test_e2e_adapter_versions(server):
         assert listed == {"own-v": (2, 8), "kjv": (3, 4)}, listed  # --lora-modules says again what kjv is
         assert peer.generate(prompt, model="own-v", max_tokens=40, **GREEDY)["text"] == second["text"]
         peer.call("adapters.remove", name="own-v")
+
+
+def test_e2e_adapters_load_unload_pin(server):
+    """kjv is the operator's and larger than this tenant may pin; beta may not manage."""
+    with server.peer("key-alpha") as peer:
+        def state(name="own-p"):
+            return next(a for a in peer.call("adapters.list") if a["name"] == name)
+        peer.call("adapters.add", name="own-p", path="pl")
+        before = peer.call("adapters.stats")
+        assert (state()["resident"], state()["pinned"], before["pinned_bytes"]) == (False, False, 0), before
+        peer.call("adapters.load", name="own-p")
+        until(lambda: state()["resident"])
+        peer.call("adapters.unload", name="own-p")
+        assert not state()["resident"]
+        assert cli(server, "adapter", "pin", "own-p")[0] == 0
+        until(lambda: state()["resident"])
+        stats = peer.call("adapters.stats")
+        assert (stats["pinned"], stats["pinned_bytes"], stats["pinned_bytes_max"]) == (1, state()["file_bytes"], 1000000)
+        error = peer.refused("adapters.unload", name="own-p")
+        assert error["code"] == "busy" and "unpin" in error["message"], error
+        error = peer.refused("adapters.pin", name="kjv")
+        assert error["code"] == "resource_exhausted" and "pinned_adapter_bytes" in error["message"], error
+        code, out, err = cli(server, "adapter", "stats")
+        assert code == 0 and json.loads(out)["pinned"] == 1, err
+        # a new version is nobody's promise
+        peer.call("adapters.add", name="own-p", path="it")
+        assert not state()["pinned"] and peer.call("adapters.stats")["pinned_bytes"] == 0
+        peer.call("adapters.pin", name="own-p")
+        assert cli(server, "adapter", "unpin", "own-p")[0] == 0 and not state()["pinned"]
+        for method in ("adapters.load", "adapters.unload", "adapters.pin", "adapters.unpin"):
+            foreign, unknown = (peer.refused(method, name=name) for name in ("ru", "xu"))
+            assert str(foreign).replace("ru", "xu") == str(unknown), (foreign, unknown)
+        peer.call("adapters.pin", name="own-p")
+        peer.call("adapters.remove", name="own-p")
+        assert peer.call("adapters.stats")["pinned_bytes"] == 0
+    with server.peer("key-beta") as peer:
+        assert peer.refused("adapters.pin", name="gcide")["code"] == "permission_denied"
+    idle(server)
+    return error["message"]
 
 
 # ---- other clients ----

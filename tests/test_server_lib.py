@@ -36,6 +36,7 @@ TENANTS = """tenants:
     keys_blake2b: [%s, %s]
     allowed_adapters: ["acme-*", "shared"]
     manage_adapters: true
+    pinned_adapter_bytes: 1000
     max_parallel_requests: 2000
     max_queue: 2000
   - name: bolt

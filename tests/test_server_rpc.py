@@ -274,6 +274,28 @@ class Methods(unittest.TestCase):
                 self.assertEqual(peer.error("adapters.remove", name=name)[1],
                                  'not_found: there is no model "%s".' % name)
 
+    def test_adapters_on_the_device(self):
+        methods = ["adapters.load", "adapters.unload", "adapters.pin", "adapters.unpin"]
+        with Peer(self.server, key="key-bolt") as peer:
+            for method in methods:
+                self.assertEqual(peer.error(method, name="bolt-one"),
+                                 [0, "permission_denied: this tenant may not manage adapters."])
+            stats = peer.result("adapters.stats")
+            self.assertEqual((stats["registered"], stats["pinned_bytes_max"]), (1, 0))
+        with Peer(self.server) as peer:
+            for method in methods:
+                self.assertEqual(peer.result(method, name="acme-one"), {"name": "acme-one"})
+                for name in ("acme-none", "bolt-one"):  # another tenant's is not told from none
+                    self.assertEqual(peer.error(method, name=name),
+                                     [0, 'not_found: there is no model "%s".' % name])
+                for wrong in ({}, {"name": ""}, {"name": 5}, {"name": "acme-one", "x": 1}):
+                    self.assertEqual(peer.error(method, **wrong)[0], 1, wrong)
+            stats = peer.result("adapters.stats")
+            self.assertEqual(stats["pinned_bytes_max"], 1000)
+            self.assertEqual(set(stats), {"registered", "own", "resident", "pinned", "pinned_bytes", "pinned_bytes_max",
+                                          "users", "device_bytes", "file_bytes", "hits", "misses", "loads", "load_us"})
+            self.assertEqual(peer.error("adapters.stats", x=1)[0], 1)
+
     def test_python_client(self):
         for address in ("%s:%d" % self.server.address, "unix:" + self.server.unix):
             with polder.Client(address, key="key-acme") as client:

@@ -155,6 +155,12 @@ class Client:
     def add_adapter(self, name, path):
         return self.call("adapters.add", name=name, path=path)
 
+    def pin_adapter(self, name):
+        return self.call("adapters.pin", name=name)
+
+    def unpin_adapter(self, name):
+        return self.call("adapters.unpin", name=name)
+
     def remove_adapter(self, name):
         return self.call("adapters.remove", name=name)
 

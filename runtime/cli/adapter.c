@@ -48,10 +48,12 @@ void adapter_report_line(const struct adapter_report *report, char *out, size_t 
 static const struct verb {
     const char *word;
     uint32_t words_min, words_max; // with the verb
-    bool offline_only;
+    enum { BOTH, OFFLINE, REMOTE } where;
 } VERBS[] = {
-    {"add", 3, 3, false}, {"list", 1, 1, false}, {"show", 2, 2, false},
-    {"rm", 2, 2, false},  {"gc", 1, 1, true},    {"verify", 1, OPTION_WORDS_MAX, true},
+    {"add", 3, 3, BOTH},      {"list", 1, 1, BOTH},    {"show", 2, 2, BOTH},
+    {"rm", 2, 2, BOTH},       {"gc", 1, 1, OFFLINE},   {"verify", 1, OPTION_WORDS_MAX, OFFLINE},
+    {"pin", 2, 2, REMOTE},    {"unpin", 2, 2, REMOTE}, {"load", 2, 2, REMOTE},
+    {"unload", 2, 2, REMOTE}, {"stats", 1, 1, REMOTE},
 };
 
 static const struct verb *find_verb(const struct settings *settings)
@@ -73,16 +75,18 @@ int command_adapter(const struct settings *settings)
     const struct verb *verb = find_verb(settings);
     if (!verb) {
         (void)fprintf(stderr, "polder: usage: polder adapter add NAME DIR | add --manifest FILE | "
-                              "list | show NAME | rm NAME | verify [NAME...] | gc\n");
+                              "list | show NAME | rm NAME | verify [NAME...] | gc | pin NAME | "
+                              "unpin NAME | load NAME | unload NAME | stats\n");
         return EXIT_USAGE;
     }
     bool named = settings->model || settings->state_dir;
-    if (settings->offline || (named && !settings->connect))
+    bool offline = settings->offline || (named && !settings->connect);
+    if (offline && verb->where != REMOTE)
         return adapter_offline(settings);
-    if (!verb->offline_only)
+    if (!offline && verb->where != OFFLINE)
         return adapter_remote(settings);
-    (void)fprintf(
-        stderr, "polder: adapter %s works on a state directory: say which with --state-dir DIR.\n",
-        verb->word);
+    (void)fprintf(stderr, "polder: adapter %s works on %s.\n", verb->word,
+                  offline ? "a running server: leave --model, --state-dir and --offline away"
+                          : "a state directory: say which with --state-dir DIR");
     return EXIT_USAGE;
 }

@@ -200,8 +200,14 @@ int adapter_remote(const struct settings *s)
     struct remote remote;
     if (!strcmp(verb, "rm"))
         return call_named(s, "adapters.remove", s->word[1]);
-    if (!strcmp(verb, "list"))
-        return remote_call(s, "adapters.list", NULL);
+    if (!strcmp(verb, "list") || !strcmp(verb, "stats"))
+        return remote_call(s, *verb == 'l' ? "adapters.list" : "adapters.stats", NULL);
+    if (!strcmp(verb, "load") || !strcmp(verb, "unload") || !strcmp(verb, "pin") ||
+        !strcmp(verb, "unpin")) {
+        char method[40];
+        (void)snprintf(method, sizeof method, "adapters.%s", verb);
+        return call_named(s, method, s->word[1]);
+    }
     if (!strcmp(verb, "add") && !s->manifest && access(s->word[2], F_OK) != 0) {
         (void)fprintf(stderr, "polder: there is no directory %s.\n", s->word[2]);
         return EXIT_FAILED;

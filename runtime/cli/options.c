@@ -141,7 +141,9 @@ static const struct {
     {"call", COMMAND_CALL, "METHOD JSON", "one call of the RPC interface"},
     {"stats", COMMAND_STATS, "", "numbers of a running server"},
     {"adapter", COMMAND_ADAPTER,
-     "add NAME DIR | add --manifest FILE | list | show NAME | rm NAME | verify [NAME...] | gc",
+     "add NAME DIR | add --manifest FILE | list | show NAME | rm NAME | verify [NAME...] | gc | "
+     "pin NAME | "
+     "unpin NAME | load NAME | unload NAME | stats",
      "adapters of a server, or of a state directory"},
     {"synth", COMMAND_SYNTH, "--out DIR --shape NAME", "write a random checkpoint"},
     {"check-config", COMMAND_CHECK_CONFIG, "--config FILE",

@@ -126,8 +126,9 @@ static bool fits_pool(const struct engine *e, const struct engine_request *r, ad
 {
     struct pool_stats pool;
     pool_stats(e->options.pool, &pool);
-    uint32_t pages =
+    uint64_t pages =
         sequence_pages_needed(e, r->prompt_tokens + r->max_tokens, r->adapter[0], adapter);
+    pages += e->options.adapters ? adapters_kept_pages(e->options.adapters) : 0;
     const struct model *model = e->options.model;
     return pages + engine_expert_floor(&model->expert_shape, model->config.top_k) <=
            pool.device_total;
@@ -165,50 +166,6 @@ static bool take_request(struct engine *e, const struct engine_request *r, size_
     return true;
 }
 
-// Another tenant's adapter cannot be replaced: to this one the name is taken.
-static enum status register_adapter(struct engine *e, const struct engine_adapter_command *c,
-                                    struct fault *fault)
-{
-    const struct engine_options *o = &e->options;
-    adapter_id id;
-    bool replace = c->replace && adapter_find(o->adapters, c->name, &id) == STATUS_OK;
-    if (replace) {
-        uint32_t owner = adapter_owner(o->adapters, id);
-        replace = owner >= o->tenants_max || owner == c->owner;
-    }
-    // Owners beyond the tenants stand for the operator, who shares a number with the base model.
-    uint32_t owner = c->owner > o->tenants_max ? o->tenants_max : c->owner;
-    if (o->model->share.world > 1)
-        return fault_set(fault, STATUS_UNSUPPORTED,
-                         "Adapters cannot be served by a model that several ranks share.");
-    return replace ? adapter_replace(o->adapters, c->name, c->store_path, owner, &id, fault)
-                   : adapter_register(o->adapters, c->name, c->store_path, owner, &id, fault);
-}
-
-enum status engine_register_adapter(struct engine *engine, const char *name, const char *store_path,
-                                    uint32_t owner, struct fault *fault)
-{
-    struct engine_adapter_command command = {.kind = ENGINE_ADAPTER_ADD, .owner = owner};
-    if (strlen(name) >= sizeof command.name || strlen(store_path) >= sizeof command.store_path)
-        return fault_set(fault, STATUS_INVALID, "The name or the path is too long.");
-    strcpy(command.name, name);
-    strcpy(command.store_path, store_path);
-    return register_adapter(engine, &command, fault);
-}
-
-// A tenant removes its own adapters and the operator's; another tenant's do not exist for it.
-static enum status remove_adapter(struct engine *e, const struct engine_adapter_command *c)
-{
-    adapter_id id;
-    enum status status = adapter_find(e->options.adapters, c->name, &id);
-    if (status)
-        return status;
-    uint32_t owner = adapter_owner(e->options.adapters, id);
-    if (owner < e->options.tenants_max && owner != c->owner)
-        return STATUS_NOT_FOUND;
-    return adapter_remove(e->options.adapters, c->name);
-}
-
 static bool is_operators(const struct engine *e, const char *name)
 {
     adapter_id id;
@@ -226,10 +183,8 @@ static bool take_adapter(struct engine *e, const struct engine_adapter_command *
         return false;
     if (!e->options.adapters)
         status = fault_set(&fault, STATUS_UNSUPPORTED, "This server was started without adapters.");
-    else if (c->kind == ENGINE_ADAPTER_ADD)
-        status = register_adapter(e, c, &fault);
     else
-        status = remove_adapter(e, c);
+        status = residents_command(e, c, &fault);
     if (status == STATUS_NOT_FOUND)
         (void)fault_set(&fault, status, "There is no adapter named \"%.63s\".", c->name);
     const char *text = !status && is_operators(e, c->name) ? "{\"operator\":true}" : "";
@@ -279,7 +234,7 @@ bool commands_take(struct engine *engine)
         bool taken = true;
         if (kind == ENGINE_REQUEST)
             taken = take_request(engine, record, bytes);
-        else if (kind == ENGINE_ADAPTER_ADD || kind == ENGINE_ADAPTER_REMOVE)
+        else if (kind >= ENGINE_ADAPTER_ADD && kind <= ENGINE_ADAPTER_UNPIN)
             taken = take_adapter(engine, record, bytes);
         else if (bytes >= sizeof(struct engine_control))
             taken = take_control(engine, record);

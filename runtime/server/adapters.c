@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// adapters.list, adapters.add, adapters.remove, models, stats: the methods that ask the engine one
-// question.
+// adapters.*, models, stats: the methods that ask the engine one question.
 //
 // A tenant sees exactly the adapter names that its patterns allow; adding and removing need
 // manage_adapters as well. A name outside is answered like an unknown one. Owners: a tenant number,
@@ -77,17 +76,80 @@ static bool may_manage(struct call *call)
     return false;
 }
 
-void method_adapters_remove(struct call *call)
+// The one parameter `name`, of a tenant that may manage. false: answered.
+static bool read_name(struct call *call, char name[ENGINE_ADAPTER_NAME])
 {
     static const char *const names[] = {"name"};
-    char name[ENGINE_ADAPTER_NAME] = "";
+    name[0] = 0;
     if (!params_ok(call, names, ARRAY_COUNT(names)) || !may_manage(call))
-        return;
-    if (!params_name(&call->params, "name", sizeof name, name) || !name[0]) {
+        return false;
+    if (!params_name(&call->params, "name", ENGINE_ADAPTER_NAME, name) || !name[0]) {
         (void)(call->params.fault.status || params_refuse(&call->params, "name is missing."));
         reply_fault(call, &call->params.fault);
+        return false;
+    }
+    return true;
+}
+
+// load, unload, pin, unpin: the engine knows whose it is.
+static void ask_resident(struct call *call, enum engine_command_kind kind)
+{
+    const struct connection *connection = call->connection;
+    const struct server *server = connection->server;
+    char name[ENGINE_ADAPTER_NAME];
+    if (!read_name(call, name))
+        return;
+    if (!tenants_allow_adapter(server->tenants, connection->tenant, name)) {
+        reply_error(call, STATUS_NOT_FOUND, "there is no model \"%.64s\".", name);
         return;
     }
+    struct request *request = request_new(call, REQUEST_ADAPTER_RESIDENT);
+    if (!request)
+        return;
+    struct engine_adapter_command command = {
+        .kind = kind,
+        .owner = connection->tenant,
+        .id = request_id(request, 0),
+        .pinned_bytes_max = tenants_at(server->tenants, connection->tenant)->pinned_adapter_bytes};
+    (void)snprintf(command.name, sizeof command.name, "%s", name);
+    (void)snprintf(request->model, sizeof request->model, "%s", name);
+    if (!engine_send(server->options.port, &command, sizeof command))
+        return;
+    request_free(request);
+    reply_error(call, STATUS_BUSY, "the engine's queue is full.");
+}
+
+void method_adapters_load(struct call *call)
+{
+    ask_resident(call, ENGINE_ADAPTER_LOAD);
+}
+
+void method_adapters_unload(struct call *call)
+{
+    ask_resident(call, ENGINE_ADAPTER_UNLOAD);
+}
+
+void method_adapters_pin(struct call *call)
+{
+    ask_resident(call, ENGINE_ADAPTER_PIN);
+}
+
+void method_adapters_unpin(struct call *call)
+{
+    ask_resident(call, ENGINE_ADAPTER_UNPIN);
+}
+
+void method_adapters_stats(struct call *call)
+{
+    if (params_ok(call, NULL, 0))
+        (void)ask_engine(call, REQUEST_ADAPTER_STATS, ENGINE_ADAPTER_LIST);
+}
+
+void method_adapters_remove(struct call *call)
+{
+    char name[ENGINE_ADAPTER_NAME];
+    if (!read_name(call, name))
+        return;
     struct request *request = ask_engine(call, REQUEST_ADAPTER_OWNER, ENGINE_ADAPTER_LIST);
     if (request)
         (void)snprintf(request->model, sizeof request->model, "%s", name);
@@ -331,11 +393,56 @@ static void answer_list(struct request *request, const json_t *list)
         json_t *adapter = json_array_get(list, i);
         bool own =
             json_integer_value(json_object_get(adapter, "owner")) == (json_int_t)request->tenant;
+        json_t *keeper = json_object_get(adapter, "keeper");
+        if (keeper)
+            (void)json_object_set_new(adapter, "pinned",
+                                      json_boolean(json_integer_value(keeper) >= 0));
+        (void)json_object_del(adapter, "keeper");
         (void)json_object_del(adapter, "owner");
         (void)json_object_set_new(adapter, "own", json_boolean(own));
     }
     msgpack_packer *packer = reply_open_for(request);
     pack_list(packer, request, list);
+    reply_send(request->connection);
+}
+
+static uint64_t number(const json_t *adapter, const char *key)
+{
+    return (uint64_t)json_integer_value(json_object_get(adapter, key));
+}
+
+// Sums over the adapters this tenant may use.
+static void answer_adapter_stats(struct request *request, const json_t *list)
+{
+    static const char *const sums[] = {"users",  "device_bytes", "file_bytes", "hits",
+                                       "misses", "loads",        "load_us"};
+    const struct tenant *tenant = tenants_at(request->server->tenants, request->tenant);
+    uint64_t sum[ARRAY_COUNT(sums)] = {0}, visible = 0, own = 0, resident = 0, pinned = 0,
+             pinned_bytes = 0;
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        const json_t *adapter = json_array_get(list, i);
+        const json_t *keeper = json_object_get(adapter, "keeper");
+        bool mine = keeper && json_integer_value(keeper) == (json_int_t)request->tenant;
+        pinned_bytes += mine ? number(adapter, "file_bytes") : 0; // whatever a reload forbids now
+        if (!may_see(request, adapter))
+            continue;
+        visible++;
+        own += number(adapter, "owner") == request->tenant;
+        resident += json_is_true(json_object_get(adapter, "resident"));
+        pinned += keeper && json_integer_value(keeper) >= 0;
+        for (size_t k = 0; k < ARRAY_COUNT(sums); k++)
+            sum[k] += number(adapter, sums[k]);
+    }
+    msgpack_packer *packer = reply_open_for(request);
+    put_map(packer, 6 + ARRAY_COUNT(sums));
+    put_u64(packer, "registered", visible);
+    put_u64(packer, "own", own);
+    put_u64(packer, "resident", resident);
+    put_u64(packer, "pinned", pinned);
+    put_u64(packer, "pinned_bytes", pinned_bytes);
+    put_u64(packer, "pinned_bytes_max", tenant->pinned_adapter_bytes);
+    for (size_t k = 0; k < ARRAY_COUNT(sums); k++)
+        put_u64(packer, sums[k], sum[k]);
     reply_send(request->connection);
 }
 
@@ -435,6 +542,24 @@ static void answer_added(struct request *request, const struct engine_reply *rep
     reply_send(request->connection);
 }
 
+// {"name": NAME}, or why not.
+static void answer_name(struct request *request, const struct engine_reply *reply)
+{
+    struct fault fault;
+    if (reply->status == STATUS_NOT_FOUND)
+        (void)fault_set(&fault, STATUS_NOT_FOUND, "there is no model \"%.64s\".", request->model);
+    else if (reply->status)
+        (void)fault_set(&fault, (enum status)reply->status, "%.199s", reply->message);
+    if (reply->status) {
+        reply_fault_for(request, &fault);
+    } else if (request->connection) {
+        msgpack_packer *packer = reply_open_for(request);
+        put_map(packer, 1);
+        put_text(packer, "name", request->model);
+        reply_send(request->connection);
+    }
+}
+
 static void answer_removed(struct request *request, const struct engine_reply *reply)
 {
     struct fault fault;
@@ -495,6 +620,8 @@ void adapters_on_reply(struct request *request, const struct engine_reply *reply
         answer_added(request, reply, json);
     } else if (request->kind == REQUEST_ADAPTER_REMOVE) {
         answer_removed(request, reply);
+    } else if (request->kind == REQUEST_ADAPTER_RESIDENT) {
+        answer_name(request, reply);
     } else if (reply->status || !json) {
         struct fault fault;
         (void)fault_set(&fault, reply->status ? (enum status)reply->status : STATUS_INTERNAL,
@@ -505,6 +632,8 @@ void adapters_on_reply(struct request *request, const struct engine_reply *reply
     } else if (request->connection) {
         if (request->kind == REQUEST_STATS)
             answer_stats(request, json);
+        else if (request->kind == REQUEST_ADAPTER_STATS)
+            answer_adapter_stats(request, json);
         else
             answer_list(request, json);
     }

@@ -28,6 +28,11 @@ static const struct method methods[] = {
     {"adapters.list", method_adapters_list, false, false},
     {"adapters.add", method_adapters_add, false, false},
     {"adapters.remove", method_adapters_remove, false, false},
+    {"adapters.load", method_adapters_load, false, false},
+    {"adapters.unload", method_adapters_unload, false, false},
+    {"adapters.pin", method_adapters_pin, false, false},
+    {"adapters.unpin", method_adapters_unpin, false, false},
+    {"adapters.stats", method_adapters_stats, false, false},
     {"stats", method_stats, false, false},
 };
 

@@ -45,9 +45,11 @@ enum request_kind {
     REQUEST_GENERATE,
     REQUEST_MODELS,
     REQUEST_ADAPTER_LIST,
-    REQUEST_ADAPTER_ADD,    // converting, then ENGINE_ADAPTER_ADD
-    REQUEST_ADAPTER_OWNER,  // adapters.remove: the list, to see whose it is; then
-    REQUEST_ADAPTER_REMOVE, // ENGINE_ADAPTER_REMOVE
+    REQUEST_ADAPTER_ADD,      // converting, then ENGINE_ADAPTER_ADD
+    REQUEST_ADAPTER_OWNER,    // adapters.remove: the list, to see whose it is; then
+    REQUEST_ADAPTER_REMOVE,   // ENGINE_ADAPTER_REMOVE
+    REQUEST_ADAPTER_RESIDENT, // load, unload, pin, unpin
+    REQUEST_ADAPTER_STATS,    // the list, for its sums
     REQUEST_STATS
 };
 
@@ -207,6 +209,11 @@ void method_stats(struct call *call);
 void method_adapters_list(struct call *call);
 void method_adapters_add(struct call *call);
 void method_adapters_remove(struct call *call);
+void method_adapters_load(struct call *call);
+void method_adapters_unload(struct call *call);
+void method_adapters_pin(struct call *call);
+void method_adapters_unpin(struct call *call);
+void method_adapters_stats(struct call *call);
 
 // ---- request.c
 struct request *request_new(struct call *call,
