@@ -5,7 +5,8 @@
 // A file belongs to unfinished work, and not to a process that still runs, when
 //   it ends in ".part"          (store.c before its rename) or
 //   it ends in ".adapter.new"   (a conversion that the engine has not taken yet) or
-//   it is "experts-*.tmp"       (an expert store before its rename),
+//   it is "experts-*.tmp"       (an expert store before its rename) or
+//   it stands in a directory of uploads/
 // and, where the name carries the number of a process (".adapter.new" of polder generate,
 // "experts-*.store.PID.tmp"), there is no such process. A server's own carry none: whoever holds
 // the lock knows that no server runs.
@@ -328,6 +329,38 @@ static enum status collect_in(const char *folder, const char *label,
     return status;
 }
 
+static enum verdict judge_upload(const char *file)
+{
+    (void)file;
+    return LEFTOVER;
+}
+
+// A server's uploads, each a directory of files: whoever has the lock knows that they are nobody's.
+static enum status collect_uploads(const char *state_directory,
+                                   void (*told)(void *, const struct registry_leftover *),
+                                   void *context, struct fault *fault)
+{
+    char folder[REGISTRY_PATH], path[REGISTRY_PATH + 300], label[300];
+    (void)snprintf(folder, sizeof folder, "%s/" REGISTRY_UPLOADS, state_directory);
+    DIR *directory = opendir(folder);
+    enum status status = STATUS_OK;
+    for (struct dirent *file; directory && !status && (file = readdir(directory));) {
+        struct stat info;
+        if (file->d_name[0] == '.' ||
+            fstatat(dirfd(directory), file->d_name, &info, AT_SYMLINK_NOFOLLOW) != 0 ||
+            !S_ISDIR(info.st_mode)) // a link would lead out
+            continue;
+        (void)snprintf(path, sizeof path, "%s/%s", folder, file->d_name);
+        (void)snprintf(label, sizeof label, REGISTRY_UPLOADS "/%s/", file->d_name);
+        status = collect_in(path, label, judge_upload, told, context, fault);
+        if (!status)
+            (void)rmdir(path); // stays when something in it was no file
+    }
+    if (directory)
+        (void)closedir(directory);
+    return status;
+}
+
 enum status registry_collect(const char *state_directory,
                              void (*told)(void *context, const struct registry_leftover *leftover),
                              void *context, struct fault *fault)
@@ -338,5 +371,7 @@ enum status registry_collect(const char *state_directory,
         status = collect_in(folder, "adapters/", judge_adapter, told, context, fault);
     if (!status)
         status = collect_in(state_directory, "", judge_state, told, context, fault);
+    if (!status)
+        status = collect_uploads(state_directory, told, context, fault);
     return status;
 }

@@ -19,6 +19,7 @@
 #include "adapters/adapters.h"
 
 enum { REGISTRY_PATH = 1024 };
+#define REGISTRY_UPLOADS "uploads" // <state>/uploads/<16 hex>/: adapters that a server is sent
 
 struct registry_entry {
     char name[ADAPTER_NAME_MAX];
@@ -54,9 +55,9 @@ MUST_USE enum status registry_commit(const char *state_directory, const char *st
 MUST_USE enum status registry_remove(const char *state_directory,
                                      const struct registry_entry *entry, struct fault *fault);
 
-// Removes what unfinished work has left: "*.part" and "*.adapter.new" in adapters/, temporary
-// expert stores of processes that are gone. Only for the holder of the lock. `told` (may be NULL)
-// hears of each file: removed, or left alone because nobody knows what it is.
+// Removes what unfinished work has left: "*.part" and "*.adapter.new" in adapters/, uploads,
+// temporary expert stores of processes that are gone. Only for the holder of the lock. `told` (may
+// be NULL) hears of each file: removed, or left alone because nobody knows what it is.
 struct registry_leftover {
     const char *file; // below the state directory
     uint64_t bytes;

@@ -169,13 +169,21 @@ def test_adapter_offline_rm_and_gc():
             with open(os.path.join(state, name), "wb") as out:
                 out.write(bytes(leftovers.get(name, 1)))
         os.mkdir(os.path.join(state, "adapters/folder.part"))
+        os.makedirs(os.path.join(state, "uploads/0123456789abcdef"))
+        os.makedirs(path("elsewhere"))
+        os.symlink(path("elsewhere"), os.path.join(state, "uploads/link"))
+        for name in ("uploads/0123456789abcdef/adapter_config.json", path("elsewhere/kept")):
+            with open(os.path.join(state, name), "wb") as out:
+                out.write(bytes(25))
+        leftovers["uploads/0123456789abcdef/adapter_config.json"] = 25
         out, _ = done(state, "gc")
         for name, size in leftovers.items():
             assert "removed %s, %d bytes\n" % (name, size) in out and not os.path.exists(os.path.join(state, name)), out
         for name in unknown:
             assert "left alone %s" % name in out, out
-        assert all(os.path.exists(os.path.join(state, name)) for name in kept + unknown)
-        assert out.endswith("4 files removed, 1375 bytes; 4 that are no adapters left alone\n"), out
+        assert all(os.path.exists(os.path.join(state, name)) for name in kept + unknown + [path("elsewhere/kept")])
+        assert os.listdir(os.path.join(state, "uploads")) == ["link"]
+        assert out.endswith("5 files removed, 1400 bytes; 4 that are no adapters left alone\n"), out
     finally:
         living.kill()
         living.wait()

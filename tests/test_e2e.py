@@ -496,6 +496,44 @@ def test_e2e_adapters_load_unload_pin(server):
     return error["message"]
 
 
+def test_e2e_adapter_upload(server):
+    """Files that the server may not read by path come over the connection, and are the same adapter."""
+    outside = os.path.join(ADAPTERS, "man-pl-attn-r16")
+    with server.peer("key-alpha") as peer:
+        peer.call("adapters.add", name="own-path", path="pl")
+        assert peer.refused("adapters.add", name="own-up", path=outside)["code"] == "not_found"
+        code, out, err = cli(server, "adapter", "add", "own-up", outside, "--upload")
+        assert code == 0 and "applied to 32 of 800" in err and json.loads(out)["report"]["version"] == 1, (out, err)
+        code, _, err = cli(server, "adapter", "add", "own-up", outside, "--upload")
+        assert code == 0 and "already" in err, err
+        listed = {a["name"]: a for a in peer.call("adapters.list")}
+        for key in ("digest", "source", "applied", "file_bytes", "own"):
+            assert listed["own-up"][key] == listed["own-path"][key], key
+        texts = [peer.generate("NAZWA", model=name, max_tokens=30, **GREEDY)["text"] for name in ("own-path", "own-up")]
+        assert texts[0] == texts[1]
+        for name, says in (("broken", "invalid_argument"), ("truncated", "corrupt"), ("other-base", "invalid_argument")):
+            code, _, err = cli(server, "adapter", "add", "own-up", os.path.join(ROOT, name), "--upload")
+            assert code == 1 and (says in err or "adapter_" in err), (name, err)
+        code, _, err = cli(server, "adapter", "add", "own-big", os.path.join(ADAPTERS, "kjv-all-r4"), "--upload")
+        assert code == 1 and "weights_bytes" in err, err
+        code, _, err = cli(server, "adapter", "add", "own-up", FOLDER.name, "--upload")
+        assert code == 1 and "adapter_model.safetensors" in err, err
+        code, _, err = cli(server, "adapter", "add", "ru", outside, "--upload")
+        assert code == 1 and "permission_denied" in err, err
+        assert os.listdir(os.path.join(STATE, "uploads")) == []
+        assert {a["name"]: a["version"] for a in peer.call("adapters.list")}["own-up"] == 1
+        # what a kill leaves, the next start removes
+        begun = peer.call("adapters.upload", name="own-half", config_bytes=10, weights_bytes=10, digest="0" * 64)
+        peer.call("adapters.upload_chunk", upload=begun["upload"], offset=0, data=b"0123456789ab")
+        assert len(os.listdir(os.path.join(STATE, "uploads"))) == 1
+        server.kill()
+    server.start()
+    assert os.listdir(os.path.join(STATE, "uploads")) == []
+    with server.peer("key-alpha") as peer:
+        for name in ("own-up", "own-path"):
+            peer.call("adapters.remove", name=name)
+
+
 # ---- other clients ----
 
 LUA = """
@@ -676,7 +714,7 @@ def widen(path):
 
 if __name__ == "__main__":
     prepare()
-    options = ["--adapter-dir", ROOT, "--max-num-batched-tokens", 2048, "--slow-reader-timeout", SLOW_SECONDS]
+    options = ["--adapter-dir", ROOT, "--max-upload-bytes", 1000000, "--max-num-batched-tokens", 2048, "--slow-reader-timeout", SLOW_SECONDS]
     for name, directory in MODULES.items():
         options += ["--lora-modules", "%s=%s" % (name, os.path.join(ADAPTERS, directory))]
     running = Server(STATE, TENANTS, *options)

@@ -74,6 +74,8 @@ static bool read_arguments(int count, char **arguments, struct server_options *o
             options->adapter_dirs[0] = value;
         else if (!strcmp(name, "--state"))
             options->state_dir = value;
+        else if (!strcmp(name, "--upload-bytes"))
+            options->upload_bytes_max = strtoull(value, NULL, 10);
         else if (!strcmp(name, "--delay-us"))
             engine->delay_us = (uint32_t)strtoul(value, NULL, 10);
         else if (strcmp(name, "--limit") || !set_limit(&options->limits, value))

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // polder adapter against a running server: adapters.add, remove, list, and what is made of them.
 //
-// The server reads the directories of `add` itself, so their paths are made absolute here. What the
+// The server reads the directories of `add` itself, so their paths are made absolute here; with
+// --upload it is sent their files. What the
 // server has of the same files already (the source digest in its list) is not sent again.
 #include <limits.h>
 #include <stdio.h>
@@ -12,12 +13,14 @@
 #include <jansson.h>
 
 #include "runtime/cli/adapter.h"
+#include "runtime/cli/adapter_upload.h"
 #include "runtime/cli/commands.h"
 #include "runtime/cli/manifest.h"
 #include "runtime/cli/remote.h"
 
 struct remote {
     struct polder_client *client;
+    bool uploads; // --upload: the server cannot read the directories
     json_t *list; // what was registered at the beginning, or NULL
 };
 
@@ -49,7 +52,7 @@ static int fetch_list(struct remote *remote, struct polder_error *error)
 static int remote_begin(const struct settings *s, struct remote *remote)
 {
     struct polder_error error;
-    *remote = (struct remote){.client = remote_open(s)};
+    *remote = (struct remote){.client = remote_open(s), .uploads = s->upload};
     if (!remote->client)
         return EXIT_FAILED;
     return fetch_list(remote, &error) ? remote_complain(&error) : EXIT_DONE;
@@ -95,6 +98,12 @@ static bool is_unchanged(const struct remote *remote, const struct manifest_entr
     return true;
 }
 
+static enum manifest_result failure(const struct polder_error *error, char *line, size_t room)
+{
+    (void)snprintf(line, room, "%s: %s", error->code, error->message);
+    return error->type == -1 ? MANIFEST_STOP : MANIFEST_FAILED;
+}
+
 // *answer: the text of the result, the caller's; NULL when nothing was sent.
 static enum manifest_result add_one(const struct remote *remote, const struct manifest_entry *entry,
                                     char **answer, char *line, size_t room)
@@ -114,20 +123,22 @@ static enum manifest_result add_one(const struct remote *remote, const struct ma
     }
     if (is_unchanged(remote, entry, path, line, room))
         return MANIFEST_UNCHANGED;
-    json_t *params = json_pack("{s:s, s:s}", "name", entry->name, "path", path);
+    uint64_t upload = 0;
+    if (remote->uploads && adapter_upload(remote->client, entry->name, path, &upload, &error))
+        return failure(&error, line, room);
+    json_t *params = remote->uploads ? json_pack("{s:I}", "upload", (json_int_t)upload)
+                                     : json_pack("{s:s, s:s}", "name", entry->name, "path", path);
     char *text = params ? json_dumps(params, JSON_COMPACT) : NULL;
     json_decref(params);
     if (!text) {
         (void)snprintf(line, room, "the path %.200s is not UTF-8.", path);
         return MANIFEST_FAILED;
     }
-    int failed =
-        polder_call_json(remote->client, "adapters.add", text, 2, NULL, NULL, answer, &error);
+    const char *method = remote->uploads ? "adapters.upload_commit" : "adapters.add";
+    int failed = polder_call_json(remote->client, method, text, 2, NULL, NULL, answer, &error);
     free(text);
-    if (failed) {
-        (void)snprintf(line, room, "%s: %s", error.code, error.message);
-        return error.type == -1 ? MANIFEST_STOP : MANIFEST_FAILED;
-    }
+    if (failed)
+        return failure(&error, line, room);
     json_t *result = json_loads(*answer, 0, NULL);
     report_line(json_object_get(result, "report"), line, room);
     json_decref(result);

@@ -37,6 +37,7 @@ struct settings {
     uint32_t port, shutdown_timeout, idle_timeout, slow_reader_timeout, max_connections,
         max_frame_bytes;
     struct option_list adapter_dirs;
+    uint64_t max_upload_bytes;
     bool dry_run, no_tcp;
     // asking
     const char *prompt, *prompt_file, *adapter;
@@ -49,7 +50,7 @@ struct settings {
     const char *connect, *api_key, *api_key_file;
     // adapter
     const char *owner, *manifest;
-    bool offline;
+    bool offline, upload;
     // synth
     const char *out, *shape;
     struct option_list set;

@@ -66,7 +66,7 @@ void method_stats(struct call *call)
         (void)ask_engine(call, REQUEST_STATS, ENGINE_STATS);
 }
 
-static bool may_manage(struct call *call)
+bool adapters_may_manage(struct call *call)
 {
     const struct connection *connection = call->connection;
     const struct tenant *tenant = tenants_at(connection->server->tenants, connection->tenant);
@@ -81,7 +81,7 @@ static bool read_name(struct call *call, char name[ENGINE_ADAPTER_NAME])
 {
     static const char *const names[] = {"name"};
     name[0] = 0;
-    if (!params_ok(call, names, ARRAY_COUNT(names)) || !may_manage(call))
+    if (!params_ok(call, names, ARRAY_COUNT(names)) || !adapters_may_manage(call))
         return false;
     if (!params_name(&call->params, "name", ENGINE_ADAPTER_NAME, name) || !name[0]) {
         (void)(call->params.fault.status || params_refuse(&call->params, "name is missing."));
@@ -250,12 +250,33 @@ static bool is_being_added(const struct server *server, const char *name)
     return false;
 }
 
-static void start_job(struct call *call, const char *name, int directory, bool replace)
+bool adapters_may_add(struct call *call, const char *name)
+{
+    const struct connection *connection = call->connection;
+    const struct server *server = connection->server;
+    if (server->state != SERVER_RUNNING)
+        reply_error(call, STATUS_SHUTTING_DOWN, "the server is shutting down.");
+    else if (!tenants_allow_adapter(server->tenants, connection->tenant, name) ||
+             !strcmp(name, server->options.engine.model_name))
+        reply_error(call, STATUS_DENIED,
+                    "the name \"%.63s\" is not among the adapters allowed to this tenant.", name);
+    else if (is_being_added(server, name))
+        reply_error(call, STATUS_BUSY,
+                    "the adapter \"%.63s\" is being registered already; try again when that is "
+                    "answered.",
+                    name);
+    else
+        return true;
+    return false;
+}
+
+bool adapters_start_job(struct call *call, const char *name, int directory, bool replace,
+                        struct upload *upload)
 {
     struct request *request = request_new(call, REQUEST_ADAPTER_ADD);
     if (!request) {
         (void)close(directory);
-        return;
+        return false;
     }
     struct server *server = request->server;
     uint64_t unique;
@@ -270,52 +291,36 @@ static void start_job(struct call *call, const char *name, int directory, bool r
     struct registry_entry entry = entry_of(request);
     if (registry_path(server->options.state_dir, &entry, job.old_path, NULL))
         job.old_path[0] = 0;
-    if (!worker_put(server->worker, &job))
-        return;
+    if (!worker_put(server->worker, &job)) {
+        request->upload = upload;
+        return true;
+    }
     (void)close(directory);
     request_free(request);
     reply_error(call, STATUS_BUSY, "too many adapters are being converted; try again later.");
+    return false;
 }
 
 void method_adapters_add(struct call *call)
 {
-    struct connection *connection = call->connection;
-    struct server *server = connection->server;
+    const struct server *server = call->connection->server;
     char name[ENGINE_ADAPTER_NAME] = "", path[ENGINE_PATH] = "";
     bool replace = true;
-    if (!may_manage(call) || !read_add(call, name, path, &replace))
+    if (!adapters_may_manage(call) || !read_add(call, name, path, &replace))
         return;
-    if (!server->worker) {
+    if (!server->worker || !server->options.adapter_dirs[0]) {
         reply_error(call, STATUS_UNSUPPORTED, "this server takes no adapters at run time.");
         return;
     }
-    if (server->state != SERVER_RUNNING) {
-        reply_error(call, STATUS_SHUTTING_DOWN, "the server is shutting down.");
+    if (!adapters_may_add(call, name))
         return;
-    }
-    if (!tenants_allow_adapter(server->tenants, connection->tenant, name) ||
-        !strcmp(name, server->options.engine.model_name)) {
-        reply_error(call, STATUS_DENIED,
-                    "the name \"%.63s\" is not among the adapters allowed to this "
-                    "tenant.",
-                    name);
-        return;
-    }
-    if (is_being_added(server, name)) {
-        reply_error(call, STATUS_BUSY,
-                    "the adapter \"%.63s\" is being registered already; try again when that is "
-                    "answered.",
-                    name);
-        return;
-    }
     int directory = open_adapter(server, path);
     if (directory < 0) {
         reply_error(call, STATUS_NOT_FOUND,
-                    "there is no such directory below the server's adapter "
-                    "directories.");
+                    "there is no such directory below the server's adapter directories.");
         return;
     }
-    start_job(call, name, directory, replace);
+    (void)adapters_start_job(call, name, directory, replace, NULL);
 }
 
 static bool send_add(struct request *request)
@@ -339,6 +344,8 @@ void adapters_on_converted(struct server *server)
             continue;
         }
         request->report = result.report;
+        upload_free(request->upload); // what was uploaded has been read
+        request->upload = NULL;
         if (!result.status && send_add(request))
             continue;
         if (!result.status)

@@ -32,6 +32,10 @@ static const struct method methods[] = {
     {"adapters.unload", method_adapters_unload, false, false},
     {"adapters.pin", method_adapters_pin, false, false},
     {"adapters.unpin", method_adapters_unpin, false, false},
+    {"adapters.upload", method_adapters_upload, false, false},
+    {"adapters.upload_chunk", method_adapters_upload_chunk, false, false},
+    {"adapters.upload_commit", method_adapters_upload_commit, false, false},
+    {"adapters.upload_abort", method_adapters_upload_abort, false, false},
     {"adapters.stats", method_adapters_stats, false, false},
     {"stats", method_stats, false, false},
 };

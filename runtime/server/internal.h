@@ -4,8 +4,8 @@
 // Files: server.c (life, signals, timers, draining), listen.c (addresses, accepting), connection.c
 // (bytes in and out, limits, closing), dispatch.c (message -> method), methods.c (the simple
 // methods), generate.c (parameters -> engine requests), events.c (engine events -> answers),
-// request.c (the request table), adapters.c (adapters.*, models, stats), worker.c (conversion
-// thread), reply.c (packing), json.c.
+// request.c (the request table), adapters.c (adapters.*, models, stats), upload.c, worker.c
+// (conversion thread), reply.c (packing), json.c.
 //
 //   bytes -> connection.in -> scan -> msgpack-c -> dispatch -> method --+--> reply
 //                                                                       +--> request --> engine
@@ -79,6 +79,7 @@ struct request {
     char model[ENGINE_ADAPTER_NAME * 2]; // or adapter name
     char store_path[ENGINE_PATH];        // adapters.add
     char *report;                        // adapters.add: JSON from the converter
+    struct upload *upload;               // adapters.upload_commit: until it is converted, or NULL
     struct choice choice[GENERATE_CHOICES_MAX];
 };
 
@@ -99,6 +100,7 @@ struct connection {
     size_t output_charged;
     struct request *requests;
     uint32_t request_count;
+    struct upload *upload; // the one that is open, or NULL
     char peer[64];
     struct connection *next_free;
 };
@@ -115,6 +117,7 @@ struct tenant_usage {
 };
 
 struct worker;
+struct upload;
 
 struct server {
     struct server_options options;
@@ -143,6 +146,8 @@ struct server {
     char *text; // scratch for decode: text_max raw bytes, then 3 * text_max made valid
     size_t text_max;
     struct worker *worker;
+    uint32_t uploads;      // open, or being converted
+    uint64_t upload_bytes; // announced by these
     bool engine_stopped, quit_sent, drain_sent;
     enum status engine_status; // what it stopped with
     uint64_t accepted, refused_connections, protocol_errors, dropped_slow, messages;
@@ -238,6 +243,20 @@ void generate_finish(struct request *request);
 // ---- adapters.c
 void adapters_on_reply(struct request *request, const struct engine_reply *reply, const char *json);
 void adapters_on_converted(struct server *server);
+
+bool adapters_may_manage(struct call *call); // false: answered
+// May this tenant register the name now? false: answered.
+bool adapters_may_add(struct call *call, const char *name);
+// Takes the descriptor; and the upload (may be NULL), when true. false: answered.
+bool adapters_start_job(struct call *call, const char *name, int directory, bool replace,
+                        struct upload *upload);
+
+// ---- upload.c
+void method_adapters_upload(struct call *call);
+void method_adapters_upload_chunk(struct call *call);
+void method_adapters_upload_commit(struct call *call);
+void method_adapters_upload_abort(struct call *call);
+void upload_free(struct upload *upload); // and its files; NULL is fine
 
 // ---- worker.c: one thread, a bounded queue of jobs
 struct worker_job {

@@ -73,12 +73,13 @@ struct server_options {
     struct engine_port *port; // the front side is the server's until server_run returns
     struct engine_limits engine;
     struct server_tokenizer tokenizer;
-    struct server_converter converter;                 // convert NULL: adapters.add is not offered
+    struct server_converter converter;                 // convert NULL: no adapter can be added
     const char *adapter_dirs[SERVER_ADAPTER_DIRS_MAX]; // roots of what adapters.add may read
-    const char *state_dir;    // its adapters/ gets converted adapters; needed with convert
-    const char *tenants_path; // tenants.yaml, read again at SIGHUP
-    bool open_access;         // instead of tenants_path: no keys; refused unless loopback or Unix
-    struct clock clock;       // monotonic, the engine's
+    const char *state_dir;     // its adapters/ gets converted adapters; needed with convert
+    uint64_t upload_bytes_max; // of all adapters being uploaded together; 0: not offered
+    const char *tenants_path;  // tenants.yaml, read again at SIGHUP
+    bool open_access;          // instead of tenants_path: no keys; refused unless loopback or Unix
+    struct clock clock;        // monotonic, the engine's
     struct server_limits limits;
     // Called once when all listeners stand; `addresses`: what they are bound to, space separated.
     // Or NULL.
