@@ -15,7 +15,7 @@ target_link_options(polder_faulty PRIVATE -Wl,--wrap=device_create_cpu)
 # ... and on files that kill it.
 add_executable(polder_dying dying_files.c $<TARGET_OBJECTS:polder>)
 target_link_libraries(polder_dying PRIVATE ${polder_libraries})
-foreach(call open mkdir flock mkostemps pwrite fsync fdatasync rename unlink unlinkat)
+foreach(call open openat mkdir flock mkostemps pwrite write fsync fdatasync rename unlink unlinkat rmdir)
     target_link_options(polder_dying PRIVATE -Wl,--wrap=${call})
 endforeach()
 polder_binary_script(test_adapter_kill TIMEOUT 300 LABEL cli)

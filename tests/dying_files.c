@@ -4,8 +4,8 @@
 // (tests/test_adapter_kill.py). Said by the environment, which only this file reads:
 //   DYING_FILE  counting begins once this file exists; it holds n. The process dies before its n-th
 //               operation; of a write, half is done.
-// Counted: open, mkdir, flock, mkostemps, pwrite, fsync, fdatasync, rename, unlink, unlinkat.
-// Before it dies it says "dies at N: OPERATION" on standard error.
+// Counted: open, openat, mkdir, flock, mkostemps, pwrite, write (to files), fsync, fdatasync,
+// rename, unlink, unlinkat, rmdir. Before it dies it says "dies at N: OPERATION" on standard error.
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
@@ -18,6 +18,9 @@
 #include <unistd.h>
 
 int __real_open(const char *path, int flags, ...);
+int __real_openat(int directory, const char *path, int flags, ...);
+ssize_t __real_write(int descriptor, const void *from, size_t bytes);
+int __real_rmdir(const char *path);
 int __real_mkdir(const char *path, mode_t mode);
 int __real_flock(int descriptor, int operation);
 int __real_mkostemps(char *template, int suffix, int flags);
@@ -28,6 +31,9 @@ int __real_rename(const char *from, const char *to);
 int __real_unlink(const char *path);
 int __real_unlinkat(int directory, const char *path, int flags);
 int __wrap_open(const char *path, int flags, ...);
+int __wrap_openat(int directory, const char *path, int flags, ...);
+ssize_t __wrap_write(int descriptor, const void *from, size_t bytes);
+int __wrap_rmdir(const char *path);
 int __wrap_mkdir(const char *path, mode_t mode);
 int __wrap_flock(int descriptor, int operation);
 int __wrap_mkostemps(char *template, int suffix, int flags);
@@ -152,4 +158,33 @@ int __wrap_unlinkat(int directory, const char *path, int flags)
     if (comes())
         die("unlinkat");
     return __real_unlinkat(directory, path, flags);
+}
+
+int __wrap_openat(int directory, const char *path, int flags, ...)
+{
+    va_list list;
+    va_start(list, flags);
+    mode_t mode = flags & O_CREAT ? va_arg(list, mode_t) : 0;
+    va_end(list);
+    if (comes())
+        die("openat");
+    return __real_openat(directory, path, flags, mode);
+}
+
+// Sockets and eventfds are written to by the same call.
+ssize_t __wrap_write(int descriptor, const void *from, size_t bytes)
+{
+    struct stat info;
+    if (fstat(descriptor, &info) == 0 && S_ISREG(info.st_mode) && comes()) {
+        (void)!__real_write(descriptor, from, bytes / 2);
+        die("write");
+    }
+    return __real_write(descriptor, from, bytes);
+}
+
+int __wrap_rmdir(const char *path)
+{
+    if (comes())
+        die("rmdir");
+    return __real_rmdir(path);
 }

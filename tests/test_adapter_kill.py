@@ -2,6 +2,7 @@
 """kill -9 at every file operation of a registration, offline and in a server: the state directory is the old or the
 new one, whole, and what is left over goes with `polder adapter gc` or the next start. The binary is the product on
 files that kill it (tests/dying_files.c)."""
+import hashlib
 import json
 import os
 import shutil
@@ -137,7 +138,7 @@ def test_kill_gc():
 
 # ---- the same in a server ----
 
-def server_at_every_operation(begin, method, **params):
+def server_at_every_operation(begin, act):
     """The server dies while it answers; the next one on the same state directory has the old or the new."""
     state, states, died = path("server-state"), [], []
 
@@ -150,7 +151,7 @@ def server_at_every_operation(begin, method, **params):
         armed = path("armed")
         if os.path.exists(armed):
             os.remove(armed)
-        options = ["--adapter-dir", ADAPTERS]
+        options = ["--adapter-dir", ADAPTERS, "--max-upload-bytes", "1M"]
         server = Server(state, TENANTS, *options, binary=DYING, env={"DYING_FILE": armed})
         old = listed(server)
         answered = False
@@ -158,7 +159,7 @@ def server_at_every_operation(begin, method, **params):
             write("armed.part", str(n))
             os.rename(path("armed.part"), armed)
             try:
-                peer.call(method, **params)
+                act(peer)
                 answered = True
             except (EOFError, OSError):
                 pass
@@ -171,6 +172,8 @@ def server_at_every_operation(begin, method, **params):
             states.append(listed(again))
             left = [name for name in os.listdir(os.path.join(state, "adapters")) if not name.endswith(".adapter")]
             assert not left, left
+            uploads = os.path.join(state, "uploads")
+            assert not os.path.exists(uploads) or os.listdir(uploads) == [], os.listdir(uploads)
         assert registered(state) == states[-1]
         if answered:
             break
@@ -181,11 +184,38 @@ def server_at_every_operation(begin, method, **params):
     return died, turn, 0
 
 
+def add_by_path(peer):
+    peer.call("adapters.add", name="one", path="man-it-attn-r8")
+
+
+def add_by_upload(peer):
+    files = []
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        with open(os.path.join(OLD, name), "rb") as file:
+            files.append(file.read())
+    digest = hashlib.blake2b(b"".join(len(data).to_bytes(8, "little") + data for data in files), digest_size=32)
+    begun = peer.call("adapters.upload", name="one", config_bytes=len(files[0]), weights_bytes=len(files[1]),
+                      digest=digest.hexdigest())
+    data, at = b"".join(files), 0
+    while at < len(data):
+        at = peer.call("adapters.upload_chunk", upload=begun["upload"], offset=at, data=data[at:at + 100000])["received"]
+    peer.call("adapters.upload_commit", upload=begun["upload"])
+
+
+def test_kill_server_upload():
+    begin = path("server-begin-upload")
+    with Server(begin, TENANTS):
+        pass
+    died, turn, leftovers = server_at_every_operation(begin, add_by_upload)
+    assert {"mkdir", "write", "mkostemps", "pwrite", "fsync", "rename", "unlinkat"} <= set(died), died
+    return said(died, turn, leftovers)
+
+
 def test_kill_server_add():
     begin = path("server-begin")
     with Server(begin, TENANTS):
         pass
-    died, turn, leftovers = server_at_every_operation(begin, "adapters.add", name="one", path="man-it-attn-r8")
+    died, turn, leftovers = server_at_every_operation(begin, add_by_path)
     assert {"mkostemps", "pwrite", "fsync", "rename"} <= set(died), died
     return said(died, turn, leftovers)
 
@@ -194,7 +224,7 @@ def test_kill_server_add_again():
     begin = path("server-begin-again")
     with Server(begin, TENANTS, "--adapter-dir", ADAPTERS) as server, server.peer("key-acme") as peer:
         peer.call("adapters.add", name="one", path="man-pl-attn-r16")
-    died, turn, leftovers = server_at_every_operation(begin, "adapters.add", name="one", path="man-it-attn-r8")
+    died, turn, leftovers = server_at_every_operation(begin, add_by_path)
     assert {"mkostemps", "pwrite", "fsync", "rename"} <= set(died), died
     return said(died, turn, leftovers)
 
@@ -203,7 +233,7 @@ def test_kill_server_remove():
     begin = path("server-begin-rm")
     with Server(begin, TENANTS, "--adapter-dir", ADAPTERS) as server, server.peer("key-acme") as peer:
         peer.call("adapters.add", name="one", path="man-it-attn-r8")
-    died, turn, leftovers = server_at_every_operation(begin, "adapters.remove", name="one")
+    died, turn, leftovers = server_at_every_operation(begin, lambda peer: peer.call("adapters.remove", name="one"))
     assert "unlink" in died, died
     return said(died, turn, leftovers)
 

@@ -520,7 +520,7 @@ def test_e2e_adapter_upload(server):
         assert code == 1 and "adapter_model.safetensors" in err, err
         code, _, err = cli(server, "adapter", "add", "ru", outside, "--upload")
         assert code == 1 and "permission_denied" in err, err
-        assert os.listdir(os.path.join(STATE, "uploads")) == []
+        until(lambda: os.listdir(os.path.join(STATE, "uploads")) == [])
         assert {a["name"]: a["version"] for a in peer.call("adapters.list")}["own-up"] == 1
         # what a kill leaves, the next start removes
         begun = peer.call("adapters.upload", name="own-half", config_bytes=10, weights_bytes=10, digest="0" * 64)

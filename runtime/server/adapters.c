@@ -270,6 +270,44 @@ bool adapters_may_add(struct call *call, const char *name)
     return false;
 }
 
+static void converted(struct server *server, struct worker_job *job);
+
+static void convert_run(struct worker_job *job)
+{
+    enum { REPORT_BYTES = 4096 };
+    char directory[64];
+    (void)snprintf(directory, sizeof directory, "/proc/self/fd/%d", job->directory);
+    job->report = calloc(1, REPORT_BYTES);
+    if (!job->report)
+        job->status = fault_set(&job->fault, STATUS_NO_MEMORY, "out of memory.");
+    else
+        job->status =
+            job->converter->convert(job->converter->context, directory, job->old_path,
+                                    job->store_path, job->report, REPORT_BYTES, &job->fault);
+}
+
+static struct worker_job *convert_job(struct request *request, int directory)
+{
+    struct server *server = request->server;
+    struct worker_job *job = worker_job_new(request_id(request, 0));
+    uint64_t unique;
+    if (!job)
+        return NULL;
+    random_bytes(&unique, sizeof unique);
+    (void)snprintf(request->store_path, sizeof request->store_path,
+                   "%.850s/adapters/%s-%016" PRIx64 ".adapter.new", server->options.state_dir,
+                   request->model, unique);
+    job->run = convert_run;
+    job->done = converted;
+    job->converter = &server->options.converter;
+    job->directory = directory;
+    memcpy(job->store_path, request->store_path, sizeof job->store_path);
+    struct registry_entry entry = entry_of(request);
+    if (registry_path(server->options.state_dir, &entry, job->old_path, NULL))
+        job->old_path[0] = 0;
+    return job;
+}
+
 bool adapters_start_job(struct call *call, const char *name, int directory, bool replace,
                         struct upload *upload)
 {
@@ -279,23 +317,17 @@ bool adapters_start_job(struct call *call, const char *name, int directory, bool
         return false;
     }
     struct server *server = request->server;
-    uint64_t unique;
-    random_bytes(&unique, sizeof unique);
-    struct worker_job job = {.id = request_id(request, 0), .directory = directory};
     (void)snprintf(request->model, sizeof request->model, "%s", name);
-    (void)snprintf(request->store_path, sizeof request->store_path,
-                   "%.850s/adapters/%s-%016" PRIx64 ".adapter.new", server->options.state_dir, name,
-                   unique);
-    memcpy(job.store_path, request->store_path, sizeof job.store_path);
     request->replace = replace;
-    struct registry_entry entry = entry_of(request);
-    if (registry_path(server->options.state_dir, &entry, job.old_path, NULL))
-        job.old_path[0] = 0;
-    if (!worker_put(server->worker, &job)) {
+    struct worker_job *job = convert_job(request, directory);
+    if (job && !worker_put(server->worker, job)) {
         request->upload = upload;
         return true;
     }
-    (void)close(directory);
+    if (job)
+        worker_job_free(job);
+    else
+        (void)close(directory);
     request_free(request);
     reply_error(call, STATUS_BUSY, "too many adapters are being converted; try again later.");
     return false;
@@ -334,26 +366,22 @@ static bool send_add(struct request *request)
     return engine_send(request->server->options.port, &command, sizeof command) == STATUS_OK;
 }
 
-void adapters_on_converted(struct server *server)
+static void converted(struct server *server, struct worker_job *job)
 {
-    struct worker_result result;
-    while (worker_take(server->worker, &result)) {
-        struct request *request = request_find(server, result.id);
-        if (!request || request->kind != REQUEST_ADAPTER_ADD) {
-            free(result.report);
-            continue;
-        }
-        request->report = result.report;
-        upload_free(request->upload); // what was uploaded has been read
-        request->upload = NULL;
-        if (!result.status && send_add(request))
-            continue;
-        if (!result.status)
-            (void)fault_set(&result.fault, STATUS_BUSY, "the engine's queue is full.");
-        (void)unlink(request->store_path);
-        reply_fault_for(request, &result.fault);
-        request_free(request);
-    }
+    struct request *request = request_find(server, job->id);
+    if (!request || request->kind != REQUEST_ADAPTER_ADD)
+        return;
+    request->report = job->report;
+    job->report = NULL;
+    upload_free(request->upload); // what was uploaded has been read
+    request->upload = NULL;
+    if (!job->status && send_add(request))
+        return;
+    if (!job->status)
+        (void)fault_set(&job->fault, STATUS_BUSY, "the engine's queue is full.");
+    (void)unlink(request->store_path);
+    reply_fault_for(request, &job->fault);
+    request_free(request);
 }
 
 // ---- answers -----------------------------------------------------------------------------------
@@ -510,20 +538,67 @@ static void answer_stats(struct request *request, const json_t *engine)
     reply_send(request->connection);
 }
 
-// The engine has the file open; the rename makes the registration survive a restart.
-static void keep_store(const struct request *request, bool operators)
+// ---- the file of a registration ----------------------------------------------------------------
+// The engine has said yes; the disk worker makes it last, then the client hears of it.
+
+static void answer_kept(struct request *request);
+static void answer_gone(struct request *request);
+
+static void keep_run(struct worker_job *job)
 {
-    struct fault fault;
-    struct registry_entry entry = {.name = ""};
-    const char *tenant = tenants_at(request->server->tenants, request->tenant)->name;
-    (void)snprintf(entry.name, sizeof entry.name, "%.63s", request->model);
-    (void)snprintf(entry.tenant, sizeof entry.tenant, "%s", operators ? "" : tenant);
-    if (registry_commit(request->server->options.state_dir, request->store_path, &entry, &fault))
-        log_line(LOG_WARN, "adapter %s will be gone after a restart: %s", request->model,
-                 fault.text);
+    job->status = registry_commit(job->state_dir, job->store_path, &job->entry, &job->fault);
 }
 
-static void answer_added(struct request *request, const struct engine_reply *reply,
+static void forget_run(struct worker_job *job)
+{
+    job->status = registry_remove(job->state_dir, &job->entry, &job->fault);
+    if (job->status == STATUS_NOT_FOUND)
+        job->status = STATUS_OK;
+}
+
+static void kept(struct server *server, struct worker_job *job)
+{
+    struct request *request = request_find(server, job->id);
+    if (job->status)
+        log_line(LOG_WARN, "adapter %s will be gone after a restart: %s", job->entry.name,
+                 job->fault.text);
+    if (request)
+        answer_kept(request);
+}
+
+static void forgotten(struct server *server, struct worker_job *job)
+{
+    struct request *request = request_find(server, job->id);
+    if (job->status)
+        log_line(LOG_WARN, "adapter %s will be back after a restart: %s", job->entry.name,
+                 job->fault.text);
+    if (request)
+        answer_gone(request);
+}
+
+// false: there is no memory for it, and no state directory to do it in.
+static bool put_registry_job(struct request *request, bool keep)
+{
+    struct server *server = request->server;
+    struct worker_job *job = server->disk ? worker_job_new(request_id(request, 0)) : NULL;
+    const char *tenant = tenants_at(server->tenants, request->tenant)->name;
+    if (!job)
+        return false;
+    job->run = keep ? keep_run : forget_run;
+    job->done = keep ? kept : forgotten;
+    job->state_dir = server->options.state_dir;
+    memcpy(job->store_path, request->store_path, sizeof job->store_path);
+    (void)snprintf(job->entry.name, sizeof job->entry.name, "%.63s", request->model);
+    (void)snprintf(job->entry.tenant, sizeof job->entry.tenant, "%s",
+                   request->operators ? "" : tenant);
+    if (!worker_put(server->disk, job))
+        return true;
+    worker_job_free(job);
+    return false;
+}
+
+// true: the request waits on.
+static bool engine_added(struct request *request, const struct engine_reply *reply,
                          const json_t *json)
 {
     struct fault fault;
@@ -531,22 +606,62 @@ static void answer_added(struct request *request, const struct engine_reply *rep
         (void)unlink(request->store_path);
         (void)fault_set(&fault, (enum status)reply->status, "%.199s", reply->message);
         reply_fault_for(request, &fault);
-        return;
+        return false;
     }
-    keep_store(request, json_is_true(json_object_get(json, "operator")));
+    request->operators = json_is_true(json_object_get(json, "operator"));
+    if (put_registry_job(request, true))
+        return true;
+    log_line(LOG_WARN, "adapter %s will be gone after a restart: no memory", request->model);
+    answer_kept(request);
+    return true;
+}
+
+static bool engine_removed(struct request *request, const struct engine_reply *reply)
+{
+    struct fault fault;
+    if (reply->status) {
+        (void)fault_set(&fault, (enum status)reply->status, "%.199s", reply->message);
+        reply_fault_for(request, &fault);
+        return false;
+    }
+    if (!put_registry_job(request, false))
+        answer_gone(request);
+    return true;
+}
+
+// The last word on adapters.add; the request is gone after it.
+static void answer_kept(struct request *request)
+{
+    if (request->connection) {
+        json_t *report =
+            request->report && *request->report ? json_loads(request->report, 0, NULL) : NULL;
+        msgpack_packer *packer = reply_open_for(request);
+        put_map(packer, 1 + (report != NULL));
+        put_text(packer, "name", request->model);
+        if (report) {
+            put_key(packer, "report");
+            json_to_msgpack(packer, report);
+        }
+        json_decref(report);
+        reply_send(request->connection);
+    }
+    request_free(request);
+}
+
+static void put_name(struct request *request)
+{
     if (!request->connection)
         return;
-    json_t *report =
-        request->report && *request->report ? json_loads(request->report, 0, NULL) : NULL;
     msgpack_packer *packer = reply_open_for(request);
-    put_map(packer, 1 + (report != NULL));
+    put_map(packer, 1);
     put_text(packer, "name", request->model);
-    if (report) {
-        put_key(packer, "report");
-        json_to_msgpack(packer, report);
-    }
-    json_decref(report);
     reply_send(request->connection);
+}
+
+static void answer_gone(struct request *request)
+{
+    put_name(request);
+    request_free(request);
 }
 
 // {"name": NAME}, or why not.
@@ -557,35 +672,10 @@ static void answer_name(struct request *request, const struct engine_reply *repl
         (void)fault_set(&fault, STATUS_NOT_FOUND, "there is no model \"%.64s\".", request->model);
     else if (reply->status)
         (void)fault_set(&fault, (enum status)reply->status, "%.199s", reply->message);
-    if (reply->status) {
+    if (reply->status)
         reply_fault_for(request, &fault);
-    } else if (request->connection) {
-        msgpack_packer *packer = reply_open_for(request);
-        put_map(packer, 1);
-        put_text(packer, "name", request->model);
-        reply_send(request->connection);
-    }
-}
-
-static void answer_removed(struct request *request, const struct engine_reply *reply)
-{
-    struct fault fault;
-    if (reply->status) {
-        (void)fault_set(&fault, (enum status)reply->status, "%.199s", reply->message);
-        reply_fault_for(request, &fault);
-        return;
-    }
-    struct registry_entry entry = entry_of(request); // a tenant removes its own or the operator's
-    enum status status = registry_remove(request->server->options.state_dir, &entry, &fault);
-    if (status && status != STATUS_NOT_FOUND)
-        log_line(LOG_WARN, "adapter %s will be back after a restart: %s", request->model,
-                 fault.text);
-    if (request->connection) {
-        msgpack_packer *packer = reply_open_for(request);
-        put_map(packer, 1);
-        put_text(packer, "name", request->model);
-        reply_send(request->connection);
-    }
+    else
+        put_name(request);
 }
 
 // The list is there: if this tenant may remove the adapter, the second command goes out. true: it
@@ -600,8 +690,10 @@ static bool go_on_removing(struct request *request, const json_t *list)
         bool mine = owner == (json_int_t)request->tenant ||
                     owner >= (json_int_t)tenants_count(server->tenants);
         const char *name = json_string_value(json_object_get(adapter, "name"));
-        if (mine && name && !strcmp(name, request->model) && may_see(request, adapter))
+        if (mine && name && !strcmp(name, request->model) && may_see(request, adapter)) {
             found = adapter;
+            request->operators = owner != (json_int_t)request->tenant;
+        }
     }
     struct fault fault;
     struct engine_adapter_command command = {
@@ -624,9 +716,9 @@ void adapters_on_reply(struct request *request, const struct engine_reply *reply
         reply->bytes ? json_loadb(text, reply->bytes, JSON_REJECT_DUPLICATES, NULL) : NULL;
     bool waits = false;
     if (request->kind == REQUEST_ADAPTER_ADD) {
-        answer_added(request, reply, json);
+        waits = engine_added(request, reply, json);
     } else if (request->kind == REQUEST_ADAPTER_REMOVE) {
-        answer_removed(request, reply);
+        waits = engine_removed(request, reply);
     } else if (request->kind == REQUEST_ADAPTER_RESIDENT) {
         answer_name(request, reply);
     } else if (reply->status || !json) {

@@ -13,8 +13,8 @@
 // have announced, at most options.upload_bytes_max. 3. nothing is written under a name that came
 // from a client.
 //
-// A chunk is written by the I/O thread into the page cache; clients are asked for at most 1 MiB at
-// a time.
+// Chunks are written, and files removed, by the disk worker; while it writes, the upload is left
+// alone.
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -46,12 +46,14 @@ struct upload {
     struct hash_stream stream;
     char folder[ENGINE_PATH];
     int directory, file; // file: the one being written, or -1
+    bool writing; // a chunk is with the disk worker, which alone touches received, stream, file
+    bool discharged;
+    bool doomed; // freed when it has been written
 };
 
-void upload_free(struct upload *upload)
+// Any thread; it is nobody's any more.
+static void remove_files(struct upload *upload)
 {
-    if (!upload)
-        return;
     if (upload->file >= 0)
         (void)close(upload->file);
     for (int i = 0; upload->directory >= 0 && i < FILES; i++)
@@ -59,8 +61,49 @@ void upload_free(struct upload *upload)
     if (upload->directory >= 0)
         (void)close(upload->directory);
     (void)rmdir(upload->folder);
+}
+
+// Its share of the limits is free at once, whatever the disk does.
+static void discharge(struct upload *upload)
+{
+    if (upload->discharged)
+        return;
+    upload->discharged = true;
     upload->server->upload_bytes -= upload->bytes[CONFIG] + upload->bytes[WEIGHTS];
     upload->server->uploads--;
+}
+
+static void remove_run(struct worker_job *job)
+{
+    remove_files(job->upload);
+}
+
+static void removed(struct server *server, struct worker_job *job)
+{
+    (void)server;
+    free(job->upload);
+}
+
+void upload_free(struct upload *upload)
+{
+    if (!upload)
+        return;
+    discharge(upload);
+    struct worker *disk = upload->server->disk; // NULL: the server is being undone
+    if (disk && upload->writing) {
+        upload->doomed = true;
+        return;
+    }
+    struct worker_job *job = disk ? worker_job_new(0) : NULL;
+    if (job) {
+        job->run = remove_run;
+        job->done = removed;
+        job->upload = upload;
+        if (!worker_put(disk, job))
+            return;
+        worker_job_free(job);
+    }
+    remove_files(upload);
     free(upload);
 }
 
@@ -210,8 +253,12 @@ static struct upload *find(struct call *call)
         reply_fault(call, &call->params.fault);
         return NULL;
     }
-    if (upload && upload->id == id && upload->tenant == call->connection->tenant)
-        return upload;
+    if (upload && upload->id == id && upload->tenant == call->connection->tenant) {
+        if (!upload->writing)
+            return upload;
+        reply_error(call, STATUS_BUSY, "a chunk is being written: wait for its answer.");
+        return NULL;
+    }
     reply_error(call, STATUS_NOT_FOUND, "this connection has no such upload open.");
     return NULL;
 }
@@ -233,6 +280,8 @@ static bool read_chunk(struct call *call, const struct upload *upload, const cha
     bool good = params_u64(params, "offset", 0, total, &offset);
     if (good && (!value || value->type != MSGPACK_OBJECT_BIN || !value->via.bin.size))
         good = params_refuse(params, "data must be a bin of at least one byte.");
+    if (good && value->via.bin.size > CHUNK_BYTES_MAX)
+        good = params_refuse(params, "a chunk has at most %d bytes.", CHUNK_BYTES_MAX);
     if (good && offset != upload->received)
         good = params_refuse(params, "the next chunk begins at offset %llu.",
                              (unsigned long long)upload->received);
@@ -283,6 +332,35 @@ static bool take(struct upload *upload, const char *data, size_t bytes)
     return true;
 }
 
+static void chunk_run(struct worker_job *job)
+{
+    if (!take(job->upload, job->data, job->bytes))
+        job->status = fault_set(&job->fault, STATUS_IO, "the server cannot store the upload: %s.",
+                                strerror(errno));
+}
+
+static void chunk_done(struct server *server, struct worker_job *job)
+{
+    struct upload *upload = job->upload;
+    struct request *request = request_find(server, job->id);
+    struct connection *connection = request ? request->connection : NULL;
+    upload->writing = false;
+    if (connection && job->status) {
+        reply_fault_for(request, &job->fault);
+    } else if (connection) {
+        msgpack_packer *packer = reply_open_for(request);
+        put_map(packer, 1);
+        put_u64(packer, "received", upload->received);
+        reply_send(connection);
+    }
+    if (request)
+        request_free(request);
+    if (upload->doomed)
+        upload_free(upload);
+    else if (job->status && connection)
+        drop(connection);
+}
+
 void method_adapters_upload_chunk(struct call *call)
 {
     static const char *const names[] = {"upload", "offset", "data"};
@@ -291,15 +369,27 @@ void method_adapters_upload_chunk(struct call *call)
     size_t bytes;
     if (!upload || !read_chunk(call, upload, &data, &bytes))
         return;
-    if (!take(upload, data, bytes)) {
-        reply_error(call, STATUS_IO, "the server cannot store the upload: %s.", strerror(errno));
-        drop(call->connection);
+    struct request *request = request_new(call, REQUEST_UPLOAD_CHUNK);
+    if (!request)
         return;
+    struct worker_job *job = worker_job_new(request_id(request, 0));
+    if (job) {
+        job->run = chunk_run;
+        job->done = chunk_done;
+        job->upload = upload;
+        job->bytes = bytes;
+        job->data = malloc(bytes);
     }
-    msgpack_packer *packer = reply_open(call);
-    put_map(packer, 1);
-    put_u64(packer, "received", upload->received);
-    reply_send(call->connection);
+    if (job && job->data) {
+        memcpy(job->data, data, bytes);
+        if (!worker_put(upload->server->disk, job)) {
+            upload->writing = true;
+            return;
+        }
+    }
+    worker_job_free(job);
+    request_free(request);
+    reply_error(call, STATUS_NO_MEMORY, "out of memory for the chunk.");
 }
 
 // ---- its end -----------------------------------------------------------------------------------
