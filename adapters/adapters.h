@@ -25,7 +25,7 @@
 #include "kernels/tile.h"
 #include "unified_pool/pool.h"
 
-enum { ADAPTER_NAME_MAX = 64 };
+enum { ADAPTER_NAME_MAX = 64, ADAPTER_LAYOUT_BYTES = 48 };
 
 // What an adapter may be applied to: shapes of the base model, without runtime's types.
 struct adapter_base {
@@ -40,8 +40,9 @@ struct adapter_base {
 struct adapter_report {
     uint32_t matrices_applied, matrices_possible; // "applied to N of M matrices"
     uint32_t rank_min, rank_max;
-    uint64_t bytes;       // in the store, pages rounded
-    char layout[48];      // "attention", "all-linear, experts fused (target_parameters)", ...
+    uint64_t bytes; // in the store, pages rounded
+    // "attention, dense, fused, transposed, by version": what the file holds, and in which order
+    char layout[ADAPTER_LAYOUT_BYTES];
     char ignored[512];    // adapter_config fields that were ignored, comma separated
     struct digest digest; // content
     struct digest source; // of the two files it was made from; zero: not known

@@ -126,7 +126,7 @@ struct peft_plan {
     uint32_t experts;        // slots per module: base->experts, at least 1
     struct peft_pair *pairs; // [layers][LORA_MODULES][experts]
     uint32_t applied;
-    char layout[48];
+    char layout[ADAPTER_LAYOUT_BYTES];
 };
 
 MUST_USE enum status peft__plan(const struct safetensors *file, const struct adapter_base *base,
@@ -143,6 +143,9 @@ static inline struct peft_pair *peft__pair_at(const struct peft_plan *plan, uint
 // ---- inside the plan ----
 
 enum { PEFT_STACKS = 4 }; // gate_up, gate, up, down
+bool peft__stack_has(uint32_t stack, enum lora_module module);
+// "model.layers.3.mlp.experts.gate_up_proj"
+void peft__stack_name(uint32_t layer, uint32_t stack, char out[PEFT_NAME_MAX]);
 
 // Tensors [A, B] as the file has them, before they are understood.
 struct peft_tensors {
@@ -159,6 +162,10 @@ struct peft_reading {
     bool has_attention, has_dense, has_single, has_fused, has_stacked; // for the layout text
     bool is_transposed, is_by_version;
 };
+
+// What the report says of the file: kinds of matrices, then the layout of the experts ("mixed" for
+// more than one), then their order and whether it was only believed. The longest text fills `out`.
+void peft__layout_text(const struct peft_reading *reading, char out[ADAPTER_LAYOUT_BYTES]);
 
 // Fills the pairs of the fused and stacked layouts.
 MUST_USE enum status peft__plan_experts(struct peft_reading *reading, struct fault *fault);

@@ -6,11 +6,15 @@
 // adapter is refused with the reason. `ignored` fields do not matter for inference, and are listed
 // in the report when set. A field that is not in the table comes from a newer PEFT: it is listed as
 // ignored, except "use_..." set to true, which in PEFT has always changed the maths, and is
-// refused.
+// refused. Three depend on the rest: `bias` matters only when the file has bias tensors, which
+// peft_keys.c refuses; `fan_in_fan_out` PEFT sets to false at an nn.Linear, and this base has no
+// others, but it refuses it for a parameter; `layers_pattern` is nothing without
+// layers_to_transform.
 //
 // Matching of names is PEFT's, to the letter:
 //   target_modules list    the name, or its end after a "."; layers_to_transform applies to the
-//     latter
+//     latter. Without layers_pattern the layer is the first number in the name, before 0.20 it was
+//     the last, so that layers_to_transform chose experts
 //   target_modules string  re.fullmatch, or "all-linear"
 //   exclude_modules        the same two forms, before everything else
 //   rank_pattern, alpha_pattern   get_pattern_key: the first key, in file order, for which
@@ -61,7 +65,6 @@ static const struct {
     {"use_dora", FIELD_REFUSED, "DoRA is not supported"},
     {"modules_to_save", FIELD_REFUSED, "whole modules in an adapter are not supported"},
     {"lora_bias", FIELD_REFUSED, "biases are not supported"},
-    {"fan_in_fan_out", FIELD_REFUSED, "the base model has no fan_in_fan_out layers"},
     {"layer_replication", FIELD_REFUSED, "it changes the layers of the base model"},
     {"use_qalora", FIELD_REFUSED, "QALoRA is not supported"},
     {"alora_invocation_tokens", FIELD_REFUSED, "activated LoRA is not supported"},
@@ -70,6 +73,7 @@ static const struct {
     {"arrow_config", FIELD_REFUSED, "Arrow routing is not supported"},
     {"kasa_config", FIELD_REFUSED, "KaSA is not supported"},
     {"monteclora_config", FIELD_REFUSED, "MonteCLoRA is not supported"},
+    {"fan_in_fan_out", FIELD_IGNORED, NULL},
     {"lora_dropout", FIELD_IGNORED, NULL},
     {"task_type", FIELD_IGNORED, NULL},
     {"auto_mapping", FIELD_IGNORED, NULL},
@@ -134,36 +138,26 @@ static enum status classes_check(const struct json *root, struct peft_config *co
         while (i < ARRAY_COUNT(fields) && strcmp(fields[i].name, pair.key) != 0)
             i++;
         if (i < ARRAY_COUNT(fields) && fields[i].class == FIELD_REFUSED)
-            return fault_set(fault, STATUS_UNSUPPORTED, LABEL ": %s is set: %s.", pair.key,
+            return fault_set(fault, STATUS_UNSUPPORTED,
+                             LABEL ": %s is set: %s. Train the adapter without it.", pair.key,
                              fields[i].reason);
         if (i == ARRAY_COUNT(fields) && strncmp(pair.key, "use_", 4) == 0 &&
             json_as_bool(pair.value, &flag) && flag)
             return fault_set(fault, STATUS_UNSUPPORTED,
-                             LABEL ": %.60s is not known, and may change the maths.", pair.key);
+                             LABEL
+                             ": %.60s is not known, and may change the maths; train the adapter "
+                             "without it.",
+                             pair.key);
         if (i == ARRAY_COUNT(fields) || fields[i].class == FIELD_IGNORED)
             peft__config_ignore(config, pair.key, "");
     }
     return STATUS_OK;
 }
 
-static enum status plain_lora_check(const struct json *root, struct peft_config *config,
-                                    struct fault *fault)
+static enum status start_check(const struct json *init, struct peft_config *config,
+                               struct fault *fault)
 {
-    const char *type, *bias, *start;
-    const struct json *init = json_find(root, "init_lora_weights");
-    enum status status = json_get_string(root, "peft_type", &type, fault);
-    if (!status)
-        status = json_get_string_or(root, "bias", "none", &bias, fault);
-    if (status)
-        return json_fault_within(fault, LABEL, status);
-    if (strcmp(type, "LORA") != 0)
-        return fault_set(fault, STATUS_UNSUPPORTED,
-                         LABEL ": peft_type is \"%.60s\"; only LORA is "
-                               "supported.",
-                         type);
-    if (strcmp(bias, "none") != 0)
-        return fault_set(fault, STATUS_UNSUPPORTED,
-                         LABEL ": bias is \"%.60s\"; biases are not supported.", bias);
+    const char *start;
     if (json_kind_of(init) == JSON_KIND_NULL || json_kind_of(init) == JSON_KIND_BOOL)
         return STATUS_OK;
     if (!json_as_string(init, &start))
@@ -179,6 +173,28 @@ static enum status plain_lora_check(const struct json *root, struct peft_config 
                      ": init_lora_weights \"%.60s\" changes the base weights; save the adapter "
                      "with path_initial_model_for_weight_conversion.",
                      start);
+}
+
+static enum status plain_lora_check(const struct json *root, struct peft_config *config,
+                                    struct fault *fault)
+{
+    const char *type, *bias;
+    enum status status = json_get_string(root, "peft_type", &type, fault);
+    if (!status)
+        status = json_get_string_or(root, "bias", "none", &bias, fault);
+    if (status)
+        return json_fault_within(fault, LABEL, status);
+    if (strcmp(type, "LORA") != 0)
+        return fault_set(fault, STATUS_UNSUPPORTED,
+                         LABEL ": peft_type is \"%.60s\"; only LORA is "
+                               "supported.",
+                         type);
+    if (strcmp(bias, "all") == 0 || strcmp(bias, "lora_only") == 0)
+        peft__config_ignore(config, "bias", "");
+    else if (strcmp(bias, "none") != 0)
+        return fault_set(fault, STATUS_UNSUPPORTED,
+                         LABEL ": bias is \"%.60s\"; PEFT knows none, all and lora_only.", bias);
+    return start_check(json_find(root, "init_lora_weights"), config, fault);
 }
 
 // ---- lists of names ----
@@ -237,16 +253,18 @@ static void names_clear(struct peft_names *names)
     free(names->names);
 }
 
-// A name whose last word no module of the base has: PEFT matches nothing with it.
-static void names_report(const struct peft_names *names, struct peft_config *config)
+// A name whose last word no module, or no parameter, of the base has: PEFT matches nothing with it.
+static void names_report(const struct peft_names *names, const char *field,
+                         struct peft_config *config)
 {
+    bool are_parameters = names == &config->parameters;
     for (uint32_t i = 0; i < names->count; i++) {
         const char *dot = strrchr(names->names[i], '.'), *word = dot ? dot + 1 : names->names[i];
         bool known = strcmp(word, "gate_up_proj") == 0;
-        for (int m = 0; m < LORA_MODULES && !known; m++)
+        for (int m = are_parameters ? LORA_DOWN : LORA_Q; m < LORA_MODULES && !known; m++)
             known = strcmp(word, peft__module_word((enum lora_module)m)) == 0;
         if (!known)
-            peft__config_ignore(config, "target_modules:", names->names[i]);
+            peft__config_ignore(config, field, names->names[i]);
     }
 }
 
@@ -271,13 +289,18 @@ static enum status targets_parse(const struct json *root, struct peft_config *co
     } else {
         status = names_parse(targets, "target_modules", &config->targets, fault);
         config->targets_form = config->targets.count ? PEFT_TARGETS_NAMES : PEFT_TARGETS_NONE;
-        names_report(&config->targets, config);
+        names_report(&config->targets, "target_modules:", config);
     }
+    names_report(&config->parameters, "target_parameters:", config);
     if (status)
         return status;
     if (config->targets_form == PEFT_TARGETS_NONE && !config->parameters.count)
         return fault_set(fault, STATUS_INVALID,
                          LABEL ": neither target_modules nor target_parameters names anything.");
+    if (config->targets_form == PEFT_TARGETS_NONE && is_set(json_find(root, "fan_in_fan_out")))
+        return fault_set(fault, STATUS_UNSUPPORTED,
+                         LABEL ": fan_in_fan_out is set, which goes with no target_parameters; set "
+                               "it to false.");
     if (json_as_string(excludes, &text))
         return *text ? peft__pattern_create(text, PEFT_MATCH_FULL, LABEL ": exclude_modules",
                                             &config->excludes_pattern, fault)
@@ -319,6 +342,14 @@ static enum status layers_parse(const struct json *root, struct peft_config *con
         config->targets_form != PEFT_TARGETS_NONE)
         return fault_set(fault, STATUS_INVALID,
                          LABEL ": layers_to_transform goes with a list of target_modules only.");
+    if (is_set(pattern) && json_kind_of(json_find(root, "layers_to_transform")) == JSON_KIND_NULL)
+        return fault_set(fault, STATUS_INVALID,
+                         LABEL ": layers_pattern is set without layers_to_transform; give both or "
+                               "neither.");
+    if (config->has_layers && config->targets_form == PEFT_TARGETS_NONE)
+        peft__config_ignore(config, "layers_to_transform", ""); // of target_modules alone
+    if (is_set(pattern) && (!config->has_layers || config->targets_form == PEFT_TARGETS_NONE))
+        peft__config_ignore(config, "layers_pattern", "");
     if (!config->has_layers || !is_set(pattern))
         return STATUS_OK;
     size_t count = is_list ? json_count(pattern) : 1;
@@ -470,6 +501,18 @@ void peft__config_clear(struct peft_config *config)
 
 // ---- questions ----
 
+// Written by this PEFT or a newer one? A file that does not say is older than 0.18.
+static bool version_is(const struct peft_config *config, uint32_t major, uint32_t minor,
+                       uint32_t patch)
+{
+    const uint32_t *version = config->version;
+    if (!config->has_version)
+        return false;
+    if (version[0] != major)
+        return version[0] > major;
+    return version[1] != minor ? version[1] > minor : version[2] >= patch;
+}
+
 static bool layer_is_chosen(const struct peft_config *config, const char *name)
 {
     uint32_t layer = 0;
@@ -478,9 +521,14 @@ static bool layer_is_chosen(const struct peft_config *config, const char *name)
         return true;
     for (uint32_t i = 0; i < config->layer_patterns_count && !found; i++)
         found = peft__pattern_matches(config->layer_patterns[i], name, &layer);
-    // Without layers_pattern: the first number after any word, which in this base is the layer.
-    if (!config->layer_patterns_count)
-        found = sscanf(name, "model.layers.%9u.", &layer) == 1;
+    // Without layers_pattern: the first number after a word, which in this base is the layer;
+    // before 0.20 the last one, which is the expert where there is one.
+    if (!config->layer_patterns_count) {
+        const char *experts = strstr(name, ".experts.");
+        found = (experts && !version_is(config, 0, 20, 0) &&
+                 sscanf(experts, ".experts.%9u.", &layer) == 1) ||
+                sscanf(name, "model.layers.%9u.", &layer) == 1;
+    }
     for (uint32_t i = 0; i < config->layers_count && found; i++)
         if (config->layers[i] == layer)
             return true;
@@ -534,10 +582,5 @@ float peft__config_scale(const struct peft_config *config, const char *name, uin
 
 bool peft__config_is_linear_order(const struct peft_config *config)
 {
-    const uint32_t *version = config->version;
-    if (!config->has_version)
-        return false;
-    if (version[0] || version[1] != 19)
-        return version[0] || version[1] > 19;
-    return version[2] >= 1;
+    return version_is(config, 0, 19, 1);
 }

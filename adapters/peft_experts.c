@@ -20,7 +20,10 @@
 // A of gate_up_proj serves the gate rows and the up rows of B: both pairs point at the same A rows.
 //
 // Stacked: lora_A [E, r, in], lora_B [E, out, r], for gate_proj, up_proj, down_proj or
-// gate_up_proj.
+// gate_up_proj; or either of them transposed, [E, in, r], [E, r, out], as trainers that compute
+// x A B export them. The shapes prove which, one order for all A and one for all B of a file; PEFT
+// writes no such file, so where rank and dimension are equal everywhere no version helps and the
+// adapter is refused.
 #include <inttypes.h>
 #include <string.h>
 
@@ -129,7 +132,7 @@ static enum status fused_order(struct peft_reading *reading, enum order *out, st
         *out = linear ? ORDER_LINEAR : ORDER_TRANSPOSED;
         reading->is_by_version = true;
     }
-    reading->is_transposed = *out == ORDER_TRANSPOSED;
+    reading->is_transposed |= *out == ORDER_TRANSPOSED;
     return STATUS_OK;
 }
 
@@ -185,29 +188,36 @@ static enum status fused_put(struct peft_reading *reading, uint32_t layer, bool 
     return status;
 }
 
+// Has every matrix of the parameter found its pair, in whatever layout?
+static bool parameter_is_there(const struct peft_reading *reading, uint32_t layer, bool is_down)
+{
+    enum lora_module first = is_down ? LORA_DOWN : LORA_GATE, last = is_down ? LORA_DOWN : LORA_UP;
+    for (int m = (int)first; m <= (int)last; m++)
+        for (uint32_t e = 0; e < reading->base->experts; e++)
+            if (!peft__pair_at(reading->plan, layer, (enum lora_module)m, e)->rank)
+                return false;
+    return true;
+}
+
 static enum status fused_layer(struct peft_reading *reading, uint32_t layer, enum order order,
                                struct fault *fault)
 {
     const struct tensor *const *inner = fused_at(reading, layer, false);
     const struct tensor *const *outer = fused_at(reading, layer, true);
-    bool has_inner = inner[0] || inner[1], has_outer = outer[0] || outer[1];
-    bool have[2] = {false, false}, is_down;
+    bool has_inner = inner[0] || inner[1], has_outer = outer[0] || outer[1], is_down;
     enum status status = STATUS_OK;
     if (has_inner && !has_outer)
         return fault_set(fault, STATUS_INVALID,
                          "layer %u has mlp.experts.base_layer.lora_A but no mlp.experts.lora_A.",
                          layer);
     for (int i = 0; i < 2 && !status; i++)
-        if (i ? has_outer : has_inner) {
+        if (i ? has_outer : has_inner)
             status = fused_put(reading, layer, i, order, &is_down, fault);
-            if (!status)
-                have[is_down] = true;
-        }
     for (int i = 0; i < 2 && !status; i++) {
         char name[PEFT_NAME_MAX];
         peft__parameter_name(layer, i, name);
-        if (!have[i] && !reading->has_stacked &&
-            peft__config_targets_parameter(reading->config, name))
+        if (peft__config_targets_parameter(reading->config, name) &&
+            !parameter_is_there(reading, layer, i))
             status =
                 fault_set(fault, STATUS_INVALID,
                           "target_parameters names %s, but the file has no LoRA for it.", name);
@@ -217,64 +227,150 @@ static enum status fused_layer(struct peft_reading *reading, uint32_t layer, enu
 
 // ---- stacked ----
 
-static enum status stacked_put(struct peft_reading *reading, uint32_t layer, uint32_t stack,
-                               struct fault *fault)
+bool peft__stack_has(uint32_t stack, enum lora_module module)
 {
-    const struct tensor *const *pair = reading->tensors.stacked[layer * PEFT_STACKS + stack];
-    const struct tensor *a = pair[0], *b = pair[1];
-    enum lora_module module = stack ? (enum lora_module)(LORA_GATE + stack - 1) : LORA_GATE;
-    uint32_t d_in, d_out, experts = reading->base->experts;
+    return stack ? module == LORA_GATE + stack - 1 : module == LORA_GATE || module == LORA_UP;
+}
+
+void peft__stack_name(uint32_t layer, uint32_t stack, char out[PEFT_NAME_MAX])
+{
+    peft__parameter_name(layer, stack == 3, out);
+    if (stack == 1 || stack == 2) { // no parameter of that name: "...experts.gate_proj"
+        const char *word = peft__module_word((enum lora_module)(LORA_GATE + stack - 1));
+        memcpy(strrchr(out, '.') + 1, word, strlen(word) + 1);
+    }
+}
+
+struct stack {
+    const struct tensor *sides[2]; // lora_A, lora_B; NULL: the file has none
+    enum order orders[2];          // what the shapes say
+    enum lora_module module;       // gate for gate_up
+    uint32_t rank, dims[2];        // in, out
     char name[PEFT_NAME_MAX];
-    if (!a && !b)
+};
+
+// Is the tensor [experts, first, second] (linear) or [experts, second, first] (transposed)?
+static bool stack_side(const struct tensor *tensor, uint32_t experts, uint32_t first,
+                       uint32_t second, enum order *order)
+{
+    const uint64_t *shape = tensor->shape;
+    if (tensor->dims != 3 || shape[0] != experts)
+        return false;
+    *order = first == second ? ORDER_UNKNOWN : shape[1] == first ? ORDER_LINEAR : ORDER_TRANSPOSED;
+    return (shape[1] == first && shape[2] == second) || (shape[1] == second && shape[2] == first);
+}
+
+static enum status stack_read(const struct peft_reading *reading, uint32_t layer, uint32_t index,
+                              struct stack *out, struct fault *fault)
+{
+    const struct tensor *const *pair = reading->tensors.stacked[layer * PEFT_STACKS + index];
+    uint32_t experts = reading->base->experts;
+    *out = (struct stack){.sides = {pair[0], pair[1]}, .module = LORA_GATE};
+    if (!pair[0] && !pair[1])
         return STATUS_OK;
-    peft__parameter_name(layer, stack == 3, name);
-    if (stack == 1 || stack == 2) // no parameter of that name: "...experts.gate_proj"
-        memcpy(strrchr(name, '.') + 1, peft__module_word(module),
-               strlen(peft__module_word(module)) + 1);
-    if (!a || !b)
-        return fault_set(fault, STATUS_INVALID, "%s has %s but no %s.", name,
-                         a ? "lora_A" : "lora_B", a ? "lora_B" : "lora_A");
-    if (!peft__config_targets(reading->config, name) &&
-        !peft__config_targets_parameter(reading->config, name))
+    if (index)
+        out->module = (enum lora_module)(LORA_GATE + index - 1);
+    peft__stack_name(layer, index, out->name);
+    if (!pair[0] || !pair[1])
+        return fault_set(fault, STATUS_INVALID, "%s has %s but no %s.", out->name,
+                         pair[0] ? "lora_A" : "lora_B", pair[0] ? "lora_B" : "lora_A");
+    if (!peft__config_targets(reading->config, out->name) &&
+        !peft__config_targets_parameter(reading->config, out->name))
         return fault_set(fault, STATUS_INVALID,
                          "the file has LoRA for %s, which adapter_config.json does not target.",
-                         name);
-    (void)adapter__module_dims(reading->base, layer, module, &d_in, &d_out);
-    uint64_t out_rows = stack ? d_out : 2 * (uint64_t)d_out;
-    uint32_t rank = peft__config_rank(reading->config, name);
-    if (a->dims != 3 || b->dims != 3 || a->shape[0] != experts || a->shape[1] != rank ||
-        a->shape[2] != d_in || b->shape[0] != experts || b->shape[1] != out_rows ||
-        b->shape[2] != rank)
+                         out->name);
+    (void)adapter__module_dims(reading->base, layer, out->module, &out->dims[0], &out->dims[1]);
+    if (!index)
+        out->dims[1] *= 2;
+    out->rank = peft__config_rank(reading->config, out->name);
+    if (!stack_side(pair[0], experts, out->rank, out->dims[0], &out->orders[0]) ||
+        !stack_side(pair[1], experts, out->dims[1], out->rank, &out->orders[1]))
         return fault_set(fault, STATUS_INVALID,
-                         "\"%.150s\" is not [%u, %u, %u] with a lora_B of [%u, %" PRIu64
-                         ", %u]: another base, rank or order.",
-                         a->name, experts, rank, d_in, experts, out_rows, rank);
-    reading->has_stacked = true;
-    for (uint32_t e = 0; e < experts; e++) {
-        struct peft_pair one = {.rank = rank, .d_in = d_in, .d_out = d_out};
-        one.scale = peft__config_scale(reading->config, name, rank);
-        one.a = (struct peft_source){a, (uint64_t)e * rank * d_in, d_in, 1};
-        one.b = (struct peft_source){b, (uint64_t)e * out_rows * rank, 1, rank};
-        struct parameter parameter = {
-            .a = one.a, .b = one.b, .rank = rank, .expert = e, .layer = layer, .scale = one.scale};
-        enum status status = stack ? peft__plan_put(reading, layer, module, e, &one, fault)
-                                   : parameter_put(reading, &parameter, fault);
+                         "\"%.150s\" is not [%u, %u, %u] with a lora_B of [%u, %u, %u], nor the "
+                         "transposed of these: another base or rank.",
+                         pair[0]->name, experts, out->rank, out->dims[0], experts, out->dims[1],
+                         out->rank);
+    return STATUS_OK;
+}
+
+// One order for every lora_A of the file, and one for every lora_B.
+static enum status stacked_orders(struct peft_reading *reading, enum order orders[2],
+                                  struct fault *fault)
+{
+    for (uint32_t i = 0; i < reading->base->layers * PEFT_STACKS; i++) {
+        struct stack stack;
+        enum status status = stack_read(reading, i / PEFT_STACKS, i % PEFT_STACKS, &stack, fault);
         if (status)
             return status;
+        reading->has_stacked |= stack.sides[0] != NULL;
+        for (int side = 0; side < 2 && stack.sides[0]; side++) {
+            if (stack.orders[side] == ORDER_UNKNOWN)
+                continue;
+            if (orders[side] != ORDER_UNKNOWN && orders[side] != stack.orders[side])
+                return fault_set(
+                    fault, STATUS_INVALID,
+                    "\"%.150s\" stands in another order than the stacked experts before it.",
+                    stack.sides[side]->name);
+            orders[side] = stack.orders[side];
+        }
+    }
+    for (int side = 0; side < 2 && reading->has_stacked; side++) {
+        if (orders[side] == ORDER_UNKNOWN)
+            return fault_set(
+                fault, STATUS_INVALID,
+                "the stacked experts are square (the rank equals the dimension), so "
+                "their shapes do not prove the order of lora_%c: export one matrix per "
+                "expert, or another rank.",
+                side ? 'B' : 'A');
+        reading->is_transposed |= orders[side] == ORDER_TRANSPOSED;
     }
     return STATUS_OK;
 }
 
+// Expert e of [E, rank, dim] (is_rows) or [E, dim, rank].
+static struct peft_source stack_source(const struct tensor *tensor, uint32_t e, uint32_t rank,
+                                       uint32_t dim, bool is_rows)
+{
+    return (struct peft_source){.tensor = tensor,
+                                .first = (uint64_t)e * rank * dim,
+                                .rank_step = is_rows ? dim : 1,
+                                .dim_step = is_rows ? 1 : rank};
+}
+
+static enum status stacked_put(struct peft_reading *reading, uint32_t layer, uint32_t index,
+                               const enum order orders[2], struct fault *fault)
+{
+    struct stack stack;
+    enum status status = stack_read(reading, layer, index, &stack, fault);
+    if (status || !stack.sides[0])
+        return status;
+    struct parameter one = {.rank = stack.rank, .layer = layer};
+    one.scale = peft__config_scale(reading->config, stack.name, stack.rank);
+    for (; one.expert < reading->base->experts && !status; one.expert++) {
+        one.a = stack_source(stack.sides[0], one.expert, stack.rank, stack.dims[0],
+                             orders[0] == ORDER_LINEAR);
+        one.b = stack_source(stack.sides[1], one.expert, stack.rank, stack.dims[1],
+                             orders[1] == ORDER_TRANSPOSED);
+        struct peft_pair pair = {.a = one.a,
+                                 .b = one.b,
+                                 .rank = one.rank,
+                                 .d_in = stack.dims[0],
+                                 .d_out = stack.dims[1],
+                                 .scale = one.scale};
+        status = index ? peft__plan_put(reading, layer, stack.module, one.expert, &pair, fault)
+                       : parameter_put(reading, &one, fault);
+    }
+    return status;
+}
+
 enum status peft__plan_experts(struct peft_reading *reading, struct fault *fault)
 {
-    enum order order;
-    for (uint32_t layer = 0; layer < reading->base->layers; layer++)
-        for (uint32_t stack = 0; stack < PEFT_STACKS; stack++) {
-            enum status status = stacked_put(reading, layer, stack, fault);
-            if (status)
-                return status;
-        }
-    enum status status = fused_order(reading, &order, fault);
+    enum order order, orders[2] = {ORDER_UNKNOWN, ORDER_UNKNOWN};
+    enum status status = stacked_orders(reading, orders, fault);
+    for (uint32_t i = 0; i < reading->base->layers * PEFT_STACKS && !status; i++)
+        status = stacked_put(reading, i / PEFT_STACKS, i % PEFT_STACKS, orders, fault);
+    if (!status)
+        status = fused_order(reading, &order, fault);
     for (uint32_t layer = 0; layer < reading->base->layers && !status; layer++)
         if (reading->base->is_moe[layer])
             status = fused_layer(reading, layer, order, fault);

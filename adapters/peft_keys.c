@@ -21,22 +21,36 @@
 static const char *const words[LORA_MODULES] = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
                                                 "gate_proj", "up_proj", "down_proj"};
 
-// Parts of names that are known and refused, with the reason.
+// Parts of names that are known and refused, with the reason and what to do; the first that is
+// found counts.
 static const struct {
     const char *part, *reason;
 } refused[] = {
-    {"lora_magnitude_vector", "DoRA (use_dora) is not supported"},
-    {"lora_embedding_", "LoRA on embeddings is not supported"},
-    {"embed_tokens", "LoRA on embeddings is not supported"},
-    {"lm_head", "LoRA on lm_head is not supported"},
-    {"modules_to_save", "modules_to_save is not supported"},
-    {"original_module", "modules_to_save is not supported"},
-    {"trainable_tokens", "trainable_token_indices is not supported"},
-    {".bias", "biases are not supported"},
-    {".mlp.gate.", "LoRA on the router (mlp.gate) is not supported"},
-    {"shared_expert", "this base model has no shared experts"},
-    {"lora_diag", "KaSA (kasa_config) is not supported"},
-    {"base_layer.weight", "weights of the base model do not belong in an adapter file"},
+    {"lora_magnitude_vector", "DoRA is not supported; train with use_dora=False"},
+    {"trainable_tokens", "trained tokens are not supported; train without trainable_token_indices"},
+    {"modules_to_save", "whole modules are not supported; train without modules_to_save"},
+    {"original_module", "whole modules are not supported; train without modules_to_save"},
+    {".embed_tokens.weight",
+     "PEFT saved the whole embeddings; if they were not trained, save again with "
+     "save_embedding_layers=False, else put them into the base model"},
+    {".lm_head.weight", "PEFT saved the whole lm_head; if it was not trained, save again with "
+                        "save_embedding_layers=False, else put it into the base model"},
+    {"embed_tokens",
+     "LoRA on embeddings is not supported; train without embed_tokens in target_modules"},
+    {"lora_embedding_",
+     "LoRA on embeddings is not supported; train without embed_tokens in target_modules"},
+    {"lm_head", "LoRA on lm_head is not supported; train without lm_head in target_modules"},
+    {".bias", "biases are not supported; train with bias=\"none\" and lora_bias=False"},
+    {".mlp.gate.",
+     "LoRA on the router is not supported; train without mlp.gate in target_modules and "
+     "target_parameters"},
+    {"shared_expert",
+     "this base model has no shared experts: this adapter was made for another base; train it on "
+     "this one"},
+    {"lora_diag", "KaSA is not supported; train without kasa_config"},
+    {"base_layer.weight",
+     "weights of the base model do not belong in an adapter file; save the adapter again with "
+     "PEFT's save_pretrained"},
 };
 
 const char *peft__module_word(enum lora_module module)

@@ -6,11 +6,9 @@
 // two contradict each other the adapter is refused by the name of the matrix:
 //   tensors there, not targeted   refused: PEFT would not apply them either
 //   targeted, A or B missing      refused
-//   targeted, both missing        refused for attention, dense MLP and target_parameters. Experts
-//     named by
-//                                 target_modules may be missing altogether (on transformers 5 such
-//                                   names match
-//                                 nothing): reported; missing for some experts only: refused
+//   targeted, both missing        refused, layer by layer. Only experts named by target_modules may
+//                                 be missing, when the file has no expert in that layout at all (on
+//                                 transformers 5 such names match nothing): reported
 // and shapes are compared with the base matrix by matrix: an adapter for another base stops there.
 //
 // Steps: collect (tensor by key) -> plain matrices -> fused and stacked experts (peft_experts.c) ->
@@ -185,15 +183,14 @@ static enum status missing_fault(const char *name, struct fault *fault)
                      "adapter_config.json targets %s, but the file has no LoRA for it.", name);
 }
 
-// Every plain matrix, and what target_modules asks for and the file does not have.
-static enum status plain_pairs(struct peft_reading *reading, bool expert_missing[LORA_MODULES],
-                               bool expert_present[LORA_MODULES], struct fault *fault)
+// Every plain matrix, and what target_modules asks for outside the experts and the file does not
+// have.
+static enum status plain_pairs(struct peft_reading *reading, struct fault *fault)
 {
     const struct adapter_base *base = reading->base;
     for (uint32_t layer = 0; layer < base->layers; layer++)
         for (int m = 0; m < LORA_MODULES; m++) {
             enum lora_module module = (enum lora_module)m;
-            bool is_expert = is_moe_mlp(reading, layer, module);
             uint32_t count = adapter__module_count(base, layer, module);
             for (uint32_t expert = 0; expert < count; expert++) {
                 bool present;
@@ -201,54 +198,94 @@ static enum status plain_pairs(struct peft_reading *reading, bool expert_missing
                 enum status status = plain_pair(reading, layer, module, expert, &present, fault);
                 if (status)
                     return status;
-                peft__module_name(layer, module, is_expert ? (int64_t)expert : -1, name);
-                if (present && is_expert)
-                    expert_present[module] = true;
-                if (present || !peft__config_targets(reading->config, name))
+                if (present || is_moe_mlp(reading, layer, module))
                     continue;
-                if (!is_expert)
+                peft__module_name(layer, module, -1, name);
+                if (peft__config_targets(reading->config, name))
                     return missing_fault(name, fault);
-                expert_missing[module] = true;
             }
         }
     return STATUS_OK;
 }
 
-// Targets among the experts that the file does not have, after all layouts were read.
-static enum status experts_missing(struct peft_reading *reading, const bool missing[LORA_MODULES],
-                                   const bool present[LORA_MODULES], struct fault *fault)
+// The experts of one module in one layer, after all layouts were read: a matrix that is targeted
+// and absent is missing when the file has experts in the layout of that target. *unmatched: a
+// target that stands for nothing in the file.
+static enum status experts_missing_in(const struct peft_reading *reading, uint32_t layer,
+                                      enum lora_module module, bool *unmatched,
+                                      bool *unmatched_stack, struct fault *fault)
 {
-    for (int m = LORA_GATE; m < LORA_MODULES; m++) {
-        const char *word = peft__module_word((enum lora_module)m);
-        if (!missing[m] || reading->has_stacked)
+    bool absent = false;
+    char name[PEFT_NAME_MAX];
+    for (uint32_t expert = 0; expert < reading->base->experts; expert++) {
+        if (peft__pair_at(reading->plan, layer, module, expert)->rank)
             continue;
-        if (present[m])
-            return fault_set(
-                fault, STATUS_INVALID,
-                "adapter_config.json targets %s of experts that the file has no LoRA for.", word);
-        if (reading->config->targets_form != PEFT_TARGETS_ALL)
-            peft__config_ignore(reading->config, "target_modules:experts.", word);
+        absent = true;
+        peft__module_name(layer, module, expert, name);
+        if (!peft__config_targets(reading->config, name))
+            continue;
+        if (reading->has_single)
+            return missing_fault(name, fault);
+        *unmatched = true;
+    }
+    for (uint32_t stack = 0; stack < PEFT_STACKS && absent; stack++) {
+        if (!peft__stack_has(stack, module))
+            continue;
+        peft__stack_name(layer, stack, name);
+        if (!peft__config_targets(reading->config, name))
+            continue;
+        if (reading->has_stacked)
+            return missing_fault(name, fault);
+        *unmatched_stack = true;
     }
     return STATUS_OK;
 }
 
-static void layout_text(const struct peft_reading *reading, char *out, size_t bytes)
+static enum status experts_missing(struct peft_reading *reading, struct fault *fault)
 {
+    bool unmatched[LORA_MODULES] = {false}, stack[LORA_MODULES] = {false};
+    for (uint32_t layer = 0; layer < reading->base->layers; layer++)
+        for (int m = LORA_GATE; m < LORA_MODULES && reading->base->is_moe[layer]; m++) {
+            enum status status = experts_missing_in(reading, layer, (enum lora_module)m,
+                                                    &unmatched[m], &stack[m], fault);
+            if (status)
+                return status;
+        }
+    if (reading->config->targets_form == PEFT_TARGETS_ALL)
+        return STATUS_OK;
+    for (int m = LORA_GATE; m < LORA_MODULES; m++)
+        if (unmatched[m] || (m == LORA_DOWN && stack[m]))
+            peft__config_ignore(reading->config, "target_modules:experts.",
+                                peft__module_word((enum lora_module)m));
+    if (stack[LORA_GATE] && !unmatched[LORA_GATE] && !unmatched[LORA_UP])
+        peft__config_ignore(reading->config, "target_modules:experts.", "gate_up_proj");
+    return STATUS_OK;
+}
+
+void peft__layout_text(const struct peft_reading *reading, char out[ADAPTER_LAYOUT_BYTES])
+{
+    int layouts = reading->has_single + reading->has_stacked + reading->has_fused;
     const struct {
         bool there;
         const char *text;
     } parts[] = {
-        {reading->has_attention, "attention"},  {reading->has_dense, "dense mlp"},
-        {reading->has_single, "per-expert"},    {reading->has_stacked, "stacked experts"},
-        {reading->has_fused, "fused experts"},  {reading->is_transposed, "transposed"},
+        {reading->has_attention, "attention"},
+        {reading->has_dense, "dense"},
+        {layouts == 1 && reading->has_single, "per-expert"},
+        {layouts == 1 && reading->has_stacked, "stacked"},
+        {layouts == 1 && reading->has_fused, "fused"},
+        {layouts > 1, "mixed"},
+        {reading->is_transposed, "transposed"},
         {reading->is_by_version, "by version"},
     };
     size_t used = 0;
     out[0] = 0;
     for (size_t i = 0; i < ARRAY_COUNT(parts); i++)
-        if (parts[i].there && used < bytes)
-            used +=
-                (size_t)snprintf(out + used, bytes - used, "%s%s", used ? ", " : "", parts[i].text);
+        if (parts[i].there) {
+            used += (size_t)snprintf(out + used, ADAPTER_LAYOUT_BYTES - used, "%s%s",
+                                     used ? ", " : "", parts[i].text);
+            CHECK(used < ADAPTER_LAYOUT_BYTES);
+        }
 }
 
 enum status peft__plan(const struct safetensors *file, const struct adapter_base *base,
@@ -256,18 +293,17 @@ enum status peft__plan(const struct safetensors *file, const struct adapter_base
 {
     *out = (struct peft_plan){.experts = base->experts ? base->experts : 1};
     struct peft_reading reading = {.base = base, .config = config, .plan = out};
-    bool missing[LORA_MODULES] = {false}, present[LORA_MODULES] = {false};
     enum status status = tensors_allocate(&reading, fault);
     if (!status)
         status = collect(&reading, file, fault);
     if (!status)
-        status = plain_pairs(&reading, missing, present, fault);
+        status = plain_pairs(&reading, fault);
     if (!status)
         status = peft__plan_experts(&reading, fault);
     if (!status)
-        status = experts_missing(&reading, missing, present, fault);
+        status = experts_missing(&reading, fault);
     if (!status)
-        layout_text(&reading, out->layout, sizeof out->layout);
+        peft__layout_text(&reading, out->layout);
     free((void *)reading.tensors.plain);
     free((void *)reading.tensors.fused);
     free((void *)reading.tensors.stacked);

@@ -37,6 +37,23 @@ void bench_lora_name(uint32_t index, char out[ADAPTER_NAME_MAX])
     (void)snprintf(out, ADAPTER_NAME_MAX, "lora-%u", index);
 }
 
+bool bench_lora_targets_parse(const char *text, enum bench_lora_targets *out)
+{
+    for (int t = BENCH_LORA_ALL; t <= BENCH_LORA_EXPERTS; t++) {
+        if (!strcmp(text, bench_lora_targets_name((enum bench_lora_targets)t))) {
+            *out = (enum bench_lora_targets)t;
+            return true;
+        }
+    }
+    return false;
+}
+
+const char *bench_lora_targets_name(enum bench_lora_targets targets)
+{
+    static const char *const names[] = {"all", "attention", "experts"};
+    return names[targets];
+}
+
 static uint32_t rank_of(const struct bench_lora *lora, uint32_t index)
 {
     return lora->rank[index % lora->ranks];
@@ -50,20 +67,22 @@ struct matrix {
     uint32_t layer, module, expert, d_in, d_out;
 };
 
-// The next one, in the order of the store: layer, q k v o, then gate up down expert by expert.
+// The next one, in the order of the store: layer, q k v o, then gate up down expert by expert; of
+// these only the targets.
 static bool next_matrix(const struct bench_lora *lora, const struct adapter_base *base,
                         struct matrix *m)
 {
-    bool stays =
-        m->begun && (m->module < LORA_O || (m->module == LORA_O && !lora->attention_only) ||
-                     m->module == LORA_GATE || m->module == LORA_UP);
+    uint32_t first = lora->targets == BENCH_LORA_EXPERTS ? LORA_GATE : LORA_Q;
+    bool mlp = lora->targets != BENCH_LORA_ATTENTION;
+    bool stays = m->begun && (m->module < LORA_O || (m->module == LORA_O && mlp) ||
+                              m->module == LORA_GATE || m->module == LORA_UP);
     if (stays) {
         m->module++;
     } else if (m->begun && m->is_expert && m->expert + 1 < base->experts) {
         m->module = LORA_GATE;
         m->expert++;
     } else {
-        *m = (struct matrix){.begun = true, .layer = m->begun ? m->layer + 1 : 0};
+        *m = (struct matrix){.begun = true, .layer = m->begun ? m->layer + 1 : 0, .module = first};
     }
     if (m->layer == base->layers)
         return false;
@@ -117,16 +136,23 @@ uint64_t bench_lora_pages(const struct bench_lora *lora, const struct adapter_ba
     return pages;
 }
 
+double bench_lora_work(const struct bench_lora *lora, const struct adapter_base *base,
+                       uint32_t top_k, uint32_t rank)
+{
+    double dims = 0;
+    for (struct matrix m = {0}; next_matrix(lora, base, &m);)
+        if (!m.is_expert || m.expert < top_k)
+            dims += (double)m.d_in + m.d_out;
+    return dims * rank;
+}
+
 double bench_lora_step_bytes(const struct bench_lora *lora, const struct adapter_base *base,
                              uint32_t top_k, uint32_t batch)
 {
-    double of_rank_1 = 0, ranks = 0;
-    for (struct matrix m = {0}; next_matrix(lora, base, &m);)
-        if (!m.is_expert || m.expert < top_k)
-            of_rank_1 += (double)(m.d_in + m.d_out) * (double)dtype_bytes(base->dtype);
+    double ranks = 0;
     for (uint32_t i = 0; i < lora->count && i < batch; i++)
         ranks += rank_of(lora, i);
-    return of_rank_1 * ranks;
+    return bench_lora_work(lora, base, top_k, 1) * ranks * (double)dtype_bytes(base->dtype);
 }
 
 // ---- a PEFT directory ----
@@ -190,12 +216,15 @@ static void write_weights(FILE *file, const struct bench_lora *lora,
 static void write_config(FILE *file, const struct bench_lora *lora, const struct adapter_base *base,
                          uint32_t rank)
 {
+    static const char *const modules[] = {
+        [BENCH_LORA_ALL] = "\"q_proj\",\"k_proj\",\"v_proj\",\"o_proj\","
+                           "\"gate_proj\",\"up_proj\",\"down_proj\"",
+        [BENCH_LORA_ATTENTION] = "\"q_proj\",\"k_proj\",\"v_proj\",\"o_proj\"",
+        [BENCH_LORA_EXPERTS] = "\"gate_proj\",\"up_proj\",\"down_proj\""};
     double scale = STRENGTH / (SD * SD * sqrt((double)base->hidden * rank));
     (void)fprintf(file,
-                  "{\"peft_type\":\"LORA\",\"r\":%u,\"lora_alpha\":%.6g,\"target_modules\":"
-                  "[\"q_proj\",\"k_proj\",\"v_proj\",\"o_proj\"%s]}",
-                  rank, scale * rank,
-                  lora->attention_only ? "" : ",\"gate_proj\",\"up_proj\",\"down_proj\"");
+                  "{\"peft_type\":\"LORA\",\"r\":%u,\"lora_alpha\":%.6g,\"target_modules\":[%s]}",
+                  rank, scale * rank, modules[lora->targets]);
 }
 
 struct directory {
@@ -237,45 +266,60 @@ static enum status write_directory(const struct directory *d, const struct bench
 
 // ---- into the stack ----
 
-// Every adapter of the r-th rank: one store file, registered under each of their names.
-static enum status add_rank(const struct bench_lora *lora, struct stack *stack, uint32_t r,
-                            const char *scratch, const uint16_t *block, struct fault *fault)
+static void fill_block(uint16_t *block)
+{
+    for (uint32_t i = 0; i < BLOCK_ELEMENTS; i++) {
+        double centred = rng_uniform(SEED, 0, i) - 0.5;
+        block[i] = bf16_from_f32((float)(centred * sqrt(12) * SD));
+    }
+}
+
+enum status bench_lora_store(const struct bench_lora *lora, struct stack *stack, uint32_t r,
+                             const char *scratch, char store[ENGINE_PATH], struct fault *fault)
 {
     struct directory d;
     struct adapter_report report;
-    char name[ADAPTER_NAME_MAX], store[ENGINE_PATH] = "";
+    char name[ADAPTER_NAME_MAX];
+    uint16_t *block = malloc(BLOCK_ELEMENTS * sizeof *block);
+    *store = 0;
+    if (!block)
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory for random adapters.");
+    fill_block(block);
     (void)snprintf(d.path, sizeof d.path, "%.900s/peft", scratch);
     (void)snprintf(d.config, sizeof d.config, "%s/adapter_config.json", d.path);
     (void)snprintf(d.weights, sizeof d.weights, "%s/adapter_model.safetensors", d.path);
-    (void)snprintf(name, sizeof name, "rank-%u-%u", lora->rank[r], r);
+    (void)snprintf(name, sizeof name, "%s-%u-%u", bench_lora_targets_name(lora->targets),
+                   lora->rank[r], r);
     enum status status =
         write_directory(&d, lora, stack_adapter_base(stack), lora->rank[r], block, fault);
     if (!status)
-        status = stack_convert_adapter(stack, name, d.path, store, sizeof store, &report, fault);
+        status = stack_convert_adapter(stack, name, d.path, store, ENGINE_PATH, &report, fault);
+    remove_directory(&d);
+    free(block);
+    return status;
+}
+
+// Every adapter of the r-th rank: one store file, registered under each of their names.
+static enum status add_rank(const struct bench_lora *lora, struct stack *stack, uint32_t r,
+                            const char *scratch, struct fault *fault)
+{
+    char name[ADAPTER_NAME_MAX], store[ENGINE_PATH];
+    enum status status = bench_lora_store(lora, stack, r, scratch, store, fault);
     for (uint32_t i = r; !status && i < lora->count; i += lora->ranks) {
         bench_lora_name(i, name);
         status = engine_register_adapter(stack_engine(stack), name, store, UINT32_MAX, fault);
     }
     if (*store)
         (void)unlink(store); // the registry has it open
-    remove_directory(&d);
     return status;
 }
 
 static enum status add_all(const struct bench_lora *lora, struct stack *stack, const char *scratch,
                            struct fault *fault)
 {
-    uint16_t *block = malloc(BLOCK_ELEMENTS * sizeof *block);
-    if (!block)
-        return fault_set(fault, STATUS_NO_MEMORY, "out of memory for random adapters.");
-    for (uint32_t i = 0; i < BLOCK_ELEMENTS; i++) {
-        double centred = rng_uniform(SEED, 0, i) - 0.5;
-        block[i] = bf16_from_f32((float)(centred * sqrt(12) * SD));
-    }
     enum status status = STATUS_OK;
     for (uint32_t r = 0; !status && r < lora->ranks && r < lora->count; r++)
-        status = add_rank(lora, stack, r, scratch, block, fault);
-    free(block);
+        status = add_rank(lora, stack, r, scratch, fault);
     return status;
 }
 

@@ -12,10 +12,18 @@
 
 enum { BENCH_LORA_RANKS_MAX = 16 };
 
-// `count` adapters; adapter i has rank[i % ranks] on every projection, or only on q, k, v and o.
+enum bench_lora_targets {
+    BENCH_LORA_ALL,       // every projection
+    BENCH_LORA_ATTENTION, // q, k, v, o
+    BENCH_LORA_EXPERTS    // gate, up, down: of every expert, or of the dense MLP
+};
+bool bench_lora_targets_parse(const char *text, enum bench_lora_targets *out);
+const char *bench_lora_targets_name(enum bench_lora_targets targets);
+
+// `count` adapters; adapter i has rank[i % ranks] on the projections of `targets`.
 struct bench_lora {
     uint32_t count, ranks, rank[BENCH_LORA_RANKS_MAX];
-    bool attention_only;
+    enum bench_lora_targets targets;
 };
 
 void bench_lora_name(uint32_t index, char out[ADAPTER_NAME_MAX]);
@@ -29,6 +37,17 @@ uint64_t bench_lora_pages(const struct bench_lora *lora, const struct adapter_ba
 // and adapter. Exact for one row an adapter, too low for more (they may be routed elsewhere).
 double bench_lora_step_bytes(const struct bench_lora *lora, const struct adapter_base *base,
                              uint32_t top_k, uint32_t batch);
+
+// Multiplications of the LoRA of one token, whose adapter has the rank given; of the routed
+// experts' only those of top_k.
+double bench_lora_work(const struct bench_lora *lora, const struct adapter_base *base,
+                       uint32_t top_k, uint32_t rank);
+
+// Makes a store file of the r-th rank, which adapters of that rank may be registered from; the
+// caller removes it. `scratch` is a directory to write in.
+MUST_USE enum status bench_lora_store(const struct bench_lora *lora, struct stack *stack,
+                                      uint32_t r, const char *scratch, char store[ENGINE_PATH],
+                                      struct fault *fault);
 
 // Makes and registers the adapters, then turns the engine until all are resident. `scratch` is a
 // directory to write in; what is written there is gone on return, whatever the result. LIMIT, with

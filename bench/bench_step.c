@@ -5,7 +5,7 @@
 //   bench_step --model synth:NAME|DIR [--device cpu] [--batch 1,8,32] [--context 1024] [--steps 20]
 //              [--prefill 2048] [--read-ceiling GB/s] [--matmul-ceiling TFLOP/s] [--state DIR]
 //              [--batch-invariant 1] [--pool-mib N]
-//              [--adapters N [--rank R[,R2,...]] [--targets all|attention]]
+//              [--adapters N [--rank R[,R2,...]] [--targets all|attention|experts]]
 //
 // Decode: B sequences of random tokens are prefilled to `context` tokens; then the median of
 // `steps` steps. Roofline: bytes of static weights, of the distinct experts that the steps used and
@@ -406,7 +406,7 @@ static void print_adapters(const struct bench *b, uint32_t batch, const struct s
                  a->model, a->device, POLDER_COMMIT, batch, a->context, lora->count);
     for (uint32_t r = 0; r < lora->ranks; r++)
         (void)printf("%s%u", r ? "," : "", lora->rank[r]);
-    (void)printf("],\"targets\":\"%s\",\"times\":%u", lora->attention_only ? "attention" : "all",
+    (void)printf("],\"targets\":\"%s\",\"times\":%u", bench_lora_targets_name(lora->targets),
                  ADAPTER_BLOCKS * a->steps);
     print_side(b, "base", base);
     print_side(b, "adapter", with);
@@ -508,10 +508,8 @@ static bool parse_one(struct arguments *a, const char *key, const char *value)
         a->lora.count = (uint32_t)atoi(value);
     else if (!strcmp(key, "--rank"))
         a->lora.ranks = parse_list(value, a->lora.rank, BENCH_LORA_RANKS_MAX);
-    else if (!strcmp(key, "--targets") && (!strcmp(value, "all") || !strcmp(value, "attention")))
-        a->lora.attention_only = !strcmp(value, "attention");
     else
-        return false;
+        return !strcmp(key, "--targets") && bench_lora_targets_parse(value, &a->lora.targets);
     return true;
 }
 

@@ -12,3 +12,15 @@ add_test(NAME bench_step_adapters_refusal COMMAND bench_step --model synth:tiny 
     --steps 5 --adapters 8 --rank 512 --targets attention --pool-mib 2)
 set_tests_properties(bench_step_adapters_refusal PROPERTIES PASS_REGULAR_EXPRESSION "cannot hold 8 adapters")
 set_tests_properties(bench_step_adapters_smoke bench_step_adapters_refusal PROPERTIES LABELS fast TIMEOUT 60)
+add_library(bench_workload STATIC workload.c)
+target_link_libraries(bench_workload PUBLIC polder_base polder_flags m)
+add_executable(bench_adapters bench_adapters.c bench_serve.c bench_lora.c)
+target_link_libraries(bench_adapters PRIVATE bench_workload polder_stack polder_base m)
+target_compile_definitions(bench_adapters PRIVATE POLDER_COMMIT="${POLDER_COMMIT}")
+add_test(NAME bench_adapters_smoke COMMAND bench_adapters --model synth:tiny,tied=0 --rank 4,8
+    --workload ${CMAKE_CURRENT_SOURCE_DIR}/workloads/slora.txt,requests=30,rate=200,input=8..32,output=2..8,adapters=1
+    --workload ${CMAKE_CURRENT_SOURCE_DIR}/workloads/tenants.txt,requests=30,input=8..32,output=2..8,concurrency=8,warm=4
+    --workload ${CMAKE_CURRENT_SOURCE_DIR}/workloads/uniform.txt,requests=30,input=8..32,output=2..8,adapters=2fit,rank=64,concurrency=8
+    --workload ${CMAKE_CURRENT_SOURCE_DIR}/workloads/uniform.txt,requests=30,input=8..32,output=2..8,adapters=20,rank=16,adapter_mib=1,concurrency=8
+    --pool-mib 8 --sequences 8)
+set_tests_properties(bench_adapters_smoke PROPERTIES LABELS fast TIMEOUT 60)

@@ -2,8 +2,8 @@
 # Builds, tests and benches on a machine with a GPU, in one go:
 #
 #   bench/gpu_run.sh                 make cuda, then every part below
-#   bench/gpu_run.sh PART...         only these: kernels engine sanitizer step step-adapters
-#                                    kernels-bench copies
+#   bench/gpu_run.sh PART...         only these: kernels engine sanitizer step step-adapters adapters
+#                                    fixed-split kernels-bench copies
 #   bench/gpu_run.sh --pack FILE     build here, pack programs and libraries for a machine where
 #                                    the Debian packages cannot be installed
 #   bench/gpu_run.sh --from FILE [PART...]   there: unpack and run, without building
@@ -25,6 +25,7 @@ case "${1:-}" in
         for p in "$stage"/bin/*; do ldd "$p" 2> /dev/null; done | awk '$3 ~ /^\// { print $3 }' | sort -u |
             grep -Ev '/(libc|libm|libdl|libpthread|librt|libcublas|libcublasLt|libcusparse|libnccl|libnvJitLink|libstdc\+\+|libgcc_s|libgomp)\.so' |
             while read -r so; do cp -L "$so" "$stage/lib/"; done
+        cp -R bench/workloads bench/fixed_split.sh "$stage/"
         git rev-parse HEAD > "$stage/commit"
         XZ_OPT="-9 -T2" tar -C "$stage" -cJf "$2" . && ls -l "$2"
         rm -rf "$stage"
@@ -110,7 +111,61 @@ step_adapters() {
     show "$OUT/step_adapters.jsonl"
 }
 
-parts=${*:-kernels engine sanitizer step step-adapters kernels-bench copies}
+# adapters_of LABEL ARG...: bench_adapters, one JSON line a case.
+adapters_of() {
+    local start=$SECONDS log="$OUT/adapters_$1.log" label=$1
+    shift
+    timeout "${LIMIT:-200}" "$(find_program bench_adapters)" --device "${DEVICE:-cuda:0}" "$@" > "$OUT/adapters_$label.jsonl" 2> "$log" ||
+        { echo "FAIL bench_adapters $label: $(tail -n 3 "$log")"; failed=$((failed + 1)); }
+    echo "     bench_adapters $label ($((SECONDS - start)) s)"
+    show_adapters "$OUT/adapters_$label.jsonl"
+}
+
+# show_adapters FILE: of each case the numbers that the targets are about.
+show_adapters() {
+    grep '"bench":"adapters"' "$1" | grep -o '"case":"[^"]*"\|"\(live\|registered\|finished\|failed\|requests_per_s\|output_tokens_per_s\|ttft_p50_ms\|ttft_p99_ms\|tpot_p50_ms\|adapter_wait_p50_ms\|adapter_hit_rate\|adapter_loads\|adapters_given_back\|adapter_bytes\|expert_bytes\|file_read_bytes\|h2d_bytes\|expert_misses\|requests_per_s_over_first\|ttft_p50_over_first\|kv_drops\|swaps_out\|running_mean\|captures\)":[-0-9.]*' |
+        tr '\n' ' ' | sed 's/"case"/\n     &/g'
+    echo
+}
+
+# adapters: a short version of the table of many adapters.
+#   1 and 2,000 registered rank-8 adapters on q, k, v, o under one load; expert adapters of rank 16
+#   and 32, as many live as fit and twice as many; 300 of rank 32 for 40 tenants.
+# Sizes can be made small for a try elsewhere: DENSE, MOE, LARGE (models), SETS (workload keys),
+# POOL (options of the pool of LARGE).
+adapters() {
+    local w=bench/workloads sets=${SETS:+,$SETS}
+    [ -d "$w" ] || w=$pack/workloads
+    for model in ${DENSE:-synth:llama-3-8b} ${MOE:-synth:olmoe-1b-7b}; do
+        # shellcheck disable=SC2086
+        adapters_of "count_${model#*:}" --model "$model" ${SMALL_POOL:---pool-share 0.8} --rank 8 --targets attention --concurrency 64 --warm 64 \
+            --workload "$w/slora.txt,name=1-registered,adapters=1,requests=256,output=8..128$sets" \
+            --workload "$w/slora.txt,name=2000-registered,adapters=2000,requests=256,output=8..128$sets"
+    done
+    # shellcheck disable=SC2086
+    adapters_of "experts" --model "${LARGE:-synth:qwen3-30b-a3b}" ${POOL:---pool-share 0.93 --host-mib 16384} --sequences 16 --targets all --warm 16 \
+        --workload "$w/uniform.txt,name=rank16-fit,rank=16,adapters=fit,requests=20$sets" \
+        --workload "$w/uniform.txt,name=rank16-2fit,rank=16,adapters=2fit,requests=20$sets" \
+        --workload "$w/uniform.txt,name=rank32-fit,first=1,rank=32,adapters=fit,requests=20$sets" \
+        --workload "$w/uniform.txt,name=rank32-2fit,rank=32,adapters=2fit,requests=20$sets" \
+        --workload "$w/tenants.txt,name=300-of-40-tenants,first=1,rank=32,requests=24,warm=0$sets"
+}
+
+# fixed-split: one pool against splits of it (minutes; not among the parts of a plain run).
+fixed_split() {
+    local w=bench/workloads sets=${SETS:+,$SETS} start=$SECONDS
+    [ -d "$w" ] || w=$pack/workloads
+    for load in shift one; do
+        # shellcheck disable=SC2086
+        "${pack:-bench}/fixed_split.sh" "$(find_program bench_adapters)" "$w/$load.txt$sets" "${GRID:-2 5 10 20 35 50 65 80 90}" --device "${DEVICE:-cuda:0}" \
+            --model "${DENSE:-synth:llama-3-8b}" ${SMALL_POOL:---pool-mib 16384} --rank 16 --targets all --concurrency 64 > "$OUT/fixed_split_$load.jsonl" 2> "$OUT/fixed_split_$load.log" ||
+            { echo "FAIL fixed split $load: $(tail -n 3 "$OUT/fixed_split_$load.log")"; failed=$((failed + 1)); }
+        echo "     fixed split $load ($((SECONDS - start)) s)"
+        tail -n 1 "$OUT/fixed_split_$load.jsonl"
+    done
+}
+
+parts=${*:-kernels engine sanitizer step step-adapters adapters kernels-bench copies}
 for part in $parts; do
     case $part in
         kernels) for t in dense attention lora moe sample; do one "kernels_$t" "$(find_program test_kernels_$t)"; done ;;
@@ -124,6 +179,8 @@ for part in $parts; do
             done ;;
         step) step ;;
         step-adapters) step_adapters ;;
+        adapters) adapters ;;
+        fixed-split) fixed_split ;;
         kernels-bench) LIMIT=300 one bench_kernels_cuda "$(find_program bench_kernels_cuda)" ;;
         copies) one bench_copies "$(find_program bench_copies)" ;;
         *) one "$part" "$(find_program "$part")" ;;

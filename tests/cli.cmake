@@ -24,3 +24,4 @@ polder_binary_script(test_cli_adapter TIMEOUT 180 LABEL cli)
 polder_binary_script(test_e2e TIMEOUT 300 LABEL cli)
 polder_binary_script(test_e2e_fault TIMEOUT 300 LABEL cli)
 polder_binary_script(test_e2e_rss TIMEOUT 400 LABEL slow)
+polder_binary_script(test_e2e_soak TIMEOUT 300 LABEL cli) # 300 cycles; POLDER_SOAK=10000 by hand

@@ -94,11 +94,16 @@ static const struct {
      "neither target_modules nor target_parameters"},
     {"{\"peft_type\": \"LORA\", \"r\": 4, \"r\": 4, \"lora_alpha\": 8, " ATTENTION "}",
      STATUS_INVALID, "duplicate"},
-    {"+\"use_dora\": true", STATUS_UNSUPPORTED, "use_dora is set: DoRA is not supported"},
+    {"+\"use_dora\": true", STATUS_UNSUPPORTED,
+     "use_dora is set: DoRA is not supported. Train the adapter without it."},
     {"+\"modules_to_save\": [\"lm_head\"]", STATUS_UNSUPPORTED, "modules_to_save is set"},
     {"+\"lora_bias\": true", STATUS_UNSUPPORTED, "lora_bias is set"},
-    {"+\"bias\": \"all\"", STATUS_UNSUPPORTED, "bias is \"all\""},
-    {"+\"fan_in_fan_out\": true", STATUS_UNSUPPORTED, "fan_in_fan_out is set"},
+    {"+\"bias\": \"boft_only\"", STATUS_UNSUPPORTED, "bias is \"boft_only\"; PEFT knows none, all"},
+    {"{\"peft_type\": \"LORA\", \"r\": 4, \"lora_alpha\": 8, \"fan_in_fan_out\": true, "
+     "\"target_parameters\": [\"gate_up_proj\"]}",
+     STATUS_UNSUPPORTED, "fan_in_fan_out is set, which goes with no target_parameters"},
+    {"+\"layers_pattern\": \"layers\"", STATUS_INVALID,
+     "layers_pattern is set without layers_to_transform"},
     {"+\"layer_replication\": [[0, 2]]", STATUS_UNSUPPORTED, "layer_replication is set"},
     {"+\"use_qalora\": true", STATUS_UNSUPPORTED, "use_qalora is set"},
     {"+\"alora_invocation_tokens\": [1]", STATUS_UNSUPPORTED, "alora_invocation_tokens is set"},
@@ -108,7 +113,7 @@ static const struct {
     {"+\"kasa_config\": {\"beta\": 1}", STATUS_UNSUPPORTED, "kasa_config is set"},
     {"+\"monteclora_config\": {\"n\": 1}", STATUS_UNSUPPORTED, "monteclora_config is set"},
     {"+\"use_magic\": true", STATUS_UNSUPPORTED,
-     "use_magic is not known, and may change the maths"},
+     "use_magic is not known, and may change the maths; train the adapter without it"},
     {"+\"init_lora_weights\": \"pissa\"", STATUS_UNSUPPORTED, "\"pissa\" changes the base weights"},
     {"+\"init_lora_weights\": \"corda\"", STATUS_UNSUPPORTED, "\"corda\" changes the base weights"},
     {"+\"init_lora_weights\": 3", STATUS_INVALID, "init_lora_weights must be"},
@@ -199,44 +204,71 @@ static void test_adapters_config_ignored_list_ends(void **state)
 
 // ---- names of tensors ----
 
+static const struct {
+    const char *name;
+    enum status status;
+    const char *text;
+} keys[] = {
+    {"model.layers.0.self_attn.q_proj.lora_magnitude_vector", STATUS_UNSUPPORTED,
+     "DoRA is not supported; train with use_dora=False"},
+    {"model.embed_tokens.lora_embedding_A", STATUS_UNSUPPORTED,
+     "LoRA on embeddings is not supported; train without embed_tokens in target_modules"},
+    {"model.embed_tokens.base_layer.weight",
+     STATUS_UNSUPPORTED, // PEFT saves it beside the LoRA
+     "LoRA on embeddings is not supported; train without embed_tokens in target_modules"},
+    {"model.embed_tokens.weight", STATUS_UNSUPPORTED, // after the vocabulary was resized
+     "PEFT saved the whole embeddings; if they were not trained, save again with "
+     "save_embedding_layers=False, else put them into the base model"},
+    {"model.embed_tokens.token_adapter.trainable_tokens_delta", STATUS_UNSUPPORTED,
+     "trained tokens are not supported; train without trainable_token_indices"},
+    {"lm_head.lora_A.weight", STATUS_UNSUPPORTED,
+     "LoRA on lm_head is not supported; train without lm_head in target_modules"},
+    {"lm_head.base_layer.weight", STATUS_UNSUPPORTED, "LoRA on lm_head is not supported"},
+    {"lm_head.weight", STATUS_UNSUPPORTED,
+     "PEFT saved the whole lm_head; if it was not trained, save again with "
+     "save_embedding_layers=False, else put it into the base model"},
+    {"model.layers.1.mlp.gate.lora_A.weight", STATUS_UNSUPPORTED,
+     "LoRA on the router is not supported; train without mlp.gate"},
+    {"model.layers.1.mlp.shared_expert.up_proj.lora_A.weight", STATUS_UNSUPPORTED,
+     "no shared experts: this adapter was made for another base; train it on this one"},
+    {"model.layers.1.mlp.shared_experts.down_proj.lora_B.weight", STATUS_UNSUPPORTED,
+     "no shared experts"},
+    {"model.layers.1.mlp.shared_expert_gate.lora_A.weight", STATUS_UNSUPPORTED,
+     "no shared experts"},
+    {"model.layers.0.self_attn.q_proj.lora_B.bias", STATUS_UNSUPPORTED,
+     "biases are not supported; train with bias=\"none\" and lora_bias=False"},
+    {"model.layers.0.self_attn.q_proj.base_layer.bias", STATUS_UNSUPPORTED,
+     "biases are not supported"},
+    {"model.layers.0.self_attn.q_proj.lora_diag", STATUS_UNSUPPORTED, "KaSA is not supported"},
+    {"model.layers.0.self_attn.q_proj.base_layer.weight", STATUS_UNSUPPORTED,
+     "weights of the base model do not belong in an adapter file; save the adapter again"},
+    {"model.norm.modules_to_save.weight", STATUS_UNSUPPORTED,
+     "whole modules are not supported; train without modules_to_save"},
+    {"model.norm.original_module.weight", STATUS_UNSUPPORTED, "whole modules"},
+    {"model.layers.0.self_attn.q_proj.lora_A.default.weight", STATUS_INVALID,
+     "is not a LoRA matrix of this base model"},
+    {"model.layers.00.self_attn.q_proj.lora_A.weight", STATUS_INVALID, "is not a LoRA matrix"},
+    {"model.layers..self_attn.q_proj.lora_A.weight", STATUS_INVALID, "is not a LoRA matrix"},
+    {"model.layers.99999999999.self_attn.q_proj.lora_A.weight", STATUS_INVALID,
+     "is not a LoRA matrix"},
+    {"model.layers.0.self_attn.q_norm.lora_A.weight", STATUS_INVALID, "is not a LoRA matrix"},
+    {"model.layers.0.self_attn.q_proj.lora_A.weight.x", STATUS_INVALID, "is not a LoRA matrix"},
+    {"model.layers.1.mlp.experts.base_layer.base_layer.lora_A.weight", STATUS_INVALID,
+     "is not a LoRA matrix"},
+    {"model.layers.2.self_attn.q_proj.lora_A.weight", STATUS_INVALID,
+     "is for layer 2; the base model has 2 layers: this adapter was made for another base"},
+    {"model.layers.1.mlp.experts.4.up_proj.lora_A.weight", STATUS_INVALID,
+     "is for expert 4; the base model has 4"},
+    {"model.layers.0.mlp.experts.0.up_proj.lora_A.weight", STATUS_INVALID,
+     "layer 0 of the base model is dense"},
+    {"model.layers.0.mlp.experts.lora_A.weight", STATUS_INVALID,
+     "layer 0 of the base model is dense"},
+    {"model.layers.1.mlp.up_proj.lora_A.weight", STATUS_INVALID,
+     "layer 1 of the base model is a mixture of experts"},
+};
+
 static void test_adapters_keys_refused(void **state)
 {
-    static const struct {
-        const char *name;
-        enum status status;
-        const char *text;
-    } keys[] = {
-        {"model.layers.0.self_attn.q_proj.lora_magnitude_vector", STATUS_UNSUPPORTED, "DoRA"},
-        {"model.embed_tokens.lora_embedding_A", STATUS_UNSUPPORTED, "LoRA on embeddings"},
-        {"lm_head.lora_A.weight", STATUS_UNSUPPORTED, "LoRA on lm_head"},
-        {"model.layers.1.mlp.gate.lora_A.weight", STATUS_UNSUPPORTED, "LoRA on the router"},
-        {"model.layers.1.mlp.shared_expert.up_proj.lora_A.weight", STATUS_UNSUPPORTED,
-         "no shared experts"},
-        {"model.layers.0.self_attn.q_proj.lora_B.bias", STATUS_UNSUPPORTED, "biases"},
-        {"model.layers.0.self_attn.q_proj.base_layer.weight", STATUS_UNSUPPORTED,
-         "weights of the base model"},
-        {"model.norm.modules_to_save.weight", STATUS_UNSUPPORTED, "modules_to_save"},
-        {"model.layers.0.self_attn.q_proj.lora_A.default.weight", STATUS_INVALID,
-         "is not a LoRA matrix of this base model"},
-        {"model.layers.00.self_attn.q_proj.lora_A.weight", STATUS_INVALID, "is not a LoRA matrix"},
-        {"model.layers..self_attn.q_proj.lora_A.weight", STATUS_INVALID, "is not a LoRA matrix"},
-        {"model.layers.99999999999.self_attn.q_proj.lora_A.weight", STATUS_INVALID,
-         "is not a LoRA matrix"},
-        {"model.layers.0.self_attn.q_norm.lora_A.weight", STATUS_INVALID, "is not a LoRA matrix"},
-        {"model.layers.0.self_attn.q_proj.lora_A.weight.x", STATUS_INVALID, "is not a LoRA matrix"},
-        {"model.layers.1.mlp.experts.base_layer.base_layer.lora_A.weight", STATUS_INVALID,
-         "is not a LoRA matrix"},
-        {"model.layers.2.self_attn.q_proj.lora_A.weight", STATUS_INVALID,
-         "is for layer 2; the base model has 2 layers: this adapter was made for another base"},
-        {"model.layers.1.mlp.experts.4.up_proj.lora_A.weight", STATUS_INVALID,
-         "is for expert 4; the base model has 4"},
-        {"model.layers.0.mlp.experts.0.up_proj.lora_A.weight", STATUS_INVALID,
-         "layer 0 of the base model is dense"},
-        {"model.layers.0.mlp.experts.lora_A.weight", STATUS_INVALID,
-         "layer 0 of the base model is dense"},
-        {"model.layers.1.mlp.up_proj.lora_A.weight", STATUS_INVALID,
-         "layer 1 of the base model is a mixture of experts"},
-    };
     for (size_t i = 0; i < sizeof keys / sizeof *keys; i++) {
         struct tool_adapter adapter;
         char name[160];
@@ -393,8 +425,8 @@ static void test_adapters_fused_order_by_version(void **state)
         assert_int_equal(adapter_convert(a.directory, &base, PAGE, store_path, &report, NULL),
                          STATUS_OK);
         assert_string_equal(report.layout, writers[i].is_transposed
-                                               ? "fused experts, transposed, by version"
-                                               : "fused experts, by version");
+                                               ? "fused, transposed, by version"
+                                               : "fused, by version");
         assert_int_equal(unlink(store_path), 0);
     }
 }
@@ -406,7 +438,8 @@ static void test_adapters_experts_partly_missing(void **state)
     struct fault fault;
     moe_begin(&a, *state, "\"target_modules\": [\"experts.0.up_proj\", \"experts.2.up_proj\"]");
     tool_pair_add(&a, "layers.1.mlp.experts.0.up_proj", 4, 64, 24);
-    expect(&a, STATUS_INVALID, "targets up_proj of experts that the file has no LoRA for");
+    expect(&a, STATUS_INVALID,
+           "targets model.layers.1.mlp.experts.2.up_proj, but the file has no LoRA for it");
     tool_adapter_begin(&a, *state); // names of experts that transformers 5 did not match: reported
     tool_config(&a, "\"target_modules\": \".*(q_proj|v_proj|experts\\\\..*\\\\.up_proj)\"");
     tool_adapter_write(&a);
@@ -415,7 +448,7 @@ static void test_adapters_experts_partly_missing(void **state)
     assert_int_equal(unlink(store_path), 0);
 }
 
-// 3-D tensors [experts, rank, in] and [experts, out, rank]. No writer in the golden files has them.
+// 3-D tensors [experts, rank, in] and [experts, out, rank]. Orders: test_adapters_formats.c.
 static void test_adapters_stacked(void **state)
 {
     struct tool_adapter a;
@@ -434,7 +467,7 @@ static void test_adapters_stacked(void **state)
     tool_adapter_write(&a);
     if (convert(&a, DTYPE_F32, &report, &fault))
         fail_msg("%s", fault.text);
-    assert_string_equal(report.layout, "stacked experts");
+    assert_string_equal(report.layout, "stacked");
     assert_int_equal(report.matrices_applied, 12);
     struct adapter_base base = tool_base(DTYPE_F32);
     struct tool_rig rig;

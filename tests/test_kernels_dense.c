@@ -39,10 +39,14 @@ static void gemm_all(struct rig *rig)
     static const uint32_t shapes[][2] = {{40, 96},  {96, 40},   {200, 200}, {1, 1},
                                          {64, 64},  {24, 72},   {130, 33},  {257, 300},
                                          {8, 1000}, {500, 130}, {16, 2048}, {200, 1100}};
-    static const uint32_t rows[] = {0, 1, 2, 3, 4, 5, 6, 7, 13, 96, 97};
+    static const uint32_t rows[] = {0, 1, 2, 3, 4, 5, 6, 7, 13, 17, 48, 96, 97};
     for (size_t i = 0; i < ARRAY_COUNT(shapes); i++)
         for (size_t r = 0; r < ARRAY_COUNT(rows); r++)
             gemm_case(rig, rows[r], shapes[i][0], shapes[i][1], (i + r) % 3 == 0);
+    gemm_case(rig, 9, 300, 4000, true); // k in many parts
+    gemm_case(rig, 33, 130, 2100, false);
+    gemm_case(rig, 64, 257, 1000, true);
+    gemm_case(rig, 20, 36000, 70, true); // more pieces of n than places for them
 }
 
 static void test_kernels_gemm_matches_double(void **state)

@@ -226,6 +226,39 @@ static void test_pool_nothing_leaves_in_vain(void **state)
     bench_close(bench);
 }
 
+static void test_pool_a_limit_is_kept_with_ones_own_pages(void **state)
+{
+    (void)state;
+    struct bench *bench = bench_open(8, 0);
+    pool_object o[4];
+    for (uint32_t i = 0; i < 3; i++) {
+        o[i] = make_reserved(bench, PAGE_ADAPTER, 0, 1);
+        kind_offer(bench, PAGE_ADAPTER, o[i], 10 + (float)i, i);
+    }
+    kind_offer(bench, PAGE_KV, make_reserved(bench, PAGE_KV, 0, 2), 1, 9); // cheaper, but not asked
+    assert_int_equal(pool_limit(bench->pool, PAGE_ADAPTER), 8);
+    pool_set_limit(bench->pool, PAGE_ADAPTER, 3);
+    assert_int_equal(pool_limit(bench->pool, PAGE_ADAPTER), 3);
+    o[3] = make(bench, PAGE_ADAPTER, 0, 2);
+    pool_pin(bench->pool, o[0]);
+    pool_pin(bench->pool, o[1]);
+    assert_int_equal(pool_reserve(bench->pool, o[3]),
+                     STATUS_FULL); // one of two could go: none does
+    assert_int_equal(stats_of(bench).give_backs, 0);
+    pool_unpin(bench->pool, o[0]);
+    assert_int_equal(pool_reserve(bench->pool, o[3]), STATUS_OK);
+    assert_int_equal(bench->kinds[PAGE_ADAPTER].gone_count, 2);
+    assert_int_equal(bench->kinds[PAGE_ADAPTER].gone[0], 0);
+    assert_int_equal(bench->kinds[PAGE_ADAPTER].gone[1], 2);
+    assert_int_equal(bench->kinds[PAGE_KV].gone_count, 0);
+    assert_int_equal(stats_of(bench).device_by_kind[PAGE_ADAPTER], 3);
+    pool_set_limit(bench->pool, PAGE_ADAPTER, POOL_PAGE_NONE);
+    assert_int_equal(pool_reserve(bench->pool, make(bench, PAGE_ADAPTER, 0, 3)), STATUS_OK);
+    pool_check(bench->pool);
+    pool_unpin(bench->pool, o[1]);
+    bench_close(bench);
+}
+
 static void test_pool_pins_balance(void **state)
 {
     (void)state;
@@ -351,6 +384,7 @@ int main(void)
         cmocka_unit_test(test_pool_epoch_pages_are_not_room),
         cmocka_unit_test(test_pool_cheapest_leaves_first),
         cmocka_unit_test(test_pool_nothing_leaves_in_vain),
+        cmocka_unit_test(test_pool_a_limit_is_kept_with_ones_own_pages),
         cmocka_unit_test(test_pool_pins_balance),
         cmocka_unit_test(test_pool_zeroes_between_owners),
         cmocka_unit_test(test_pool_zeroes_after_half_a_fetch),

@@ -99,6 +99,8 @@ struct pool {
     uint8_t *slot_flags;                             // [slots_max]
     uint32_t *owner_pages;                           // [owners_max], device
     struct pool_pressure pressure[PAGE_KINDS];
+    uint32_t limits[PAGE_KINDS]; // device pages each kind may have
+    uint32_t evictable_of[PAGE_KINDS];
     uint32_t evictable; // device pages of objects that could be offered: an upper bound of what is
     struct stall_list
         stalled[COPY_RANKS]; // fetches and write-backs that need a host page or queue room

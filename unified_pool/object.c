@@ -29,6 +29,8 @@ void pool__recount(struct pool *pool, struct object *object)
 {
     bool can_go = object->is_live && !object->pins && !object->is_fetching && !object->is_writing;
     uint32_t now = can_go ? object->device : 0;
+    uint32_t *of_kind = &pool->evictable_of[object->kind];
+    *of_kind = *of_kind - object->evictable + now;
     pool->evictable = pool->evictable - object->evictable + now;
     object->evictable = now;
 }

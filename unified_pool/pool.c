@@ -54,6 +54,8 @@ static void fill(struct pool *pool)
     }
     for (uint32_t s = 0; s < options->slots_max; s++)
         pool->device_page[s] = pool->host_page[s] = pool->slot_object[s] = NONE;
+    for (int kind = 0; kind < PAGE_KINDS; kind++)
+        pool->limits[kind] = NONE;
     for (int r = 0; r < COPY_RANKS; r++)
         pool->stalled[r] = (struct stall_list){NONE, NONE};
     pool->runs.count = options->slots_max;
@@ -94,6 +96,18 @@ void pool_set_pressure(struct pool *pool, enum page_kind kind, const struct pool
 {
     CHECK((unsigned)kind < PAGE_KINDS);
     pool->pressure[kind] = *pressure;
+}
+
+void pool_set_limit(struct pool *pool, enum page_kind kind, uint32_t pages)
+{
+    CHECK((unsigned)kind < PAGE_KINDS);
+    pool->limits[kind] = pages;
+}
+
+uint32_t pool_limit(const struct pool *pool, enum page_kind kind)
+{
+    CHECK((unsigned)kind < PAGE_KINDS);
+    return (uint32_t)min_size(pool->limits[kind], pool->options.device_pages);
 }
 
 void *pool_device_address(const struct pool *pool, uint32_t page)

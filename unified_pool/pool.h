@@ -89,6 +89,13 @@ struct pool_pressure {
 void pool_set_pressure(struct pool *pool, enum page_kind kind,
                        const struct pool_pressure *pressure);
 
+// How many device pages a kind may have at once (at the start: all of them). A reservation that
+// would pass its kind's limit has only its own kind's offers to take, and is FULL when they do not
+// suffice; what a kind has above a new limit stays until it next asks for more. Limits that add up
+// to no more than the pool split it; that is what the one pool is compared with.
+void pool_set_limit(struct pool *pool, enum page_kind kind, uint32_t pages);
+uint32_t pool_limit(const struct pool *pool, enum page_kind kind);
+
 // ---- objects ----
 
 struct pool_object_options {

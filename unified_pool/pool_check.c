@@ -142,7 +142,7 @@ static void check_owners(const struct pool *pool)
 
 void pool_check(const struct pool *pool)
 {
-    uint32_t live = 0, evictable = 0, slots = 0;
+    uint32_t live = 0, evictable = 0, slots = 0, of_kind[PAGE_KINDS] = {0};
     for (int t = 0; t < TIERS; t++)
         check_tier(pool, (enum tier_id)t);
     for (uint32_t i = 0; i < pool->options.objects_max; i++) {
@@ -153,7 +153,10 @@ void pool_check(const struct pool *pool)
         live++;
         slots += object->slots;
         evictable += object->evictable;
+        of_kind[object->kind] += object->evictable;
     }
+    for (int kind = 0; kind < PAGE_KINDS; kind++)
+        CHECK(of_kind[kind] == pool->evictable_of[kind]);
     CHECK(live == pool->objects_live && evictable == pool->evictable);
     CHECK(pool->epoch_oldest >= 1 && pool->epoch_oldest <= pool->epoch_last + 1);
     pool__runs_check(&pool->runs, slots);

@@ -6,6 +6,8 @@
 // counted as coming, so that the same request finds it free once the epoch has retired, and so that
 // asking again before that gives nothing more away. When even everything that could be offered
 // would not suffice, nothing is touched.
+//
+// A kind that has a limit (pool_set_limit) keeps to it first, with its own offers alone.
 #include "unified_pool/internal.h"
 
 // The cheapest of the kinds' offers; `known` caches those that were asked already.
@@ -62,9 +64,28 @@ enum status pool_make_room(struct pool *pool, uint32_t pages)
     return pool__make_room(pool, pages);
 }
 
+// Its own kind gives back what `pages` more would take it above its limit.
+static enum status keep_limit(struct pool *pool, uint8_t kind, uint32_t pages)
+{
+    const uint32_t *held = &pool->tiers[TIER_DEVICE].by_kind[kind];
+    const struct pool_pressure *pressure = &pool->pressure[kind];
+    uint32_t limit = pool->limits[kind];
+    if ((uint64_t)*held + pages > (uint64_t)limit + pool->evictable_of[kind])
+        return STATUS_FULL;
+    while ((uint64_t)*held + pages > limit) {
+        struct pool_offer offer;
+        if (!pressure->cheapest || !pressure->cheapest(pressure->context, &offer))
+            return STATUS_FULL;
+        take_offer(pool, kind, offer.object);
+    }
+    return STATUS_OK;
+}
+
 enum status pool__reserve_pages(struct pool *pool, struct object *object, bool zero)
 {
-    enum status status = pool__make_room(pool, object->slots - object->device);
+    enum status status = keep_limit(pool, object->kind, object->slots - object->device);
+    if (!status)
+        status = pool__make_room(pool, object->slots - object->device);
     if (status)
         return status;
     for (uint32_t s = object->first; s < object->first + object->slots; s++) {

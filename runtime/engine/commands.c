@@ -126,11 +126,15 @@ static bool fits_pool(const struct engine *e, const struct engine_request *r, ad
 {
     struct pool_stats pool;
     pool_stats(e->options.pool, &pool);
-    uint64_t pages =
+    uint32_t pages =
         sequence_pages_needed(e, r->prompt_tokens + r->max_tokens, r->adapter[0], adapter);
-    pages += e->options.adapters ? adapters_kept_pages(e->options.adapters) : 0;
+    uint64_t kept = e->options.adapters ? adapters_kept_pages(e->options.adapters) : 0;
     const struct model *model = e->options.model;
-    return pages + engine_expert_floor(&model->expert_shape, model->config.top_k) <=
+    uint32_t adapter_pages = r->adapter[0] ? adapter_page_count(e->options.adapters, adapter) : 0;
+    if (adapter_pages + kept > pool_limit(e->options.pool, PAGE_ADAPTER) ||
+        pages - adapter_pages > pool_limit(e->options.pool, PAGE_KV))
+        return false;
+    return pages + kept + engine_expert_floor(&model->expert_shape, model->config.top_k) <=
            pool.device_total;
 }
 

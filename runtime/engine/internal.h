@@ -235,6 +235,7 @@ void sequence_bring_back(struct engine *engine);
 void sequence_drop_kv(struct engine *engine, uint32_t slot);
 uint32_t sequence_waiting_class(const struct engine *engine);
 bool sequence_pages_allow(const struct engine *engine, uint32_t more_pages);
+bool sequence_adapters_allow(const struct engine *engine, uint32_t adapter_pages);
 
 // step.c
 bool step_plan(struct engine *engine);  // into engine->next

@@ -74,14 +74,18 @@ static bool promises_hold(const struct engine *e, uint64_t kept, uint32_t total)
     const struct model *model = e->options.model;
     uint64_t beside = kept + engine_expert_floor(&model->expert_shape, model->config.top_k);
     const adapter_id none = {0};
-    if (sequence_pages_needed(e, e->options.context_max, false, none) + beside > total)
+    if (sequence_pages_needed(e, e->options.context_max, false, none) + beside > total ||
+        kept > pool_limit(e->options.pool, PAGE_ADAPTER))
         return false;
     for (int state = SEQUENCE_QUEUED; state <= SEQUENCE_OUT; state++)
         for (uint32_t slot = e->lists[state].head; slot != NO_SLOT;
              slot = e->sequences[slot].next) {
             const struct sequence *s = &e->sequences[slot];
             uint32_t tokens = s->prompt + s->max_tokens;
-            if (sequence_pages_needed(e, tokens, s->has_adapter, s->adapter) + beside > total)
+            uint32_t adapter_pages =
+                s->has_adapter ? adapter_page_count(e->options.adapters, s->adapter) : 0;
+            if (sequence_pages_needed(e, tokens, s->has_adapter, s->adapter) + beside > total ||
+                adapter_pages + kept > pool_limit(e->options.pool, PAGE_ADAPTER))
                 return false;
         }
     return true;
@@ -110,7 +114,8 @@ static enum status pin(struct engine *e, const struct engine_adapter_command *c,
                          "unpin another one or raise --pool-bytes.",
                          pages, pool.device_total);
     uint64_t now = pages + pinned_by_steps(e);
-    if (now > pool.device_total || !sequence_pages_allow(e, (uint32_t)now))
+    if (now > pool.device_total || !sequence_pages_allow(e, (uint32_t)now) ||
+        !sequence_adapters_allow(e, (uint32_t)now))
         return fault_set(fault, STATUS_FULL,
                          "Running requests need the pages now: pin it again a little later.");
     adapter_keep(adapters, id, c->owner);

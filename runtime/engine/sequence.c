@@ -224,6 +224,20 @@ bool sequence_pages_allow(const struct engine *engine, uint32_t more_pages)
     return held + more_pages + floor <= pool.device_total;
 }
 
+// Would the adapters of paused steps, pinned ones and these pages keep to what the pool lets
+// adapters have?
+bool sequence_adapters_allow(const struct engine *engine, uint32_t adapter_pages)
+{
+    uint64_t held = adapter_pages;
+    if (engine->options.adapters)
+        held += adapters_kept_pages(engine->options.adapters);
+    for (int class = 0; class < ENGINE_CLASSES; class ++) {
+        const struct step *step = &engine->steps[class];
+        held += step->state == STEP_PAUSED ? step->adapter_pages : 0;
+    }
+    return held <= pool_limit(engine->options.pool, PAGE_ADAPTER);
+}
+
 void sequence_drop_kv(struct engine *engine, uint32_t slot)
 {
     struct sequence *s = &engine->sequences[slot];
@@ -320,6 +334,16 @@ uint32_t sequence_pages_needed(const struct engine *engine, uint32_t tokens, boo
            (has_adapter ? adapter_page_count(engine->options.adapters, adapter) : 0);
 }
 
+// Would the KV of all sequences, and these tokens more, keep to what the pool lets KV have?
+static bool kv_limit_allows(const struct engine *e, uint32_t tokens, uint32_t more_pages)
+{
+    struct pool_stats pool;
+    pool_stats(e->options.pool, &pool);
+    uint64_t held = pool.device_by_kind[PAGE_KV] -
+                    (uint64_t)kv_cached_blocks(e->options.kv) * e->options.kv_shape.pages_per_block;
+    return held + pages_of_tokens(e, tokens) + more_pages <= pool_limit(e->options.pool, PAGE_KV);
+}
+
 static uint32_t pages_to_start(const struct engine *e, const struct sequence *s)
 {
     // A token more than it has, so that it does not leave again at once.
@@ -374,6 +398,7 @@ void sequence_bring_back(struct engine *engine)
             if (!has_seat(engine, slot))
                 return; // in order: nobody behind it may take what it waits for
             if (!sequence_pages_allow(engine, pages + owed_pages(engine, slot)) ||
+                !kv_limit_allows(engine, s->length + 1, owed_pages(engine, slot)) ||
                 kv_swap_in(kv, s->kv, (enum copy_class)s->class)) {
                 (void)sequence_make_room(engine, slot, pages);
                 return;
@@ -457,7 +482,7 @@ static uint32_t first_out(const struct engine *e)
 void sequence_admit(struct engine *engine)
 {
     const struct engine_options *o = &engine->options;
-    uint32_t awaited = 0; // pages of those whose adapter is on its way
+    uint32_t awaited = 0, awaited_kv = 0; // pages of those whose adapter is on its way
     for (uint32_t slot = engine->lists[SEQUENCE_QUEUED].head; slot != NO_SLOT;) {
         struct sequence *s = &engine->sequences[slot];
         uint32_t next = s->next, out = first_out(engine);
@@ -468,9 +493,12 @@ void sequence_admit(struct engine *engine)
                          "Reading the adapter from its store failed; ask the operator.");
         } else if (!s->paused) {
             uint32_t pages = pages_to_start(engine, s);
+            uint32_t kv = pages_of_tokens(engine, s->length + 1);
             if (!has_seat(engine, slot))
                 return;
-            if (!sequence_pages_allow(engine, pages + awaited + owed_pages(engine, slot))) {
+            if (!sequence_pages_allow(engine, pages + awaited + owed_pages(engine, slot)) ||
+                !kv_limit_allows(engine, s->length + 1, awaited_kv + owed_pages(engine, slot)) ||
+                !sequence_adapters_allow(engine, pages + awaited - kv - awaited_kv)) {
                 if (!awaited)
                     (void)sequence_make_room(engine, slot, pages);
                 return;
@@ -480,6 +508,7 @@ void sequence_admit(struct engine *engine)
                 fetch_adapter(engine, s);
                 sequence_want(engine, slot, pages);
                 awaited += pages;
+                awaited_kv += kv;
             } else if (!start(engine, slot)) {
                 return;
             }

@@ -468,6 +468,16 @@ struct pool *stack_pool(struct stack *stack)
     return stack->pool;
 }
 
+struct copy_queues *stack_copies(struct stack *stack)
+{
+    return stack->copies;
+}
+
+struct experts *stack_experts(struct stack *stack)
+{
+    return stack->experts;
+}
+
 struct kv *stack_kv(struct stack *stack)
 {
     return stack->kv;
@@ -486,6 +496,11 @@ const struct adapter_base *stack_adapter_base(const struct stack *stack)
 size_t stack_page_bytes(const struct stack *stack)
 {
     return stack->page_bytes;
+}
+
+const struct kv_shape *stack_kv_shape(const struct stack *stack)
+{
+    return &stack->kv_shape;
 }
 
 struct engine_limits stack_limits(const struct stack *stack)

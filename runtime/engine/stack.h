@@ -56,12 +56,15 @@ struct engine *stack_engine(struct stack *stack);
 struct engine_port *stack_port(struct stack *stack);
 const struct model *stack_model(const struct stack *stack);
 struct pool *stack_pool(struct stack *stack);
+struct copy_queues *stack_copies(struct stack *stack);
+struct experts *stack_experts(struct stack *stack); // NULL for a dense model
 struct kv *stack_kv(struct stack *stack);
 struct adapters *stack_adapters(struct stack *stack);
 struct engine_limits stack_limits(const struct stack *stack);
 // What is needed to convert adapters for this stack; any thread. Lives as long as the stack.
 const struct adapter_base *stack_adapter_base(const struct stack *stack);
 size_t stack_page_bytes(const struct stack *stack);
+const struct kv_shape *stack_kv_shape(const struct stack *stack);
 // "cpu avx512bf16, 2 threads" and the sizes, one line, for the log.
 void stack_describe(const struct stack *stack, char *out, size_t room);
 

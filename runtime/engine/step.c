@@ -65,6 +65,8 @@ static bool pin_adapter(struct engine *e, struct secured *held, uint32_t slot, u
     struct adapters *adapters = e->options.adapters;
     if (!holds_adapter(e, held, s->adapter))
         *more = adapter_page_count(adapters, s->adapter);
+    if (!sequence_adapters_allow(e, held->beside + held->adapter_pages + *more))
+        return false; // a later step has room for it
     if (!sequence_pages_allow(e, held->beside + held->adapter_pages + *more)) {
         (void)sequence_make_room(e, slot, *more + e->options.kv_shape.pages_per_block);
         return false;
@@ -78,7 +80,8 @@ static bool pin_adapter(struct engine *e, struct secured *held, uint32_t slot, u
         }
         sequence_adapter_lacks(e, s);
         sequence_want(e, slot, *more + e->options.kv_shape.pages_per_block);
-        if (sequence_pages_allow(e, held->beside + held->adapter_pages + held->awaited + *more))
+        uint32_t pages = held->beside + held->adapter_pages + held->awaited + *more;
+        if (sequence_pages_allow(e, pages) && sequence_adapters_allow(e, pages))
             status = adapter_fetch(adapters, s->adapter, (enum copy_class)s->class, COPY_ADAPTER);
         held->awaited += status ? 0 : *more;
         return false;

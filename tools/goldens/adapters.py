@@ -9,12 +9,16 @@
 
 Every run makes the cases that its versions can write and leaves the rest alone. Written per case, in
 tests/golden/adapters/NAME/:
-    adapter/             adapter_config.json and adapter_model.safetensors, untouched
+    adapter/             adapter_config.json and adapter_model.safetensors, untouched but for the fields that a
+                         case names in `written`, which PEFT then reads; with `stacked` the experts are rewritten
+                         as 3-D tensors after PEFT has given the changes and logits
     golden.safetensors   tokens.I (I32), logits.I (F32 [tokens, vocab]) for I = 0, 1, made in float32
                          delta:MATRIX (F32 [out, in]): the effective change of the matrix
                          applied (I32 [1]): matrices with LoRA; writer (U8): versions, as text
                          __metadata__: base = name of the base's directory
-../adapters_names.json: for 31 configurations and 84 names, what PEFT's own functions answer.
+../adapters_names.json: for 31 configurations and 84 names, what PEFT's own functions answer; ../adapters_names_old.json:
+the same of writer "old", for what changed since ("names" on the command line makes these).
+../adapters_refused/NAME/ ("refused" on the command line): adapters that the server refuses by name, as PEFT wrote them.
 The bases are in tests/golden/adapters/base-*/ (config.json, model.safetensors, tokenizer.json), with a
 golden.safetensors of their own (tokens.I, logits.I); every writer's versions must agree with it.
 """
@@ -115,6 +119,47 @@ CASES = {
         r=2, lora_alpha=3, target_modules=MLP,
         rank_pattern={r"experts\.3\.gate_proj": 9, "layers.2.mlp.experts.0.down_proj": 5, "layers.1.mlp.up_proj": 13},
         alpha_pattern={"down_proj": 7})),
+    # the text of the pattern stays in the file where transformers does not rewrite the targets (dense, or older)
+    "regex-text": ("new", "base-dense", dict(r=4, lora_alpha=6, target_modules=r".*\.[02]\..*(q|up|down)_proj",
+                                             exclude_modules=r"model\.layers\.2\.mlp\.up.*")),
+    "old-regex-text": ("old", "base-moe", dict(r=3, lora_alpha=6, target_modules=r".*\.[02]\..*(q|o)_proj")),
+    "regex-per-expert": ("v4", "base-moe", dict(
+        r=2, lora_alpha=4, target_modules=r".*\.(experts\.[03]\.(gate|down)_proj|0\.self_attn\.v_proj)")),
+    # PEFT writes the resolved list; the text is what a person or another trainer leaves there
+    "all-linear-text": ("new", "base-dense", dict(r=2, lora_alpha=3, target_modules="all-linear",
+                                                  exclude_modules=r".*\.1\..*",
+                                                  written=dict(target_modules="all-linear"))),
+    # PEFT's matrices and changes, written as 3-D tensors: no PEFT writes these
+    "stacked": ("new", "base-moe", dict(r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=[GATE_UP, DOWN],
+                                        rank_pattern={"experts.gate_up_proj": 5}, stacked="linear")),
+    "stacked-transposed": ("new", "base-moe", dict(r=3, lora_alpha=9, target_modules=[],
+                                                   target_parameters=[GATE_UP, DOWN], stacked="transposed")),
+    "stacked-words": ("v4", "base-moe", dict(r=2, lora_alpha=3, target_modules=MLP, layers_to_transform=[0, 2],
+                                             layers_pattern="layers", stacked="linear")),
+    # one number, no layers_pattern
+    "layers-plain": ("new", "base-dense", dict(r=3, lora_alpha=12, target_modules=["q_proj", "down_proj"],
+                                               layers_to_transform=2)),
+    # before 0.20: experts 1 and 3 of every layer, and the dense layer 1
+    "layers-per-expert": ("v4", "base-moe", dict(r=2, lora_alpha=5, target_modules=["up_proj", "down_proj"],
+                                                 layers_to_transform=[1, 3])),
+    # set, and without effect: nn.Linear is never fan_in_fan_out, and this base has no biases
+    "no-effect": ("new", "base-dense", dict(r=2, lora_alpha=5, target_modules=["v_proj"], bias="lora_only",
+                                            written=dict(fan_in_fan_out=True))),
+}
+
+
+# What the server refuses by name, as PEFT writes it: (base, LoraConfig arguments, save_pretrained arguments)
+REFUSED = {
+    "dora": ("base-dense", dict(target_modules=["q_proj"], use_dora=True), {}),
+    "modules-to-save": ("base-dense", dict(target_modules=["q_proj"], modules_to_save=["lm_head"]), {}),
+    "lora-bias": ("base-dense", dict(target_modules=["q_proj"], lora_bias=True), {}),
+    "trained-tokens": ("base-dense", dict(target_modules=["q_proj"], trainable_token_indices=[1, 2]), {}),
+    "embeddings": ("base-dense", dict(target_modules=["q_proj", "embed_tokens"]), dict(save_embedding_layers=False)),
+    "embeddings-base": ("base-dense", dict(target_modules=["q_proj", "embed_tokens"]), {}),
+    "embeddings-whole": ("base-dense", dict(target_modules=["q_proj"]), dict(save_embedding_layers=True)),
+    "lm-head": ("base-dense", dict(target_modules=["q_proj", "lm_head"]), dict(save_embedding_layers=False)),
+    "router": ("base-moe", dict(target_modules=["q_proj"], target_parameters=["gate.weight"]), {}),
+    "shared-experts": ("shared", dict(target_modules=["q_proj", "shared_expert.up_proj"]), {}),
 }
 
 
@@ -201,14 +246,44 @@ def kept(name):
     return layer in (0, 2) and expert in (0, 3)
 
 
+def stack(path, base, order):
+    """Rewrites the experts of an adapter as 3-D tensors: A [E, r, in], B [E, out, r], or each transposed."""
+    experts, out, single = BASES[base]["num_experts"], {}, {}
+    for key, tensor in load_file(path / "adapter_model.safetensors").items():
+        prefix, _, rest = key.partition(".mlp.experts.")
+        parts = rest.split(".")
+        if not rest:
+            out[key] = tensor
+        elif parts[0].isdigit():
+            single.setdefault((f"{prefix}.mlp.experts.{parts[1]}.{parts[2]}.weight"), {})[int(parts[0])] = tensor
+        else:  # both parameters are targeted: the inner one is gate_up_proj
+            word = "gate_up_proj" if parts[0] == "base_layer" else "down_proj"
+            if parts[-2] == "lora_A":
+                tensor = tensor.view(experts, -1, tensor.shape[1])
+            else:
+                tensor = tensor.view(tensor.shape[0], -1, experts).permute(2, 0, 1)
+            out[f"{prefix}.mlp.experts.{word}.{parts[-2]}.weight"] = tensor
+    for key, tensors in single.items():
+        out[key] = torch.stack([tensors[e] for e in range(experts)])
+    for key, tensor in out.items():
+        turned = order == "transposed" and tensor.dim() == 3
+        out[key] = (tensor.transpose(1, 2) if turned else tensor).contiguous()
+    save_file(out, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((path / "adapter_config.json").read_text())
+    settings["target_modules"] += settings["target_parameters"] or []
+    settings["target_parameters"] = None
+    (path / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
+
+
 def make_case(name, seed):
     writer, base, arguments = CASES[name]
     path = ROOT / name
     arguments = dict(arguments)
     torch.manual_seed(seed)
+    written, stacked = arguments.pop("written", {}), arguments.pop("stacked", None)
     if arguments.pop("no_dense", False):
         arguments["exclude_modules"] = ["layers.1.mlp." + word for word in MLP]
-    model = get_peft_model(load_base(base), LoraConfig(task_type="CAUSAL_LM", bias="none", **arguments)).eval()
+    model = get_peft_model(load_base(base), LoraConfig(task_type="CAUSAL_LM", **arguments)).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "lora_" in key:
@@ -219,6 +294,7 @@ def make_case(name, seed):
     (path / "adapter/README.md").unlink(missing_ok=True)
     settings = json.loads((path / "adapter/adapter_config.json").read_text())
     settings["base_model_name_or_path"] = base  # no path of this machine
+    settings.update(written)
     (path / "adapter/adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
     # What a reader of the files gets, not what is in memory.
     model = peft.PeftModel.from_pretrained(load_base(base), path / "adapter").eval()
@@ -237,10 +313,31 @@ def make_case(name, seed):
     writer = f"peft {peft.__version__}, transformers {transformers.__version__}"
     tensors["writer"] = torch.tensor(list(writer.encode()), dtype=torch.uint8)
     tensors["applied"] = torch.tensor([len(found)], dtype=torch.int32)
+    if stacked:
+        stack(path / "adapter", base, stacked)
     # One entry: safetensors writes several in no particular order.
     save_file(tensors, path / "golden.safetensors", metadata={"base": base})
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     print(f"{name}: {len(found)} matrices, logits moved by {difference:.3f}, {size} bytes")
+
+
+def make_refused(name):
+    base, arguments, saving = REFUSED[name]
+    path = ROOT.with_name("adapters_refused") / name
+    torch.manual_seed(0)
+    if base == "shared":
+        config = transformers.Qwen2MoeConfig(**dict(BASES["base-moe"], shared_expert_intermediate_size=8))
+        model = transformers.Qwen2MoeForCausalLM(config)
+    else:
+        model = load_base(base)
+    model = get_peft_model(model, LoraConfig(r=1, lora_alpha=2, task_type="CAUSAL_LM", **arguments))
+    shutil.rmtree(path, ignore_errors=True)
+    model.save_pretrained(path, **saving)
+    (path / "README.md").unlink(missing_ok=True)
+    settings = json.loads((path / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = base
+    (path / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True))
+    print(f"{name}: {sorted(load_file(path / 'adapter_model.safetensors'))[:2]}")
 
 
 # (LoraConfig arguments): which matrices PEFT targets, at what rank and scale.
@@ -277,6 +374,13 @@ MATCHING = [
     dict(target_modules=["q_proj"], alpha_pattern={"q_proj": 1, "up_proj": 0.5, "gate_up_proj": -3}, use_rslora=True),
     dict(target_modules=["q_proj"], alpha_pattern={"down_proj": 64}, rank_pattern={"mlp.down_proj": 48}),
 ]
+# Before 0.20 layers_to_transform without layers_pattern took the last number of a name, not the first.
+MATCHING_OLD = [
+    dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1]),
+    dict(target_modules=["q_proj", "gate_proj", "model.layers.0.self_attn.k_proj"], layers_to_transform=3),
+    dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 12], layers_pattern="layers"),
+    dict(target_modules=["up_proj"], layers_to_transform=[1], layers_pattern=["h", "experts"]),
+]
 
 
 def matching_names():
@@ -292,11 +396,11 @@ def matching_names():
             yield f"model.layers.{layer}.mlp.experts.{word}", True
 
 
-def make_matching():
+def make_matching(file, cases):
     from peft.tuners.tuners_utils import check_target_module_exists
     from peft.utils.other import get_pattern_key
     out = []
-    for arguments in MATCHING:
+    for arguments in cases:
         config = LoraConfig(r=16, lora_alpha=24, task_type="CAUSAL_LM", **arguments)
         answers = []
         for name, is_parameter in matching_names():
@@ -309,10 +413,10 @@ def make_matching():
             alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
             scale = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
             answers.append([name, targeted, rank, scale])
-        arguments = dict(arguments, peft_type="LORA", r=16, lora_alpha=24)
+        arguments = dict(arguments, peft_type="LORA", r=16, lora_alpha=24, peft_version=peft.__version__)
         out.append({"config": json.dumps(arguments), "answers": answers})
     lines = ",\n".join(json.dumps(case, separators=(",", ":")) for case in out)
-    ROOT.with_name("adapters_names.json").write_text("[" + lines + "]\n")
+    ROOT.with_name(file).write_text("[" + lines + "]\n")
     print(f"matching: {len(out)} configurations, {len(answers)} names each")
 
 
@@ -322,7 +426,14 @@ def main():
     if WRITER == "new" and not chosen:
         for seed, name in enumerate(BASES):
             make_base(name, seed)
-        make_matching()
+    if not chosen or "names" in chosen:
+        if WRITER == "new":
+            make_matching("adapters_names.json", MATCHING)
+        elif WRITER == "old":
+            make_matching("adapters_names_old.json", MATCHING_OLD)
+    for name in REFUSED:
+        if WRITER == "new" and (not chosen or "refused" in chosen):
+            make_refused(name)
     for seed, (name, case) in enumerate(CASES.items()):
         if case[0] == WRITER and (not chosen or name in chosen):
             make_case(name, 1000 + seed)
