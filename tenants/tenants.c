@@ -127,6 +127,9 @@ static enum status read_limits(const struct yaml_node *map, struct tenant *tenan
     if (!status)
         status = yaml_map_bool(map, "manage_adapters", &tenant->manage_adapters, fault);
     if (!status)
+        status =
+            yaml_map_u64(map, "adapter_bytes", 0, TENANT_BYTES_MAX, &tenant->adapter_bytes, fault);
+    if (!status)
         status = yaml_map_u64(map, "pinned_adapter_bytes", 0, TENANT_BYTES_MAX,
                               &tenant->pinned_adapter_bytes, fault);
     return status;
@@ -134,10 +137,19 @@ static enum status read_limits(const struct yaml_node *map, struct tenant *tenan
 
 static enum status read_entry(const struct yaml_node *map, struct entry *entry, struct fault *fault)
 {
-    static const char *const known[] = {
-        "name",       "keys_blake2b",       "allowed_adapters",      "priority_class",
-        "weight",     "rpm_limit",          "max_parallel_requests", "max_queue",
-        "max_tokens", "max_context_tokens", "manage_adapters",       "pinned_adapter_bytes"};
+    static const char *const known[] = {"name",
+                                        "keys_blake2b",
+                                        "allowed_adapters",
+                                        "priority_class",
+                                        "weight",
+                                        "rpm_limit",
+                                        "max_parallel_requests",
+                                        "max_queue",
+                                        "max_tokens",
+                                        "max_context_tokens",
+                                        "manage_adapters",
+                                        "adapter_bytes",
+                                        "pinned_adapter_bytes"};
     *entry = (struct entry){.tenant = {.active = true,
                                        .class = TENANT_STANDARD,
                                        .weight = 1,

@@ -19,6 +19,7 @@
 //       max_tokens: 1024                # of one answer; 0: what the model allows
 //       max_context_tokens: 4096        # prompt + max_tokens; 0: what the model allows
 //       manage_adapters: false          # adapters.add, remove, pin ..., numbers of all tenants
+//       adapter_bytes: 0                # of the adapters it has registered; 0: no limit
 //       pinned_adapter_bytes: 0         # of adapters it may pin on the device; 0: none
 //
 // Tables: any thread may read. Counters: the thread that owns them. Time is passed in.
@@ -51,7 +52,7 @@ struct tenant {
     double weight;
     uint32_t rpm_limit, max_parallel_requests, max_queue, max_tokens, max_context_tokens;
     bool manage_adapters;
-    uint64_t pinned_adapter_bytes;
+    uint64_t adapter_bytes, pinned_adapter_bytes;
 };
 
 struct tenants;

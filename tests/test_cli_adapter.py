@@ -247,6 +247,26 @@ def test_adapter_pin_leaves_room_for_a_context():
     return "%d of 12: %s" % (pinned, refusal.message)
 
 
+def test_adapter_bytes_of_a_tenant():
+    """458752 bytes of pl and 262144 of it: both do not fit a million with a second pl; a new version takes the old one's place."""
+    state = path("quota")
+    add(state, "operators", source("kjv-all-r4"))  # the operator's does not count
+    tenants = TENANTS + "    adapter_bytes: 1000000\n"
+    with Server(state, tenants, "--adapter-dir", ADAPTERS) as server, server.peer("key-acme") as peer:
+        sizes = {name: peer.call("adapters.add", name=name, path=directory)["report"]["bytes"]
+                 for name, directory in (("pl", "man-pl-attn-r16"), ("it", "man-it-attn-r8"))}
+        error = peer.refused("adapters.add", name="more", path="man-pl-attn-r16")
+        assert error["code"] == "resource_exhausted" and "adapter_bytes" in error["message"], error
+        assert str(sum(sizes.values())) in error["message"], (sizes, error)
+        assert peer.call("adapters.add", name="it", path="man-pl-attn-r16")["report"]["version"] == 2
+        assert peer.refused("adapters.add", name="it", path="kjv-all-r4")["code"] == "resource_exhausted"
+        assert {a["name"]: a["version"] for a in peer.call("adapters.list")} == {"operators": 1, "pl": 1, "it": 2}
+        peer.call("adapters.remove", name="pl")
+        peer.call("adapters.add", name="more", path="man-it-attn-r8")
+    assert files(state) == ["it@acme.adapter", "more@acme.adapter", "operators.adapter"]
+    return error["message"]
+
+
 # ---- manifests ----
 
 def manifest(name, entries):

@@ -35,7 +35,7 @@ static void test_tenants_key_gives_identity(void **state)
     (void)snprintf(text, sizeof text,
                    "tenants:\n  - name: one\n    keys_blake2b: [%s, %s]\n  - name: two\n"
                    "    keys_blake2b: [%s]\n    priority_class: interactive\n    weight: 2.5\n"
-                   "    pinned_adapter_bytes: 1099511627776\n",
+                   "    pinned_adapter_bytes: 1099511627776\n    adapter_bytes: 5\n",
                    hash_of("key-a", a), hash_of("key-b", b), hash_of("key-c", c));
     struct tenants *tenants = parsed(text, NULL);
     uint32_t number = 9;
@@ -48,6 +48,7 @@ static void test_tenants_key_gives_identity(void **state)
     assert_int_equal(tenants_at(tenants, 1)->class, TENANT_INTERACTIVE);
     assert_true(tenants_at(tenants, 1)->weight == 2.5);
     assert_true(tenants_at(tenants, 1)->pinned_adapter_bytes == 1ull << 40);
+    assert_true(tenants_at(tenants, 1)->adapter_bytes == 5);
     assert_true(tenants_at(tenants, 0)->pinned_adapter_bytes == 0);
     assert_null(tenants_at(tenants, 2));
     tenants_free(tenants);

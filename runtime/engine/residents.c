@@ -21,6 +21,29 @@ static bool is_its_own(const struct engine *e, adapter_id id, uint32_t tenant)
     return owner >= e->options.tenants_max || owner == tenant;
 }
 
+// What the tenant has registered, with the new one in the place of its old version.
+static enum status check_quota(const struct engine *e, const struct engine_adapter_command *c,
+                               struct fault *fault)
+{
+    struct adapter_summary summary;
+    struct adapter_info info;
+    struct pool_stats pool;
+    uint64_t bytes = 0;
+    if (!c->owned_bytes_max || adapter_inspect(c->store_path, false, &summary, NULL))
+        return STATUS_OK; // what cannot be read is refused where it is opened
+    pool_stats(e->options.pool, &pool);
+    for (uint32_t i = 0; adapter_at(e->options.adapters, i, &info); i++)
+        if (info.owner == c->owner && strcmp(info.name, c->name) != 0)
+            bytes += (uint64_t)info.pages * pool.page_bytes;
+    if (bytes + summary.report.bytes <= c->owned_bytes_max)
+        return STATUS_OK;
+    return fault_set(fault, STATUS_LIMIT,
+                     "It has %llu bytes; this tenant's other adapters have %llu of at most %llu "
+                     "(adapter_bytes): remove one.",
+                     (unsigned long long)summary.report.bytes, (unsigned long long)bytes,
+                     (unsigned long long)c->owned_bytes_max);
+}
+
 // Another tenant's adapter cannot be replaced: to this one the name is taken.
 static enum status register_adapter(struct engine *e, const struct engine_adapter_command *c,
                                     struct fault *fault)
@@ -34,6 +57,9 @@ static enum status register_adapter(struct engine *e, const struct engine_adapte
     if (o->model->share.world > 1)
         return fault_set(fault, STATUS_UNSUPPORTED,
                          "Adapters cannot be served by a model that several ranks share.");
+    enum status status = check_quota(e, c, fault);
+    if (status)
+        return status;
     return replace ? adapter_replace(o->adapters, c->name, c->store_path, owner, &id, fault)
                    : adapter_register(o->adapters, c->name, c->store_path, owner, &id, fault);
 }

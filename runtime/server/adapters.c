@@ -361,6 +361,7 @@ static bool send_add(struct request *request)
                                              .owner = request->tenant,
                                              .id = request_id(request, 0),
                                              .replace = request->replace};
+    command.owned_bytes_max = tenants_at(request->server->tenants, request->tenant)->adapter_bytes;
     (void)snprintf(command.name, sizeof command.name, "%.63s", request->model);
     memcpy(command.store_path, request->store_path, sizeof command.store_path);
     return engine_send(request->server->options.port, &command, sizeof command) == STATUS_OK;
