@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The msgpack-RPC server of docs/protocol.md: connections, identities, limits and the translation
 // between messages and the engine's port. One I/O thread (the caller of server_run) does
-// everything; one worker thread converts adapters. The server decides nothing about scheduling.
+// everything but what waits for a disk: one thread converts adapters, one does the short file
+// operations. The server decides nothing about scheduling.
 //
 // Promises: every accepted request gets exactly one response, or its connection is closed; nothing
 // a client sends makes memory grow beyond the limits below; a slow, silent or hostile client costs
