@@ -3,8 +3,8 @@
 //
 // States of a slot, and who moves it:
 //
-//   FREE --adapter_register--> NAMED --adapter_remove--> LEAVING --bury--> BURIED --graves_close-->
-//     FREE
+//   FREE --adapter_register, adapter_replace--> NAMED --adapter_remove, adapter_replace--> LEAVING
+//     --bury--> BURIED --graves_close--> FREE
 //
 // A NAMED adapter has a place in the name index. A LEAVING one has none: its name is free, requests
 // that hold it go on, and it is buried when the last user has released it and nothing pins it.
@@ -24,60 +24,24 @@
 // stream. What stands there of an adapter that is not resident is of no meaning. A slot is freed
 // when nothing pins it, so no segment in flight reads what is released or written anew.
 //
+// A NAMED adapter may have a keeper (keep.c), a tenant that pinned it: then it is not offered under
+// pressure, and its pages count as taken whether they are there yet or not.
+//
 // Invariants: 1. `order` holds the slots in state NAMED, by name. 2. users > 0 or pinned: the
 // object lives. 3. warm holds every adapter with device pages, no slot twice. 4. an id names one
 // registration: slot and generation. 5. a resident adapter is in `arriving` or its pages stand in
 // the page table. Does not decide who may use an adapter (runtime) nor who gives pages back (the
 // pool; the price is price.c).
-#include "adapters/adapters.h"
+#include "adapters/internal.h"
 
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "adapters/price.h"
-#include "adapters/store.h"
 #include "base/check.h"
 
 // FLUSHES_ALIVE: as in experts.c, flushes whose arrays segments in flight may still read.
-enum { SLOTS_MAX = 0xffff, NO_PLACE = 0xffffffff, QUIET_TRIES = 1000000, FLUSHES_ALIVE = 8 };
-
-enum state { STATE_FREE, STATE_NAMED, STATE_LEAVING, STATE_BURIED };
-
-struct adapter {
-    char name[ADAPTER_NAME_MAX];
-    enum state state;
-    uint16_t generation;
-    uint32_t owner, users;
-    uint32_t place; // in warm, or NO_PLACE
-    bool forgiven;  // a failed fetch of the past no longer counts
-    bool arriving;  // in the list of that name
-    struct reader *file;
-    struct adapter_store store; // without the pairs
-    struct lora_pair *pairs;    // device memory
-    pool_object object;
-    struct adapter_heat heat;
-    struct adapter_loads loads;
-    uint64_t fetch_us; // when the fetch under way began
-};
-
-struct adapters {
-    struct adapter_options options;
-    size_t page_bytes;
-    struct adapter *slots;           // [adapters_max]
-    struct lora_adapter_view *views; // device memory, [adapters_max], by slot
-    uint32_t *page_table;            // device memory, [slots of the pool]
-    uint32_t *flush;                 // alloc_host, [FLUSHES_ALIVE][index, value][flush_words]
-    uint32_t flush_words, flush_next;
-    uint32_t *arriving, arriving_count; // fetched since the last flush
-    uint32_t *free_slots, free_count;
-    uint32_t *order, count; // slots by name
-    uint64_t pool_slots;    // of all pool objects that live
-    uint32_t *warm, warm_count;
-    uint32_t *graves, graves_count; // slots in state BURIED
-    uint64_t fetches, given_back;
-    struct adapter_loads loads; // of all adapters, removed ones too
-};
+enum { SLOTS_MAX = 0xffff, QUIET_TRIES = 1000000, FLUSHES_ALIVE = 8 };
 
 bool adapter_name_is_valid(const char *name)
 {
@@ -88,7 +52,7 @@ bool adapter_name_is_valid(const char *name)
            length;
 }
 
-static adapter_id id_of(const struct adapters *adapters, uint32_t slot)
+adapter_id adapter__id(const struct adapters *adapters, uint32_t slot)
 {
     return (adapter_id){(slot + 1) | (uint32_t)adapters->slots[slot].generation << 16};
 }
@@ -103,7 +67,7 @@ static uint32_t slot_of(const struct adapters *adapters, adapter_id id)
     return slot;
 }
 
-static struct adapter *adapter_of(const struct adapters *adapters, adapter_id id)
+struct adapter *adapter__of(const struct adapters *adapters, adapter_id id)
 {
     return &adapters->slots[slot_of(adapters, id)];
 }
@@ -119,7 +83,7 @@ static void warm_add(struct adapters *adapters, uint32_t slot)
     adapters->warm[adapters->warm_count++] = slot;
 }
 
-static void warm_remove(struct adapters *adapters, struct adapter *adapter)
+void adapter__warm_remove(struct adapters *adapters, struct adapter *adapter)
 {
     uint32_t place = adapter->place;
     if (place == NO_PLACE)
@@ -172,12 +136,13 @@ static bool cheapest(void *context, struct pool_offer *out)
         struct adapter *adapter = &adapters->slots[adapters->warm[i]];
         if (best && !is_cheaper(adapter, best))
             continue;
-        if (pool_is_fetching(pool, adapter->object) || pool_pins(pool, adapter->object))
+        if (adapter->keeper != NO_PLACE || pool_is_fetching(pool, adapter->object) ||
+            pool_pins(pool, adapter->object))
             continue;
         if (pool_is_resident(pool, adapter->object))
             best = adapter;
         else
-            warm_remove(adapters, adapter); // its fetch failed
+            adapter__warm_remove(adapters, adapter); // its fetch failed
     }
     if (!best)
         return false;
@@ -192,7 +157,7 @@ static void give_back(void *context, pool_object object)
 {
     struct adapters *adapters = context;
     struct adapter *adapter = &adapters->slots[pool_tag(adapters->options.pool, object)];
-    warm_remove(adapters, adapter);
+    adapter__warm_remove(adapters, adapter);
     adapters->given_back++;
     pool_drop_device(adapters->options.pool, object);
 }
@@ -217,8 +182,9 @@ static enum status allocate(struct adapters *adapters)
     adapters->order = calloc(slots, sizeof *adapters->order);
     adapters->warm = calloc(slots, sizeof *adapters->warm);
     adapters->graves = calloc(slots, sizeof *adapters->graves);
+    adapters->kept = calloc(slots, sizeof *adapters->kept);
     if (!adapters->slots || !adapters->arriving || !adapters->free_slots || !adapters->order ||
-        !adapters->warm || !adapters->graves)
+        !adapters->warm || !adapters->graves || !adapters->kept)
         return STATUS_NO_MEMORY;
     pool_stats(adapters->options.pool, &stats);
     adapters->page_bytes = stats.page_bytes;
@@ -251,7 +217,7 @@ enum status adapters_create(const struct adapter_options *options, struct adapte
         return status;
     }
     for (uint32_t slot = slots; slot-- > 0;) {
-        adapters->slots[slot].place = NO_PLACE;
+        adapters->slots[slot].place = adapters->slots[slot].keeper = NO_PLACE;
         adapters->free_slots[adapters->free_count++] = slot;
     }
     pool_set_pressure(options->pool, PAGE_ADAPTER,
@@ -286,8 +252,8 @@ static void slot_free(struct adapters *adapters, uint32_t slot)
     pairs_release(adapters, adapter);
     reader_close(adapter->file);
     adapter__store_clear(&adapter->store);
-    *adapter =
-        (struct adapter){.generation = (uint16_t)(adapter->generation + 1), .place = NO_PLACE};
+    *adapter = (struct adapter){
+        .generation = (uint16_t)(adapter->generation + 1), .place = NO_PLACE, .keeper = NO_PLACE};
     adapters->free_slots[adapters->free_count++] = slot;
 }
 
@@ -307,7 +273,7 @@ static void bury(struct adapters *adapters, struct adapter *adapter)
     // After a fetch that failed a read of another page may still be under way.
     bool is_read = pool_is_fetching(pool, adapter->object) ||
                    pool_fetch_status(pool, adapter->object) != STATUS_OK;
-    warm_remove(adapters, adapter);
+    adapter__warm_remove(adapters, adapter);
     arriving_remove(adapters, slot);
     pool_object_destroy(pool, adapter->object);
     adapters->pool_slots -= adapter->store.pages;
@@ -354,12 +320,18 @@ void adapters_destroy(struct adapters *adapters)
     if (adapters->flush)
         device->table->release_host(device, adapters->flush);
     free(adapters->graves);
+    free(adapters->kept);
     free(adapters->slots);
     free(adapters->arriving);
     free(adapters->free_slots);
     free(adapters->order);
     free(adapters->warm);
     free(adapters);
+}
+
+void adapters_limit_rank(struct adapters *adapters, uint32_t rank_max)
+{
+    adapters->rank_max = rank_max;
 }
 
 // ---- names ----
@@ -448,6 +420,11 @@ static enum status slot_fill(struct adapters *adapters, struct adapter *adapter,
     if (!status)
         status = adapter__store_open(adapter->file, label, &adapters->options.base,
                                      adapters->page_bytes, &adapter->store, fault);
+    uint32_t rank = adapter->store.report.rank_max, rank_max = adapters->rank_max;
+    if (!status && rank_max && rank > rank_max)
+        status = fault_set(fault, STATUS_LIMIT,
+                           "The adapter has rank %u; this server takes up to %u (--max-lora-rank).",
+                           rank, rank_max);
     if (!status)
         status = object_create(adapters, adapter, slot, fault);
     if (status)
@@ -460,14 +437,32 @@ static enum status slot_fill(struct adapters *adapters, struct adapter *adapter,
     return status;
 }
 
-enum status adapter_register(struct adapters *adapters, const char *name, const char *store_path,
-                             uint32_t owner, adapter_id *out, struct fault *fault)
+static void name_insert(struct adapters *adapters, uint32_t place, uint32_t slot)
+{
+    memmove(adapters->order + place + 1, adapters->order + place,
+            (adapters->count - place) * sizeof *adapters->order);
+    adapters->order[place] = slot;
+    adapters->count++;
+}
+
+// The name goes over to the new version; the old one leaves when its users have.
+static void name_hand_over(struct adapters *adapters, uint32_t place, uint32_t slot)
+{
+    struct adapter *old = &adapters->slots[adapters->order[place]];
+    adapters->order[place] = slot;
+    adapter__let_go(adapters, old);
+    old->state = STATE_LEAVING;
+    bury_if_done(adapters, old);
+}
+
+static enum status register_as(struct adapters *adapters, const char *name, const char *store_path,
+                               uint32_t owner, bool replace, adapter_id *out, struct fault *fault)
 {
     bool found;
     if (!adapter_name_is_valid(name))
         return fault_set(fault, STATUS_INVALID, "\"%.80s\" is not an adapter name.", name);
     uint32_t place = order_place(adapters, name, &found);
-    if (found)
+    if (found && !replace)
         return fault_set(fault, STATUS_EXISTS, "there is an adapter \"%s\" already.", name);
     graves_close(adapters);
     if (!adapters->free_count)
@@ -476,23 +471,36 @@ enum status adapter_register(struct adapters *adapters, const char *name, const 
     uint32_t slot = adapters->free_slots[adapters->free_count - 1];
     struct adapter *adapter = &adapters->slots[slot];
     strcpy(adapter->name, name);
-    adapter->owner = owner;
+    adapter->owner = found ? adapters->slots[adapters->order[place]].owner : owner;
     enum status status = slot_fill(adapters, adapter, slot, store_path, fault);
     if (status) {
         pairs_release(adapters, adapter);
         adapter__store_clear(&adapter->store);
         reader_close(adapter->file);
-        *adapter = (struct adapter){.generation = adapter->generation, .place = NO_PLACE};
+        *adapter = (struct adapter){
+            .generation = adapter->generation, .place = NO_PLACE, .keeper = NO_PLACE};
         return status;
     }
     adapter->state = STATE_NAMED;
     adapters->free_count--;
-    memmove(adapters->order + place + 1, adapters->order + place,
-            (adapters->count - place) * sizeof *adapters->order);
-    adapters->order[place] = slot;
-    adapters->count++;
-    *out = id_of(adapters, slot);
+    if (found)
+        name_hand_over(adapters, place, slot);
+    else
+        name_insert(adapters, place, slot);
+    *out = adapter__id(adapters, slot);
     return STATUS_OK;
+}
+
+enum status adapter_register(struct adapters *adapters, const char *name, const char *store_path,
+                             uint32_t owner, adapter_id *out, struct fault *fault)
+{
+    return register_as(adapters, name, store_path, owner, false, out, fault);
+}
+
+enum status adapter_replace(struct adapters *adapters, const char *name, const char *store_path,
+                            uint32_t owner, adapter_id *out, struct fault *fault)
+{
+    return register_as(adapters, name, store_path, owner, true, out, fault);
 }
 
 enum status adapter_remove(struct adapters *adapters, const char *name)
@@ -505,6 +513,7 @@ enum status adapter_remove(struct adapters *adapters, const char *name)
     adapters->count--;
     memmove(adapters->order + place, adapters->order + place + 1,
             (adapters->count - place) * sizeof *adapters->order);
+    adapter__let_go(adapters, adapter);
     adapter->state = STATE_LEAVING;
     bury_if_done(adapters, adapter);
     return STATUS_OK;
@@ -516,7 +525,7 @@ enum status adapter_find(const struct adapters *adapters, const char *name, adap
     uint32_t place = order_place(adapters, name, &found);
     if (!found)
         return STATUS_NOT_FOUND;
-    *out = id_of(adapters, adapters->order[place]);
+    *out = adapter__id(adapters, adapters->order[place]);
     return STATUS_OK;
 }
 
@@ -524,7 +533,7 @@ enum status adapter_find(const struct adapters *adapters, const char *name, adap
 
 void adapter_acquire(struct adapters *adapters, adapter_id id)
 {
-    struct adapter *adapter = adapter_of(adapters, id);
+    struct adapter *adapter = adapter__of(adapters, id);
     adapter__heat_add(&adapter->heat, clock_now_us(&adapters->options.clock));
     bool is_hit = pool_is_resident(adapters->options.pool, adapter->object);
     adapter->loads.hits += is_hit;
@@ -537,7 +546,7 @@ void adapter_acquire(struct adapters *adapters, adapter_id id)
 
 void adapter_release(struct adapters *adapters, adapter_id id)
 {
-    struct adapter *adapter = adapter_of(adapters, id);
+    struct adapter *adapter = adapter__of(adapters, id);
     CHECK(adapter->users);
     adapter->users--;
     bury_if_done(adapters, adapter);
@@ -545,12 +554,12 @@ void adapter_release(struct adapters *adapters, adapter_id id)
 
 uint32_t adapter_owner(const struct adapters *adapters, adapter_id id)
 {
-    return adapter_of(adapters, id)->owner;
+    return adapter__of(adapters, id)->owner;
 }
 
 struct digest adapter_digest(const struct adapters *adapters, adapter_id id)
 {
-    return adapter_of(adapters, id)->store.report.digest;
+    return adapter__of(adapters, id)->store.report.digest;
 }
 
 enum status adapter_fetch(struct adapters *adapters, adapter_id id, enum copy_class class,
@@ -576,36 +585,36 @@ enum status adapter_fetch(struct adapters *adapters, adapter_id id, enum copy_cl
 
 bool adapter_is_resident(const struct adapters *adapters, adapter_id id)
 {
-    return pool_is_resident(adapters->options.pool, adapter_of(adapters, id)->object);
+    return pool_is_resident(adapters->options.pool, adapter__of(adapters, id)->object);
 }
 
 enum status adapter_fetch_status(const struct adapters *adapters, adapter_id id)
 {
-    const struct adapter *adapter = adapter_of(adapters, id);
+    const struct adapter *adapter = adapter__of(adapters, id);
     return adapter->forgiven ? STATUS_OK
                              : pool_fetch_status(adapters->options.pool, adapter->object);
 }
 
 uint32_t adapter_page_count(const struct adapters *adapters, adapter_id id)
 {
-    return adapter_of(adapters, id)->store.pages;
+    return adapter__of(adapters, id)->store.pages;
 }
 
 void adapter_pin(struct adapters *adapters, adapter_id id)
 {
-    pool_pin(adapters->options.pool, adapter_of(adapters, id)->object);
+    pool_pin(adapters->options.pool, adapter__of(adapters, id)->object);
 }
 
 void adapter_unpin(struct adapters *adapters, adapter_id id)
 {
-    struct adapter *adapter = adapter_of(adapters, id);
+    struct adapter *adapter = adapter__of(adapters, id);
     pool_unpin(adapters->options.pool, adapter->object);
     bury_if_done(adapters, adapter);
 }
 
 void adapter_used(struct adapters *adapters, adapter_id id)
 {
-    struct adapter *adapter = adapter_of(adapters, id);
+    struct adapter *adapter = adapter__of(adapters, id);
     adapter__heat_keep(&adapter->heat, clock_now_us(&adapters->options.clock));
 }
 
@@ -664,53 +673,10 @@ uint32_t adapter_view_index(const struct adapters *adapters, adapter_id id)
 
 uint32_t adapter_rank_max(const struct adapters *adapters, adapter_id id)
 {
-    return adapter_of(adapters, id)->store.report.rank_max;
+    return adapter__of(adapters, id)->store.report.rank_max;
 }
 
 bool adapter_has_module(const struct adapters *adapters, adapter_id id, enum lora_module module)
 {
-    return adapter_of(adapters, id)->store.modules >> module & 1;
-}
-
-// ---- numbers ----
-
-uint32_t adapters_count(const struct adapters *adapters)
-{
-    return adapters->count;
-}
-
-bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_info *out)
-{
-    if (index >= adapters->count)
-        return false;
-    const struct adapter *adapter = &adapters->slots[adapters->order[index]];
-    *out = (struct adapter_info){
-        .owner = adapter->owner,
-        .resident = pool_is_resident(adapters->options.pool, adapter->object),
-        .pages = adapter->store.pages,
-        .users = adapter->users,
-        .report = adapter->store.report,
-        .loads = adapter->loads,
-    };
-    memcpy(out->name, adapter->name, sizeof out->name);
-    return true;
-}
-
-void adapters_stats(const struct adapters *adapters, struct adapters_stats *out)
-{
-    *out =
-        (struct adapters_stats){.registered = adapters->count,
-                                .leaving = adapters->options.adapters_max - adapters->free_count -
-                                           adapters->count - adapters->graves_count,
-                                .fetches = adapters->fetches,
-                                .given_back = adapters->given_back,
-                                .loads = adapters->loads};
-    for (uint32_t i = 0; i < adapters->warm_count; i++) {
-        const struct adapter *adapter = &adapters->slots[adapters->warm[i]];
-        out->fetching += pool_is_fetching(adapters->options.pool, adapter->object);
-        if (pool_is_resident(adapters->options.pool, adapter->object)) {
-            out->resident++;
-            out->resident_pages += adapter->store.pages;
-        }
-    }
+    return adapter__of(adapters, id)->store.modules >> module & 1;
 }

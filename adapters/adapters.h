@@ -45,6 +45,8 @@ struct adapter_report {
     char layout[ADAPTER_LAYOUT_BYTES];
     char ignored[512];    // adapter_config fields that were ignored, comma separated
     struct digest digest; // content
+    struct digest source; // of the two files it was made from; zero: not known
+    uint32_t version;     // of its name, from 1
 };
 
 // Names are [A-Za-z0-9._-], not starting with '.', at most ADAPTER_NAME_MAX - 1 long.
@@ -56,6 +58,30 @@ bool adapter_name_is_valid(const char *name);
 MUST_USE enum status adapter_convert(const char *directory, const struct adapter_base *base,
                                      size_t page_bytes, const char *store_path,
                                      struct adapter_report *report, struct fault *fault);
+// The same for the version of a name that was registered before; adapter_convert writes version 1.
+MUST_USE enum status adapter_convert_version(const char *directory, const struct adapter_base *base,
+                                             size_t page_bytes, uint32_t version,
+                                             const char *store_path, struct adapter_report *report,
+                                             struct fault *fault);
+// Digest of the two files, as adapter_convert puts it into report->source.
+MUST_USE enum status adapter_source(const char *directory, struct digest *out, struct fault *fault);
+
+// The version of the store file at this path, 0 when there is none that can be read. *same (may be
+// NULL): converting the directory for this base and page size would give the same content.
+uint32_t adapter_version_at(const char *store_path, const char *directory,
+                            const struct adapter_base *base, size_t page_bytes, bool *same);
+
+// What a store file says of itself, for whom its base is not at hand. Any thread.
+struct adapter_summary {
+    struct adapter_report report;
+    struct digest base;
+    enum dtype dtype;
+    size_t page_bytes;
+    uint64_t file_bytes;
+};
+// whole: also reads the pages and compares them with their digest.
+MUST_USE enum status adapter_inspect(const char *store_path, bool whole,
+                                     struct adapter_summary *out, struct fault *fault);
 
 // Reads a whole store file and compares it with its digests; adapter_register checks all but the
 // content of the pages. Any thread.
@@ -83,6 +109,9 @@ struct adapter_options {
 };
 MUST_USE enum status adapters_create(const struct adapter_options *options, struct adapters **out);
 void adapters_destroy(struct adapters *adapters);
+// From now on an adapter of a larger rank is refused with LIMIT: what the work areas of the engine
+// hold.
+void adapters_limit_rank(struct adapters *adapters, uint32_t rank_max);
 
 // Registers a store file under a name. EXISTS when taken; CORRUPT, or DENIED for another base;
 // INVALID for other pages or another dtype (convert again); LIMIT when there are too many or it is
@@ -91,6 +120,12 @@ void adapters_destroy(struct adapters *adapters);
 MUST_USE enum status adapter_register(struct adapters *adapters, const char *name,
                                       const char *store_path, uint32_t owner, adapter_id *out,
                                       struct fault *fault);
+// The next version of a name, or its first: a name that is taken goes over to the new store file
+// and keeps its owner. Requests that hold the old version finish on it; what comes later gets the
+// new one. A failure leaves the old one as it was.
+MUST_USE enum status adapter_replace(struct adapters *adapters, const char *name,
+                                     const char *store_path, uint32_t owner, adapter_id *out,
+                                     struct fault *fault);
 // The name is free at once; running requests finish, then pages and file handle go.
 MUST_USE enum status adapter_remove(struct adapters *adapters, const char *name);
 MUST_USE enum status adapter_find(const struct adapters *adapters, const char *name,
@@ -112,6 +147,21 @@ uint32_t adapter_page_count(const struct adapters *adapters, adapter_id id);
 void adapter_pin(struct adapters *adapters, adapter_id id); // while a step uses it
 void adapter_unpin(struct adapters *adapters, adapter_id id);
 void adapter_used(struct adapters *adapters, adapter_id id); // recency, popularity
+
+// Begins to fetch its pages, as if a request had asked. FULL: no room now.
+MUST_USE enum status adapter_load(struct adapters *adapters, adapter_id id);
+// Gives its device pages back. BUSY when it is used, on its way or kept.
+MUST_USE enum status adapter_unload(struct adapters *adapters, adapter_id id, struct fault *fault);
+// Pins it for a tenant: never given back under pressure until it is let go, removed or replaced.
+// Not for one that is kept already. Its pages count from here on, and are fetched by
+// adapters_fetch_kept: at every turn of the engine.
+enum { ADAPTER_NO_KEEPER = 0xffffffff };
+void adapter_keep(struct adapters *adapters, adapter_id id, uint32_t keeper);
+void adapter_let_go(struct adapters *adapters, adapter_id id);
+uint32_t adapter_keeper(const struct adapters *adapters, adapter_id id); // or ADAPTER_NO_KEEPER
+uint64_t adapters_kept_pages(const struct adapters *adapters);
+uint64_t adapters_kept_pages_of(const struct adapters *adapters, uint32_t keeper);
+void adapters_fetch_kept(struct adapters *adapters);
 
 // Records the page numbers of the adapters that became resident since the last flush into the
 // stream, before the segment's other commands. Between this and the submit of that segment nothing
@@ -138,6 +188,7 @@ struct adapter_info {
     uint32_t owner;
     bool resident;
     uint32_t pages, users;
+    uint32_t keeper; // ADAPTER_NO_KEEPER: not pinned
     struct adapter_report report;
     struct adapter_loads loads;
 };
@@ -148,6 +199,8 @@ bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_
 struct adapters_stats {
     uint32_t registered, leaving; // leaving: removed, still used by running requests
     uint32_t resident, resident_pages, fetching;
+    uint32_t kept; // pinned by tenants
+    uint64_t kept_pages;
     uint64_t fetches, given_back;
     struct adapter_loads loads; // since the start, of removed adapters too
 };

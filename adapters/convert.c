@@ -17,7 +17,7 @@
 #include "base/arith.h"
 #include "base/check.h"
 
-enum { CONFIG_BYTES_MAX = 4 << 20 };
+enum { CONFIG_BYTES_MAX = 4 << 20, HASH_CHUNK = 256 << 10 };
 
 #define CONFIG_NAME "adapter_config.json"
 #define WEIGHTS_NAME "adapter_model.safetensors"
@@ -212,16 +212,67 @@ static enum status config_load(const char *directory, struct peft_config *out, s
     return status;
 }
 
+// (size, bytes) of a file that is open.
+static enum status hash_reader(struct reader *reader, const char *name, struct hash_stream *stream,
+                               struct fault *fault)
+{
+    uint8_t *chunk = malloc(HASH_CHUNK);
+    if (!chunk)
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory while reading %s.", name);
+    enum status status = STATUS_OK;
+    hash_update(stream, &reader->size, sizeof reader->size);
+    for (uint64_t at = 0; at < reader->size && !status; at += HASH_CHUNK) {
+        size_t bytes = min_size((size_t)(reader->size - at), HASH_CHUNK);
+        status = reader_read(reader, at, chunk, bytes);
+        hash_update(stream, chunk, bytes);
+    }
+    free(chunk);
+    return status ? fault_set(fault, status, "reading %s failed.", name) : STATUS_OK;
+}
+
+static enum status source_hash(const char *directory, struct reader *weights, struct digest *out,
+                               struct fault *fault)
+{
+    struct hash_stream stream;
+    struct reader *config = NULL;
+    hash_begin(&stream, NULL);
+    enum status status = reader_open_in(directory, CONFIG_NAME, &config, fault);
+    if (!status)
+        status = hash_reader(config, CONFIG_NAME, &stream, fault);
+    if (!status)
+        status = hash_reader(weights, WEIGHTS_NAME, &stream, fault);
+    reader_close(config);
+    *out = hash_end(&stream);
+    return status;
+}
+
+enum status adapter_source(const char *directory, struct digest *out, struct fault *fault)
+{
+    struct reader *reader = NULL;
+    enum status status = weights_open(directory, &reader, fault);
+    if (!status)
+        status = source_hash(directory, reader, out, fault);
+    reader_close(reader);
+    return status;
+}
+
 enum status adapter_convert(const char *directory, const struct adapter_base *base,
                             size_t page_bytes, const char *store_path,
                             struct adapter_report *report, struct fault *fault)
+{
+    return adapter_convert_version(directory, base, page_bytes, 1, store_path, report, fault);
+}
+
+enum status adapter_convert_version(const char *directory, const struct adapter_base *base,
+                                    size_t page_bytes, uint32_t version, const char *store_path,
+                                    struct adapter_report *report, struct fault *fault)
 {
     struct peft_config config = {.rank = 0};
     struct conversion conversion = {.base = base, .report = report};
     struct reader *reader = NULL;
     struct safetensors *file = NULL;
     CHECK(is_power_of_two(page_bytes) && page_bytes >= 4096);
-    *report = (struct adapter_report){.bytes = 0};
+    *report = (struct adapter_report){.version = version};
     enum status status = config_load(directory, &config, fault);
     if (!status)
         status = weights_open(directory, &reader, fault);
@@ -229,6 +280,8 @@ enum status adapter_convert(const char *directory, const struct adapter_base *ba
         status = safetensors_open(reader, WEIGHTS_NAME, &file, fault);
     if (!status)
         status = peft__plan(file, base, &config, &conversion.plan, fault);
+    if (!status)
+        status = source_hash(directory, reader, &report->source, fault);
     conversion.file = file;
     memcpy(report->ignored, config.ignored, sizeof report->ignored);
     if (!status)
@@ -241,6 +294,36 @@ enum status adapter_convert(const char *directory, const struct adapter_base *ba
     reader_close(reader);
     peft__config_clear(&config);
     return status;
+}
+
+enum status adapter_inspect(const char *store_path, bool whole, struct adapter_summary *out,
+                            struct fault *fault)
+{
+    struct reader *reader = NULL;
+    struct adapter_store store;
+    enum status status = reader_open(store_path, &reader, fault);
+    if (!status)
+        status = adapter__store_peek(reader, store_path, &store, out, fault);
+    if (!status && whole)
+        status = adapter__store_verify(reader, store_path, &store, fault);
+    reader_close(reader);
+    return status;
+}
+
+uint32_t adapter_version_at(const char *store_path, const char *directory,
+                            const struct adapter_base *base, size_t page_bytes, bool *same)
+{
+    struct adapter_summary now;
+    struct digest source;
+    if (same)
+        *same = false;
+    if (adapter_inspect(store_path, false, &now, NULL))
+        return 0;
+    if (same)
+        *same = digest_equal(&base->digest, &now.base) && base->dtype == now.dtype &&
+                page_bytes == now.page_bytes && !adapter_source(directory, &source, NULL) &&
+                digest_equal(&source, &now.report.source);
+    return now.report.version;
 }
 
 enum status adapter_verify(const char *store_path, const struct adapter_base *base,

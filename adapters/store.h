@@ -66,6 +66,10 @@ void adapter__header_encode(const struct adapter_header *header, const struct ad
 MUST_USE enum status adapter__store_open(struct reader *reader, const char *label,
                                          const struct adapter_base *base, size_t page_bytes,
                                          struct adapter_store *out, struct fault *fault);
+// The same without a base, as far as that goes: length, seal, summary. `out` has no pairs.
+MUST_USE enum status adapter__store_peek(struct reader *reader, const char *label,
+                                         struct adapter_store *out, struct adapter_summary *summary,
+                                         struct fault *fault);
 void adapter__store_clear(struct adapter_store *store);
 // Reads every page and compares with the content digest.
 MUST_USE enum status adapter__store_verify(struct reader *reader, const char *label,

@@ -8,6 +8,7 @@
 //   104  u32 matrices_applied, matrices_possible, rank_min, rank_max; u64 bytes
 //   128  layout[48], ignored[512]
 //   688  content digest, pages digest, seal (BLAKE2b of the whole header with the seal zero)
+//   784  u32 version of the name, 0 as good as 1; 800 digest of what it was made from
 //   832  records of 48 bytes: u32 layer, module, expert, scale (float bits), slice A, slice B;
 //        a slice is u32 first_slot, first_byte, row_bytes, rank
 //   ...  zeros up to header_bytes, a multiple of page_bytes; then `pages` pages; nothing after them
@@ -45,9 +46,13 @@ enum {
     AT_CONTENT = 688,
     AT_PAGES_DIGEST = 720,
     AT_SEAL = 752,
+    AT_VERSION = 784,
+    AT_SOURCE = 800,
     FIXED_BYTES = 832,
     RECORD_BYTES = 48,
-    SHAPE_FIELDS = 8
+    SHAPE_FIELDS = 8,
+    PAGE_BYTES_MIN = 4096,
+    PAGE_BYTES_MAX = 2 << 20
 };
 
 _Static_assert(AT_IGNORED - AT_LAYOUT == sizeof(((struct adapter_report *)0)->layout), "layout");
@@ -206,10 +211,36 @@ void adapter__header_encode(const struct adapter_header *header, const struct ad
     memcpy(out + AT_IGNORED, report->ignored, sizeof report->ignored);
     memcpy(out + AT_CONTENT, report->digest.bytes, DIGEST_BYTES);
     memcpy(out + AT_PAGES_DIGEST, header->pages_digest.bytes, DIGEST_BYTES);
+    put_u32(out + AT_VERSION, report->version);
+    memcpy(out + AT_SOURCE, report->source.bytes, DIGEST_BYTES);
     for (uint32_t i = 0; i < header->records; i++)
         record_encode(&records[i], out + FIXED_BYTES + (size_t)i * RECORD_BYTES);
     struct digest seal = hash_bytes(NULL, out, header->header_bytes);
     memcpy(out + AT_SEAL, seal.bytes, DIGEST_BYTES);
+}
+
+static enum status magic_check(const uint8_t *at, const char *label, struct fault *fault)
+{
+    if (memcmp(at, magic, sizeof magic) != 0 || get_u32(at + 8) != STORE_VERSION)
+        return fault_set(fault, STATUS_CORRUPT, "%s is not an adapter store file of version %d.",
+                         label, STORE_VERSION);
+    return STATUS_OK;
+}
+
+// Is it as long as it says? out->page_bytes is set by the caller.
+static enum status lengths_check(const uint8_t *at, uint64_t file_bytes, const char *label,
+                                 struct adapter_header *out, struct fault *fault)
+{
+    out->header_bytes = get_u64(at + AT_HEADER_BYTES);
+    out->pages = get_u32(at + AT_PAGES);
+    out->records = get_u32(at + AT_RECORDS);
+    uint64_t pages_bytes = (uint64_t)out->pages * out->page_bytes; // below 2^32 * 2^21
+    if (!out->records || !out->pages ||
+        out->header_bytes != adapter__header_bytes(out->records, out->page_bytes) ||
+        out->header_bytes > file_bytes || file_bytes - out->header_bytes != pages_bytes)
+        return fault_set(fault, STATUS_CORRUPT, "%s has %llu bytes, which is not what it says.",
+                         label, (unsigned long long)file_bytes);
+    return STATUS_OK;
 }
 
 // The fixed part: is it a store file, is it whole, does it fit this base and this pool?
@@ -217,9 +248,9 @@ static enum status fixed_check(const uint8_t *at, uint64_t file_bytes, const cha
                                const struct adapter_base *base, size_t page_bytes,
                                struct adapter_header *out, struct fault *fault)
 {
-    if (memcmp(at, magic, sizeof magic) != 0 || get_u32(at + 8) != STORE_VERSION)
-        return fault_set(fault, STATUS_CORRUPT, "%s is not an adapter store file of version %d.",
-                         label, STORE_VERSION);
+    enum status status = magic_check(at, label, fault);
+    if (status)
+        return status;
     uint64_t page = get_u64(at + AT_PAGE_BYTES);
     if (page != page_bytes)
         return fault_set(fault, STATUS_INVALID,
@@ -227,15 +258,9 @@ static enum status fixed_check(const uint8_t *at, uint64_t file_bytes, const cha
                          "adapter again.",
                          label, (unsigned long long)page, page_bytes);
     out->page_bytes = page_bytes;
-    out->header_bytes = get_u64(at + AT_HEADER_BYTES);
-    out->pages = get_u32(at + AT_PAGES);
-    out->records = get_u32(at + AT_RECORDS);
-    uint64_t pages_bytes = (uint64_t)out->pages * page_bytes; // below 2^32 * 2^21
-    if (!out->records || !out->pages ||
-        out->header_bytes != adapter__header_bytes(out->records, page_bytes) ||
-        out->header_bytes > file_bytes || file_bytes - out->header_bytes != pages_bytes)
-        return fault_set(fault, STATUS_CORRUPT, "%s has %llu bytes, which is not what it says.",
-                         label, (unsigned long long)file_bytes);
+    status = lengths_check(at, file_bytes, label, out, fault);
+    if (status)
+        return status;
     uint8_t shape[4 * SHAPE_FIELDS];
     shape_encode(base, shape);
     if (memcmp(at + AT_BASE, base->digest.bytes, DIGEST_BYTES) != 0 ||
@@ -263,6 +288,8 @@ static enum status report_decode(const uint8_t *at, const char *label, struct ad
     memcpy(out->layout, at + AT_LAYOUT, sizeof out->layout);
     memcpy(out->ignored, at + AT_IGNORED, sizeof out->ignored);
     memcpy(out->digest.bytes, at + AT_CONTENT, DIGEST_BYTES);
+    memcpy(out->source.bytes, at + AT_SOURCE, DIGEST_BYTES);
+    out->version = get_u32(at + AT_VERSION) ? get_u32(at + AT_VERSION) : 1;
     if (out->layout[sizeof out->layout - 1] || out->ignored[sizeof out->ignored - 1])
         return fault_set(fault, STATUS_CORRUPT, "%s has a text without an end.", label);
     return STATUS_OK;
@@ -345,6 +372,40 @@ static enum status table_decode(const uint8_t *at, const struct adapter_header *
     return STATUS_OK;
 }
 
+static enum status fixed_read(struct reader *reader, const char *label, uint8_t out[FIXED_BYTES],
+                              struct fault *fault)
+{
+    if (reader->size < FIXED_BYTES)
+        return fault_set(fault, STATUS_CORRUPT, "%s is too short for an adapter store file.",
+                         label);
+    enum status status = reader_read(reader, 0, out, FIXED_BYTES);
+    return status ? fault_set(fault, status, "reading %s failed.", label) : STATUS_OK;
+}
+
+// The whole header, its seal checked and then zeroed. The caller frees *out.
+static enum status header_read(struct reader *reader, const char *label, size_t bytes,
+                               uint8_t **out, struct fault *fault)
+{
+    struct digest wanted;
+    uint8_t *whole = malloc(bytes);
+    if (!whole)
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory for the header of %s.", label);
+    enum status status = reader_read(reader, 0, whole, bytes);
+    if (status) {
+        free(whole);
+        return fault_set(fault, status, "reading %s failed.", label);
+    }
+    memcpy(wanted.bytes, whole + AT_SEAL, DIGEST_BYTES);
+    memset(whole + AT_SEAL, 0, DIGEST_BYTES);
+    struct digest seal = hash_bytes(NULL, whole, bytes);
+    if (memcmp(seal.bytes, wanted.bytes, DIGEST_BYTES) != 0) {
+        free(whole);
+        return fault_set(fault, STATUS_CORRUPT, "the header of %s is damaged.", label);
+    }
+    *out = whole;
+    return STATUS_OK;
+}
+
 enum status adapter__store_open(struct reader *reader, const char *label,
                                 const struct adapter_base *base, size_t page_bytes,
                                 struct adapter_store *out, struct fault *fault)
@@ -352,37 +413,53 @@ enum status adapter__store_open(struct reader *reader, const char *label,
     uint8_t fixed[FIXED_BYTES], *whole = NULL;
     struct adapter_header header = {.records = 0};
     *out = (struct adapter_store){.page_bytes = page_bytes};
-    if (reader->size < FIXED_BYTES)
-        return fault_set(fault, STATUS_CORRUPT, "%s is too short for an adapter store file.",
-                         label);
-    enum status status = reader_read(reader, 0, fixed, FIXED_BYTES);
-    if (status)
-        return fault_set(fault, status, "reading %s failed.", label);
-    status = fixed_check(fixed, reader->size, label, base, page_bytes, &header, fault);
+    enum status status = fixed_read(reader, label, fixed, fault);
+    if (!status)
+        status = fixed_check(fixed, reader->size, label, base, page_bytes, &header, fault);
+    if (!status)
+        status = header_read(reader, label, header.header_bytes, &whole, fault);
     if (status)
         return status;
-    whole = malloc(header.header_bytes);
-    if (!whole)
-        return fault_set(fault, STATUS_NO_MEMORY, "out of memory for the header of %s.", label);
-    status = reader_read(reader, 0, whole, header.header_bytes);
-    if (status) {
-        status = fault_set(fault, status, "reading %s failed.", label);
-        goto done;
-    }
-    memset(whole + AT_SEAL, 0, DIGEST_BYTES);
-    struct digest seal = hash_bytes(NULL, whole, header.header_bytes);
-    if (memcmp(seal.bytes, fixed + AT_SEAL, DIGEST_BYTES) != 0) {
-        status = fault_set(fault, STATUS_CORRUPT, "the header of %s is damaged.", label);
-        goto done;
-    }
     out->header_bytes = header.header_bytes;
     out->pages = header.pages;
     memcpy(out->pages_digest.bytes, whole + AT_PAGES_DIGEST, DIGEST_BYTES);
     status = report_decode(whole, label, &out->report, fault);
     if (!status)
         status = table_decode(whole + FIXED_BYTES, &header, label, base, out, fault);
-done:
     free(whole);
+    return status;
+}
+
+enum status adapter__store_peek(struct reader *reader, const char *label, struct adapter_store *out,
+                                struct adapter_summary *summary, struct fault *fault)
+{
+    uint8_t fixed[FIXED_BYTES], *whole = NULL;
+    *out = (struct adapter_store){.pages = 0};
+    *summary = (struct adapter_summary){.file_bytes = reader->size};
+    enum status status = fixed_read(reader, label, fixed, fault);
+    if (!status)
+        status = magic_check(fixed, label, fault);
+    if (status)
+        return status;
+    uint64_t page = get_u64(fixed + AT_PAGE_BYTES);
+    uint32_t dtype = get_u32(fixed + AT_DTYPE);
+    if (page < PAGE_BYTES_MIN || page > PAGE_BYTES_MAX || !is_power_of_two((size_t)page) ||
+        (dtype != DTYPE_BF16 && dtype != DTYPE_F32))
+        return fault_set(fault, STATUS_CORRUPT, "the header of %s is damaged.", label);
+    struct adapter_header header = {.page_bytes = (size_t)page};
+    status = lengths_check(fixed, reader->size, label, &header, fault);
+    if (!status)
+        status = header_read(reader, label, header.header_bytes, &whole, fault);
+    if (!status)
+        status = report_decode(whole, label, &summary->report, fault);
+    if (!status)
+        memcpy(out->pages_digest.bytes, whole + AT_PAGES_DIGEST, DIGEST_BYTES);
+    free(whole);
+    memcpy(summary->base.bytes, fixed + AT_BASE, DIGEST_BYTES);
+    summary->dtype = (enum dtype)dtype;
+    summary->page_bytes = out->page_bytes = header.page_bytes;
+    out->header_bytes = header.header_bytes;
+    out->pages = header.pages;
     return status;
 }
 

@@ -126,15 +126,30 @@ static enum status read_limits(const struct yaml_node *map, struct tenant *tenan
         status = yaml_map_double(map, "weight", 0.01, 100, &tenant->weight, fault);
     if (!status)
         status = yaml_map_bool(map, "manage_adapters", &tenant->manage_adapters, fault);
+    if (!status)
+        status =
+            yaml_map_u64(map, "adapter_bytes", 0, TENANT_BYTES_MAX, &tenant->adapter_bytes, fault);
+    if (!status)
+        status = yaml_map_u64(map, "pinned_adapter_bytes", 0, TENANT_BYTES_MAX,
+                              &tenant->pinned_adapter_bytes, fault);
     return status;
 }
 
 static enum status read_entry(const struct yaml_node *map, struct entry *entry, struct fault *fault)
 {
-    static const char *const known[] = {
-        "name",       "keys_blake2b",       "allowed_adapters",      "priority_class",
-        "weight",     "rpm_limit",          "max_parallel_requests", "max_queue",
-        "max_tokens", "max_context_tokens", "manage_adapters"};
+    static const char *const known[] = {"name",
+                                        "keys_blake2b",
+                                        "allowed_adapters",
+                                        "priority_class",
+                                        "weight",
+                                        "rpm_limit",
+                                        "max_parallel_requests",
+                                        "max_queue",
+                                        "max_tokens",
+                                        "max_context_tokens",
+                                        "manage_adapters",
+                                        "adapter_bytes",
+                                        "pinned_adapter_bytes"};
     *entry = (struct entry){.tenant = {.active = true,
                                        .class = TENANT_STANDARD,
                                        .weight = 1,
@@ -301,7 +316,8 @@ enum status tenants_open_access(struct tenants **out, struct fault *fault)
                                     .weight = 1,
                                     .max_parallel_requests = UINT32_MAX,
                                     .max_queue = UINT32_MAX,
-                                    .manage_adapters = true};
+                                    .manage_adapters = true,
+                                    .pinned_adapter_bytes = TENANT_BYTES_MAX};
     (void)snprintf(entry->pattern[0], PATTERN_BYTES, "*");
     entry->patterns = 1;
     tenants->count = 1;

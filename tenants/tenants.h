@@ -18,7 +18,9 @@
 //       max_queue: 64                   # of these, sequences without a first token yet
 //       max_tokens: 1024                # of one answer; 0: what the model allows
 //       max_context_tokens: 4096        # prompt + max_tokens; 0: what the model allows
-//       manage_adapters: false          # adapters.add and adapters.remove, numbers of all tenants
+//       manage_adapters: false          # adapters.add, remove, pin ..., numbers of all tenants
+//       adapter_bytes: 0                # of the adapters it has registered; 0: no limit
+//       pinned_adapter_bytes: 0         # of adapters it may pin on the device; 0: none
 //
 // Tables: any thread may read. Counters: the thread that owns them. Time is passed in.
 #ifndef POLDER_TENANTS_TENANTS_H
@@ -39,6 +41,8 @@ enum {
     TENANT_KEY_BYTES_MAX = 256 // of a key as the client sends it
 };
 
+#define TENANT_BYTES_MAX ((uint64_t)1 << 62)
+
 enum tenant_class { TENANT_INTERACTIVE, TENANT_STANDARD, TENANT_BATCH, TENANT_CLASSES };
 
 struct tenant {
@@ -48,6 +52,7 @@ struct tenant {
     double weight;
     uint32_t rpm_limit, max_parallel_requests, max_queue, max_tokens, max_context_tokens;
     bool manage_adapters;
+    uint64_t adapter_bytes, pinned_adapter_bytes;
 };
 
 struct tenants;

@@ -274,6 +274,16 @@ static void push_reply(struct fake_engine *engine, uint64_t id, enum status stat
 static void take_adapter(struct fake_engine *engine, const struct engine_adapter_command *command)
 {
     uint32_t at = find_adapter(engine, command->name);
+    if (command->kind != ENGINE_ADAPTER_ADD && command->kind != ENGINE_ADAPTER_REMOVE) {
+        // Every adapter has 1000 bytes and nobody has pinned one before.
+        bool pins = command->kind == ENGINE_ADAPTER_PIN && command->pinned_bytes_max < 1000;
+        push_reply(engine, command->id,
+                   at == ADAPTERS_MAX ? STATUS_NOT_FOUND
+                   : pins             ? STATUS_LIMIT
+                                      : STATUS_OK,
+                   "");
+        return;
+    }
     if (command->kind == ENGINE_ADAPTER_REMOVE) {
         if (at < ADAPTERS_MAX)
             engine->adapter[at][0] = 0;
@@ -281,7 +291,9 @@ static void take_adapter(struct fake_engine *engine, const struct engine_adapter
         return;
     }
     if (at < ADAPTERS_MAX) {
-        push_reply(engine, command->id, STATUS_EXISTS, "");
+        bool mine =
+            engine->owner[at] == command->owner || engine->owner[at] >= engine->options.tenants;
+        push_reply(engine, command->id, command->replace && mine ? STATUS_OK : STATUS_EXISTS, "");
         return;
     }
     for (at = 0; at < ADAPTERS_MAX && engine->adapter[at][0]; at++)
@@ -347,6 +359,10 @@ static void take(struct fake_engine *engine, const void *record)
         break;
     case ENGINE_ADAPTER_ADD:
     case ENGINE_ADAPTER_REMOVE:
+    case ENGINE_ADAPTER_LOAD:
+    case ENGINE_ADAPTER_UNLOAD:
+    case ENGINE_ADAPTER_PIN:
+    case ENGINE_ADAPTER_UNPIN:
         take_adapter(engine, record);
         break;
     case ENGINE_ADAPTER_LIST:
@@ -468,11 +484,13 @@ struct server_tokenizer fake_tokenizer(void)
     return (struct server_tokenizer){.encode = fake_encode, .decode = fake_decode};
 }
 
-static enum status fake_convert(void *context, const char *directory, const char *store_path,
-                                char *report, size_t report_bytes, struct fault *fault)
+static enum status fake_convert(void *context, const char *directory, const char *old_path,
+                                const char *store_path, char *report, size_t report_bytes,
+                                struct fault *fault)
 {
     (void)context;
     char path[512];
+    bool again = access(old_path, F_OK) == 0;
     (void)snprintf(path, sizeof path, "%s/adapter_config.json", directory);
     if (access(path, R_OK))
         return fault_set(fault, STATUS_CORRUPT, "there is no adapter_config.json.");
@@ -480,7 +498,8 @@ static enum status fake_convert(void *context, const char *directory, const char
     if (descriptor < 0)
         return fault_set(fault, STATUS_IO, "the store file cannot be written.");
     (void)close(descriptor);
-    (void)snprintf(report, report_bytes, "{\"applied\":4,\"possible\":8}");
+    (void)snprintf(report, report_bytes, "{\"applied\":4,\"possible\":8,\"version\":%d}",
+                   again ? 2 : 1);
     return STATUS_OK;
 }
 

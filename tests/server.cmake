@@ -17,6 +17,7 @@ endfunction()
 polder_server_script(test_server_rpc TIMEOUT 120)
 polder_server_script(test_server_hostile TIMEOUT 180)
 polder_server_script(test_server_nvim TIMEOUT 90)
+polder_server_script(test_server_upload TIMEOUT 60)
 
 polder_test(test_rpc LIBS polder_server ${MSGPACK_LIBRARY} LABELS fast)
 polder_fuzzer(fuzz_rpc LIBS polder_server ${MSGPACK_LIBRARY})

@@ -40,6 +40,7 @@ struct sim {
     struct book book;
     struct rng rng;
     uint64_t turns;
+    uint64_t pinned_turns; // in which some adapter was pinned
     uint32_t check_every, leave_per_mille, arrivals_per_mille, others_per_mille, phase_left,
         stall_left;
     uint64_t halves_at_arrival, entries, entry_halves, entry_halves_max; // mode entry
@@ -49,7 +50,7 @@ struct sim {
 struct totals {
     struct engine_counters engine;
     struct book_counts book;
-    uint64_t turns, entry_halves_max, submits, chunks, allocs;
+    uint64_t turns, pinned_turns, entry_halves_max, submits, chunks, allocs;
     struct pool_stats pool;
     struct kv_stats kv;
 };
@@ -139,6 +140,7 @@ static enum engine_turn one_turn(struct sim *sim)
     enum engine_turn turn = engine_turn(sim->world.engine);
     if (++sim->turns % sim->check_every == 0)
         engine_check(sim->world.engine);
+    sim->pinned_turns += adapters_kept_pages(sim->world.adapters) > 0;
     if (sim->stall_left)
         sim->stall_left--;
     else
@@ -183,6 +185,7 @@ static void close_sim(struct sim *sim, bool quit, struct totals *totals)
     engine_counters(sim->world.engine, &totals->engine);
     totals->book = book->counts;
     totals->turns = sim->turns;
+    totals->pinned_turns = sim->pinned_turns;
     totals->entry_halves_max = sim->entry_halves_max;
     pool_stats(sim->world.pool, &totals->pool);
     kv_stats(sim->world.kv, &totals->kv);
@@ -529,8 +532,12 @@ static void print_totals(uint64_t seed, uint32_t variant, const struct totals *t
                 printf(" %llu", (unsigned long long)t->pool.taken_from[k][f]);
         }
     }
-    printf(" | cached %llu cow %llu | longest wait %llu us\n", (unsigned long long)e->cached_tokens,
-           (unsigned long long)t->kv.copies_on_write, (unsigned long long)b->wait_max_us);
+    printf(
+        " | cached %llu cow %llu | pinned in %llu turns, %llu of %llu orders done | longest wait "
+        "%llu us\n",
+        (unsigned long long)e->cached_tokens, (unsigned long long)t->kv.copies_on_write,
+        (unsigned long long)t->pinned_turns, (unsigned long long)b->keeps_done,
+        (unsigned long long)b->keeps, (unsigned long long)b->wait_max_us);
 }
 
 int main(int argc, char **argv)

@@ -34,7 +34,7 @@ struct book_request {
 
 struct book_counts {
     uint64_t sent, done, tokens, stops, lengths, cancelled, deadlines, refused, numeric, failed,
-        texts_cut, adapters_added, adapters_removed, replies;
+        texts_cut, adapters_added, adapters_removed, replies, keeps, keeps_done;
     uint64_t wait_max_us; // longest time in which the head of the order got nothing
 };
 
@@ -63,8 +63,8 @@ bool book_send_request(struct book *book);
 // Fills *r with a random request, to be changed and sent by book_send.
 struct book_request *book_new(struct book *book);
 bool book_send(struct book *book, struct book_request *r);
-// One random command that is not a request: cancel, pause, resume, add, remove, stats, list,
-// nonsense.
+// One random command that is not a request: cancel, pause, resume, add, remove, load, unload,
+// pin, unpin, stats, list, nonsense.
 void book_send_other(struct book *book);
 bool book_control(struct book *book, enum engine_command_kind kind, uint64_t id);
 void book_resume_all(struct book *book);

@@ -334,6 +334,109 @@ static void test_adapters_coldest_leaves_first(void **state)
 }
 
 // A host copy stays when the device pages go: coming back reads no file.
+static void test_adapters_kept_stays_under_pressure(void **state)
+{
+    struct world world;
+    struct fault fault = {.text = ""};
+    char name[32];
+    adapter_id ids[12];
+    begin(&world, *state, 8, 12);
+    struct adapters *adapters = world.rig.adapters;
+    for (uint32_t i = 0; i < 12; i++) {
+        name_of(i, name);
+        ids[i] = add(&world, name, world.small);
+    }
+    assert_int_equal(adapter_keeper(adapters, ids[0]), ADAPTER_NO_KEEPER);
+    adapter_keep(adapters, ids[0], 5);
+    adapter_keep(adapters, ids[1], 6);
+    assert_int_equal(adapters_kept_pages(adapters), 2); // before they are there
+    assert_int_equal(adapters_kept_pages_of(adapters, 5), 1);
+    assert_false(adapter_is_resident(adapters, ids[0]));
+    adapters_fetch_kept(adapters);
+    adapters_fetch_kept(adapters);
+    tool_rig_settle(&world.rig);
+    assert_int_equal(stats_of(&world).fetches, 2);
+    assert_int_equal(adapter_unload(adapters, ids[0], &fault), STATUS_BUSY);
+    assert_non_null(strstr(fault.text, "pinned"));
+    for (uint32_t round = 0; round < 3; round++)
+        for (uint32_t i = 2; i < 12; i++)
+            bring(&world, ids[i]); // ten that want six pages
+    assert_true(adapter_is_resident(adapters, ids[0]) && adapter_is_resident(adapters, ids[1]));
+    assert_int_equal(stats_of(&world).kept, 2);
+    assert_int_equal(stats_of(&world).resident, 8);
+    assert_int_equal(stats_of(&world).fetches, stats_of(&world).given_back + 8);
+    assert_true(stats_of(&world).given_back >= 10);
+    // let go, removed and replaced: as any other
+    adapter_let_go(adapters, ids[0]);
+    adapter_let_go(adapters, ids[0]);
+    assert_int_equal(adapters_kept_pages(adapters), 1);
+    assert_int_equal(adapter_replace(adapters, "tenant-0001", world.small, 3, &ids[1], &fault),
+                     STATUS_LIMIT); // twelve slots, all taken
+    assert_int_equal(adapter_remove(adapters, "tenant-0011"), STATUS_OK);
+    assert_int_equal(adapter_replace(adapters, "tenant-0001", world.small, 3, &ids[1], &fault),
+                     STATUS_OK);
+    assert_int_equal(adapters_kept_pages(adapters), 0);
+    assert_int_equal(adapter_keeper(adapters, ids[1]), ADAPTER_NO_KEEPER);
+    for (uint32_t i = 2; i < 11; i++) {
+        visit(&world, ids[i]);
+        bring(&world, ids[i]);
+    }
+    assert_false(adapter_is_resident(adapters, ids[0])); // nobody asked for it
+    adapter_keep(adapters, ids[2], 5);
+    assert_int_equal(adapter_remove(adapters, "tenant-0002"), STATUS_OK);
+    assert_int_equal(adapters_kept_pages(adapters), 0);
+    tool_rig_clear(&world.rig);
+}
+
+static void test_adapters_load_and_unload(void **state)
+{
+    struct world world;
+    struct fault fault;
+    begin(&world, *state, 8, 2);
+    struct adapters *adapters = world.rig.adapters;
+    adapter_id id = add(&world, "x", world.large);
+    assert_int_equal(adapter_unload(adapters, id, &fault), STATUS_OK); // it is not there
+    assert_int_equal(adapter_load(adapters, id), STATUS_OK);
+    assert_int_equal(adapter_unload(adapters, id, &fault), STATUS_BUSY); // on its way
+    tool_rig_settle(&world.rig);
+    assert_int_equal(adapter_load(adapters, id), STATUS_OK);
+    assert_true(adapter_is_resident(adapters, id));
+    assert_int_equal(stats_of(&world).fetches, 1);
+    adapter_acquire(adapters, id);
+    assert_int_equal(adapter_unload(adapters, id, &fault), STATUS_BUSY);
+    assert_non_null(strstr(fault.text, "1 requests"));
+    adapter_release(adapters, id);
+    adapter_pin(adapters, id);
+    assert_int_equal(adapter_unload(adapters, id, &fault), STATUS_BUSY);
+    adapter_unpin(adapters, id);
+    assert_int_equal(adapter_unload(adapters, id, &fault), STATUS_OK);
+    assert_false(adapter_is_resident(adapters, id));
+    assert_int_equal(pool_pages(&world), 0);
+    bring(&world, id);
+    tool_rig_clear(&world.rig);
+}
+
+// A read that fails is not tried again at every turn.
+static void test_adapters_kept_that_cannot_be_read(void **state)
+{
+    struct world world;
+    char path[TOOL_PATH + 64];
+    begin(&world, *state, 8, 2);
+    struct adapters *adapters = world.rig.adapters;
+    (void)snprintf(path, sizeof path, "%s/cut.adapter", world.scratch);
+    store_make(&world, 4, path, 1);
+    adapter_id id = add(&world, "x", path);
+    assert_int_equal(truncate(path, PAGE), 0);
+    adapter_keep(adapters, id, 5);
+    for (int turn = 0; turn < 10; turn++) {
+        adapters_fetch_kept(adapters);
+        tool_rig_settle(&world.rig);
+    }
+    assert_int_equal(stats_of(&world).fetches, 1);
+    assert_int_equal(adapter_fetch_status(adapters, id), STATUS_IO);
+    tool_rig_clear(&world.rig);
+}
+
 static void test_adapters_comes_back_from_the_host_tier(void **state)
 {
     struct world world;
@@ -380,6 +483,51 @@ static void test_adapters_removed_while_in_use(void **state)
     assert_int_equal(stats_of(&world).leaving, 0);
     assert_int_equal(pool_pages(&world), 0);
     assert_int_equal(open_files(), files + 1);
+    tool_rig_clear(&world.rig);
+}
+
+static void test_adapters_replaced_while_in_use(void **state)
+{
+    struct world world;
+    struct fault fault;
+    adapter_id found, new;
+    begin(&world, *state, 8, 2);
+    uint32_t files = open_files();
+    adapter_id old = add(&world, "x", world.large);
+    adapter_acquire(world.rig.adapters, old);
+    bring(&world, old);
+    assert_int_equal(adapter_replace(world.rig.adapters, "x", world.small, 7, &new, &fault),
+                     STATUS_OK);
+    assert_int_equal(adapter_find(world.rig.adapters, "x", &found), STATUS_OK);
+    assert_int_equal(found.bits, new.bits);
+    assert_int_not_equal(old.bits, new.bits);
+    assert_int_equal(adapter_owner(world.rig.adapters, new), 3); // a name stays whose it is
+    assert_true(adapter_is_resident(world.rig.adapters, old));
+    assert_int_equal(adapter_page_count(world.rig.adapters, old), 2);
+    assert_int_equal(adapter_page_count(world.rig.adapters, new), 1);
+    assert_int_equal(adapters_count(world.rig.adapters), 1);
+    assert_int_equal(stats_of(&world).leaving, 1);
+    // both slots are taken; what fails changes nothing
+    assert_int_equal(adapter_replace(world.rig.adapters, "x", world.large, 7, &found, &fault),
+                     STATUS_LIMIT);
+    assert_int_equal(adapter_find(world.rig.adapters, "x", &found), STATUS_OK);
+    assert_int_equal(found.bits, new.bits);
+    adapter_release(world.rig.adapters, old);
+    assert_int_equal(stats_of(&world).leaving, 0);
+    assert_int_equal(pool_pages(&world), 0);
+    assert_int_equal(open_files(), files + 1);
+    adapters_limit_rank(world.rig.adapters, 63);
+    assert_int_equal(adapter_replace(world.rig.adapters, "x", world.large, 3, &found, &fault),
+                     STATUS_LIMIT);
+    assert_non_null(strstr(fault.text, "rank 64"));
+    assert_int_equal(adapter_replace(world.rig.adapters, "x", "/nowhere", 3, &found, &fault),
+                     STATUS_NOT_FOUND);
+    assert_int_equal(adapter_find(world.rig.adapters, "x", &found), STATUS_OK);
+    assert_int_equal(found.bits, new.bits);
+    assert_int_equal(adapter_replace(world.rig.adapters, "y", world.small, 7, &found, &fault),
+                     STATUS_OK); // of a free name it is the first
+    assert_int_equal(adapter_owner(world.rig.adapters, found), 7);
+    assert_int_equal(open_files(), files + 2);
     tool_rig_clear(&world.rig);
 }
 
@@ -513,8 +661,12 @@ int main(void)
         cmocka_unit_test(test_adapters_page_table_follows_the_pages),
         cmocka_unit_test(test_adapters_larger_than_the_pool),
         cmocka_unit_test(test_adapters_coldest_leaves_first),
+        cmocka_unit_test(test_adapters_kept_stays_under_pressure),
+        cmocka_unit_test(test_adapters_load_and_unload),
+        cmocka_unit_test(test_adapters_kept_that_cannot_be_read),
         cmocka_unit_test(test_adapters_comes_back_from_the_host_tier),
         cmocka_unit_test(test_adapters_removed_while_in_use),
+        cmocka_unit_test(test_adapters_replaced_while_in_use),
         cmocka_unit_test(test_adapters_removed_while_it_is_read),
         cmocka_unit_test(test_adapters_count_loads),
         cmocka_unit_test(test_adapters_every_copy_fails_once),

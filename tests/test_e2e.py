@@ -24,7 +24,7 @@ TENANT = """  - name: %s
     priority_class: %s
 """
 TENANTS = "tenants:\n" + TENANT % ("alpha", key_hash("key-alpha"), '"kjv", "own-*"', "interactive") + \
-    "    manage_adapters: true\n" + TENANT % ("beta", key_hash("key-beta"), '"gcide", "ru"', "standard") + \
+    "    manage_adapters: true\n    pinned_adapter_bytes: 1000000\n" + TENANT % ("beta", key_hash("key-beta"), '"gcide", "ru"', "standard") + \
     TENANT % ("gamma", key_hash("key-gamma"), '"elisp"', "batch") + \
     TENANT % ("delta", key_hash("key-delta"), "", "standard") + "    rpm_limit: 6\n    max_parallel_requests: 2\n"
 MODULES = {"kjv": "kjv-all-r4", "gcide": "gcide-fused-r4", "ru": "man-ru-attn-r32", "elisp": "elisp-fused-r4"}
@@ -340,7 +340,7 @@ def test_e2e_adapters_by_command_line(server):
     code, out, err = cli(server, "adapter", "show", "gcide")
     assert code == 1 and "gcide" in err
     code, out, err = cli(server, "adapter", "add", "own-it", os.path.join(ROOT, "it"))
-    assert code == 1 and "already_exists" in err, err
+    assert code == 0 and "already, version 1" in err and json.loads(out) == listed["own-it"], (out, err)
     with server.peer("key-alpha") as peer:
         base = peer.generate("NOME\n       kill", max_tokens=30, **GREEDY)["text"]
         before = peer.call("stats")
@@ -367,6 +367,27 @@ def test_e2e_adapters_by_command_line(server):
     code, out, err = run("chat", "--connect", "%s:%d" % server.tcp, "--max-tokens", "5", "--ignore-eos",
                          stdin=b"static int\n/new\nint main\n/quit\n", env={"POLDER_API_KEY": "key-beta"})[0:3]
     assert code == 0 and out.strip(), err
+
+
+def test_e2e_adapters_by_manifest(server):
+    """The same file against a running server: its failures at the end, again without work."""
+    file = os.path.join(server.folder.name, "adapters.yaml")
+    lines = ["adapters:"]
+    for name, directory in [("own-a", "it"), ("own-b", "broken"), ("own-c", "pl"), ("ru", "it")]:
+        lines += ["  - name: " + name, "    path: " + os.path.join(ROOT, directory)]
+    with open(file, "w") as out:
+        out.write("\n".join(lines + ["  - name: own-d", "    path: " + MODEL, ""]))
+    for added, unchanged in ((2, 0), (0, 2)):
+        code, out, err = cli(server, "adapter", "add", "--manifest", file)
+        assert code == 1, (out, err)
+        said = out.split("\n")
+        assert said[0] == "5 listed: %d registered, %d unchanged, 3 failed, 0 not tried" % (added, unchanged), out
+        assert ["own-b" in said[1], "permission_denied" in said[2], "not_found" in said[3]] == [True] * 3, out
+        assert err.startswith("[1/5] own-a: " + ("applied to 32 of 800 matrices, rank 8" if added else "registered with")), err
+    with server.peer("key-alpha") as peer:
+        assert {"own-a", "own-c"} < {a["name"] for a in peer.call("adapters.list")}
+        for name in ("own-a", "own-c"):
+            peer.call("adapters.remove", name=name)
 
 
 def test_e2e_adapters_refused(server):
@@ -399,6 +420,118 @@ def test_e2e_adapter_removed_in_use(server):
         assert peer.finish(msgid)["text"] == alone and not alone.startswith(again)
         other.call("adapters.remove", name="own-pl")
     idle(server)
+
+
+def test_e2e_adapter_versions(server):
+    """A name is registered again: running and queued requests finish on the old version, the next ones get the new
+    one, and neither is served KV of the other. A restart has the new one."""
+    prompt = "NAZWA\n       zapis " * 8
+    with server.peer("key-alpha") as peer, server.peer("key-alpha") as other:
+        assert other.call("adapters.add", name="own-v", path="pl")["report"]["version"] == 1
+        first = peer.generate(prompt, model="own-v", max_tokens=300, **GREEDY)["text"]
+        running = peer.send("generate", prompt=prompt, model="own-v", max_tokens=300, stream=True, **GREEDY)
+        peer.first_token(running)
+        assert other.call("adapters.add", name="own-v", path="it")["report"]["version"] == 2
+        second = other.generate(prompt, model="own-v", max_tokens=40, **GREEDY)
+        assert running not in peer.answers and second["usage"]["cached_tokens"] == 0, second["usage"]
+        assert peer.finish(running)["text"] == first and not first.startswith(second["text"])
+        code, out, _ = cli(server, "adapter", "show", "own-v")
+        assert code == 0 and json.loads(out)["version"] == 2, out
+        assert other.refused("adapters.add", name="own-v", path="pl", replace=False)["code"] == "already_exists"
+        # what is refused leaves the version as it is
+        assert other.refused("adapters.add", name="own-v", path="broken")["code"] == "invalid_argument"
+        # the operator's adapter may be replaced too, and stays the operator's
+        assert other.call("adapters.add", name="kjv", path="pl")["report"]["version"] == 2
+        listed = {a["name"]: a for a in other.call("adapters.list")}
+        assert (listed["own-v"]["version"], listed["own-v"]["own"]) == (2, True), listed["own-v"]
+        assert (listed["kjv"]["version"], listed["kjv"]["own"], listed["kjv"]["rank_max"]) == (2, False, 16), listed["kjv"]
+    state = sorted(name for name in os.listdir(os.path.join(STATE, "adapters")) if "own-v" in name or "kjv" in name)
+    assert state == ["kjv.adapter", "own-v@alpha.adapter"], state
+    idle(server)
+    server.kill()
+    server.start()
+    with server.peer("key-alpha") as peer:
+        listed = {a["name"]: (a["version"], a["rank_max"]) for a in peer.call("adapters.list")}
+        assert listed == {"own-v": (2, 8), "kjv": (3, 4)}, listed  # --lora-modules says again what kjv is
+        assert peer.generate(prompt, model="own-v", max_tokens=40, **GREEDY)["text"] == second["text"]
+        peer.call("adapters.remove", name="own-v")
+
+
+def test_e2e_adapters_load_unload_pin(server):
+    """kjv is the operator's and larger than this tenant may pin; beta may not manage."""
+    with server.peer("key-alpha") as peer:
+        def state(name="own-p"):
+            return next(a for a in peer.call("adapters.list") if a["name"] == name)
+        peer.call("adapters.add", name="own-p", path="pl")
+        before = peer.call("adapters.stats")
+        assert (state()["resident"], state()["pinned"], before["pinned_bytes"]) == (False, False, 0), before
+        peer.call("adapters.load", name="own-p")
+        until(lambda: state()["resident"])
+        peer.call("adapters.unload", name="own-p")
+        assert not state()["resident"]
+        assert cli(server, "adapter", "pin", "own-p")[0] == 0
+        until(lambda: state()["resident"])
+        stats = peer.call("adapters.stats")
+        assert (stats["pinned"], stats["pinned_bytes"], stats["pinned_bytes_max"]) == (1, state()["file_bytes"], 1000000)
+        error = peer.refused("adapters.unload", name="own-p")
+        assert error["code"] == "busy" and "unpin" in error["message"], error
+        error = peer.refused("adapters.pin", name="kjv")
+        assert error["code"] == "resource_exhausted" and "pinned_adapter_bytes" in error["message"], error
+        code, out, err = cli(server, "adapter", "stats")
+        assert code == 0 and json.loads(out)["pinned"] == 1, err
+        # a new version is nobody's promise
+        peer.call("adapters.add", name="own-p", path="it")
+        assert not state()["pinned"] and peer.call("adapters.stats")["pinned_bytes"] == 0
+        peer.call("adapters.pin", name="own-p")
+        assert cli(server, "adapter", "unpin", "own-p")[0] == 0 and not state()["pinned"]
+        for method in ("adapters.load", "adapters.unload", "adapters.pin", "adapters.unpin"):
+            foreign, unknown = (peer.refused(method, name=name) for name in ("ru", "xu"))
+            assert str(foreign).replace("ru", "xu") == str(unknown), (foreign, unknown)
+        peer.call("adapters.pin", name="own-p")
+        peer.call("adapters.remove", name="own-p")
+        assert peer.call("adapters.stats")["pinned_bytes"] == 0
+    with server.peer("key-beta") as peer:
+        assert peer.refused("adapters.pin", name="gcide")["code"] == "permission_denied"
+    idle(server)
+    return error["message"]
+
+
+def test_e2e_adapter_upload(server):
+    """Files that the server may not read by path come over the connection, and are the same adapter."""
+    outside = os.path.join(ADAPTERS, "man-pl-attn-r16")
+    with server.peer("key-alpha") as peer:
+        peer.call("adapters.add", name="own-path", path="pl")
+        assert peer.refused("adapters.add", name="own-up", path=outside)["code"] == "not_found"
+        code, out, err = cli(server, "adapter", "add", "own-up", outside, "--upload")
+        assert code == 0 and "applied to 32 of 800" in err and json.loads(out)["report"]["version"] == 1, (out, err)
+        code, _, err = cli(server, "adapter", "add", "own-up", outside, "--upload")
+        assert code == 0 and "already" in err, err
+        listed = {a["name"]: a for a in peer.call("adapters.list")}
+        for key in ("digest", "source", "applied", "file_bytes", "own"):
+            assert listed["own-up"][key] == listed["own-path"][key], key
+        texts = [peer.generate("NAZWA", model=name, max_tokens=30, **GREEDY)["text"] for name in ("own-path", "own-up")]
+        assert texts[0] == texts[1]
+        for name, says in (("broken", "invalid_argument"), ("truncated", "corrupt"), ("other-base", "invalid_argument")):
+            code, _, err = cli(server, "adapter", "add", "own-up", os.path.join(ROOT, name), "--upload")
+            assert code == 1 and (says in err or "adapter_" in err), (name, err)
+        code, _, err = cli(server, "adapter", "add", "own-big", os.path.join(ADAPTERS, "kjv-all-r4"), "--upload")
+        assert code == 1 and "weights_bytes" in err, err
+        code, _, err = cli(server, "adapter", "add", "own-up", FOLDER.name, "--upload")
+        assert code == 1 and "adapter_model.safetensors" in err, err
+        code, _, err = cli(server, "adapter", "add", "ru", outside, "--upload")
+        assert code == 1 and "permission_denied" in err, err
+        until(lambda: os.listdir(os.path.join(STATE, "uploads")) == [])
+        assert {a["name"]: a["version"] for a in peer.call("adapters.list")}["own-up"] == 1
+        # what a kill leaves, the next start removes
+        begun = peer.call("adapters.upload", name="own-half", config_bytes=10, weights_bytes=10, digest="0" * 64)
+        peer.call("adapters.upload_chunk", upload=begun["upload"], offset=0, data=b"0123456789ab")
+        assert len(os.listdir(os.path.join(STATE, "uploads"))) == 1
+        server.kill()
+    server.start()
+    assert os.listdir(os.path.join(STATE, "uploads")) == []
+    with server.peer("key-alpha") as peer:
+        for name in ("own-up", "own-path"):
+            peer.call("adapters.remove", name=name)
 
 
 # ---- other clients ----
@@ -581,7 +714,7 @@ def widen(path):
 
 if __name__ == "__main__":
     prepare()
-    options = ["--adapter-dir", ROOT, "--max-num-batched-tokens", 2048, "--slow-reader-timeout", SLOW_SECONDS]
+    options = ["--adapter-dir", ROOT, "--max-upload-bytes", 1000000, "--max-num-batched-tokens", 2048, "--slow-reader-timeout", SLOW_SECONDS]
     for name, directory in MODULES.items():
         options += ["--lora-modules", "%s=%s" % (name, os.path.join(ADAPTERS, directory))]
     running = Server(STATE, TENANTS, *options)

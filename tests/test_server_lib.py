@@ -36,6 +36,7 @@ TENANTS = """tenants:
     keys_blake2b: [%s, %s]
     allowed_adapters: ["acme-*", "shared"]
     manage_adapters: true
+    pinned_adapter_bytes: 1000
     max_parallel_requests: 2000
     max_queue: 2000
   - name: bolt
@@ -60,12 +61,13 @@ class Server:
         self.unix = os.path.join(self.folder.name, "polder.sock")
         self.tenants = os.path.join(self.folder.name, "tenants.yaml")
         self.adapters = os.path.join(self.folder.name, "adapters")
-        self.store = os.path.join(self.folder.name, "store")
+        self.state = os.path.join(self.folder.name, "state")
+        self.store = os.path.join(self.state, "adapters")
         os.mkdir(self.adapters)
-        os.mkdir(self.store)
+        os.makedirs(self.store)
         self.write_tenants(tenants)
         command = [PROGRAM, "--listen", "127.0.0.1:0", "--listen", "unix:" + self.unix, "--tenants",
-                   self.tenants, "--adapters", self.adapters, "--store", self.store, "--delay-us",
+                   self.tenants, "--adapters", self.adapters, "--state", self.state, "--delay-us",
                    str(delay_us)]
         for limit in limits:
             command += ["--limit", limit]

@@ -72,8 +72,10 @@ static bool read_arguments(int count, char **arguments, struct server_options *o
             options->tenants_path = value;
         else if (!strcmp(name, "--adapters"))
             options->adapter_dirs[0] = value;
-        else if (!strcmp(name, "--store"))
-            options->store_dir = value;
+        else if (!strcmp(name, "--state"))
+            options->state_dir = value;
+        else if (!strcmp(name, "--upload-bytes"))
+            options->upload_bytes_max = strtoull(value, NULL, 10);
         else if (!strcmp(name, "--delay-us"))
             engine->delay_us = (uint32_t)strtoul(value, NULL, 10);
         else if (strcmp(name, "--limit") || !set_limit(&options->limits, value))
@@ -100,7 +102,7 @@ int main(int count, char **arguments)
         (void)fprintf(stderr, "bad arguments\n");
         return 2;
     }
-    if (options.store_dir)
+    if (options.state_dir)
         options.converter = fake_converter();
     if (engine_port_create(1 << 20, 1 << 20, &port))
         return 2;

@@ -245,9 +245,17 @@ class Methods(unittest.TestCase):
             self.assertTrue(peer.error("adapters.remove", name="bolt-one")[1].startswith("permission"))
         with Peer(self.server) as peer:
             self.assertEqual(peer.result("adapters.add", name="acme-x", path="good"),
-                             {"name": "acme-x", "report": {"applied": 4, "possible": 8}})
-            self.assertEqual(len(os.listdir(self.server.store)), 1)
-            self.assertEqual(peer.error("adapters.add", name="acme-x", path=good)[1][:14], "already_exists")
+                             {"name": "acme-x", "report": {"applied": 4, "possible": 8, "version": 1}})
+            self.assertEqual(os.listdir(self.server.store), ["acme-x@acme.adapter"])
+            self.assertEqual(peer.error("adapters.add", name="acme-x", path=good, replace=False)[1][:14],
+                             "already_exists")
+            self.assertEqual(peer.result("adapters.add", name="acme-x", path=good)["report"]["version"], 2)
+            self.assertEqual(peer.error("adapters.add", name="acme-x", path=good, replace=1)[0], 1)
+            ids = [peer.request("adapters.add", name="acme-x", path="good") for _ in range(2)]
+            answers = {message[1]: message for message in (peer.read(), peer.read())}
+            self.assertIsNone(answers[ids[0]][2])
+            second = answers[ids[1]][2]  # the first may have been done
+            self.assertTrue(second is None or second[1].startswith("busy: "), second)
             self.assertEqual(peer.error("adapters.add", name="acme-y", path="empty"),
                              [0, "corrupt: there is no adapter_config.json."])
             self.assertEqual(len(os.listdir(self.server.store)), 1)
@@ -265,6 +273,28 @@ class Methods(unittest.TestCase):
             for name in ("acme-x", "bolt-one"):
                 self.assertEqual(peer.error("adapters.remove", name=name)[1],
                                  'not_found: there is no model "%s".' % name)
+
+    def test_adapters_on_the_device(self):
+        methods = ["adapters.load", "adapters.unload", "adapters.pin", "adapters.unpin"]
+        with Peer(self.server, key="key-bolt") as peer:
+            for method in methods:
+                self.assertEqual(peer.error(method, name="bolt-one"),
+                                 [0, "permission_denied: this tenant may not manage adapters."])
+            stats = peer.result("adapters.stats")
+            self.assertEqual((stats["registered"], stats["pinned_bytes_max"]), (1, 0))
+        with Peer(self.server) as peer:
+            for method in methods:
+                self.assertEqual(peer.result(method, name="acme-one"), {"name": "acme-one"})
+                for name in ("acme-none", "bolt-one"):  # another tenant's is not told from none
+                    self.assertEqual(peer.error(method, name=name),
+                                     [0, 'not_found: there is no model "%s".' % name])
+                for wrong in ({}, {"name": ""}, {"name": 5}, {"name": "acme-one", "x": 1}):
+                    self.assertEqual(peer.error(method, **wrong)[0], 1, wrong)
+            stats = peer.result("adapters.stats")
+            self.assertEqual(stats["pinned_bytes_max"], 1000)
+            self.assertEqual(set(stats), {"registered", "own", "resident", "pinned", "pinned_bytes", "pinned_bytes_max",
+                                          "users", "device_bytes", "file_bytes", "hits", "misses", "loads", "load_us"})
+            self.assertEqual(peer.error("adapters.stats", x=1)[0], 1)
 
     def test_python_client(self):
         for address in ("%s:%d" % self.server.address, "unix:" + self.server.unix):

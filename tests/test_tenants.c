@@ -34,7 +34,8 @@ static void test_tenants_key_gives_identity(void **state)
     char a[65], b[65], c[65], text[1024];
     (void)snprintf(text, sizeof text,
                    "tenants:\n  - name: one\n    keys_blake2b: [%s, %s]\n  - name: two\n"
-                   "    keys_blake2b: [%s]\n    priority_class: interactive\n    weight: 2.5\n",
+                   "    keys_blake2b: [%s]\n    priority_class: interactive\n    weight: 2.5\n"
+                   "    pinned_adapter_bytes: 1099511627776\n    adapter_bytes: 5\n",
                    hash_of("key-a", a), hash_of("key-b", b), hash_of("key-c", c));
     struct tenants *tenants = parsed(text, NULL);
     uint32_t number = 9;
@@ -46,6 +47,9 @@ static void test_tenants_key_gives_identity(void **state)
     assert_false(tenants_find_key(tenants, a, 64, &number)); // the hash is not the key
     assert_int_equal(tenants_at(tenants, 1)->class, TENANT_INTERACTIVE);
     assert_true(tenants_at(tenants, 1)->weight == 2.5);
+    assert_true(tenants_at(tenants, 1)->pinned_adapter_bytes == 1ull << 40);
+    assert_true(tenants_at(tenants, 1)->adapter_bytes == 5);
+    assert_true(tenants_at(tenants, 0)->pinned_adapter_bytes == 0);
     assert_null(tenants_at(tenants, 2));
     tenants_free(tenants);
 }
@@ -111,6 +115,8 @@ static void test_tenants_refuses_bad_files(void **state)
         {"tenants:\n- {name: a, rpm_limit: -1}\n", "rpm_limit must be a whole number from 0"},
         {"tenants:\n- {name: a, weight: 0}\n", "weight must be a number from 0.01 to 100"},
         {"tenants:\n- {name: a, manage_adapters: yes}\n", "must be true or false"},
+        {"tenants:\n- {name: a, pinned_adapter_bytes: 1G}\n",
+         "pinned_adapter_bytes must be a whole"},
         {twice, "t.yaml:3:3: a key of \"b\" belongs to another tenant"},
     };
     for (size_t i = 0; i < ARRAY_COUNT(rows); i++) {

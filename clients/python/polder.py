@@ -14,6 +14,8 @@ A Client is one connection and belongs to one thread. Several generations may ru
 each `generate` returns its own iterator, and reading one puts the others' messages aside for them.
 """
 import collections
+import hashlib
+import os
 import socket
 
 import msgpack
@@ -56,6 +58,15 @@ def _error(value):
         code, _, message = str(value[1]).partition(": ")
         return PolderError(code, message, type=value[0])
     return PolderError("unknown", str(value))
+
+
+def _pieces(path, size):
+    with open(path, "rb") as file:
+        while True:
+            piece = file.read(size)
+            if not piece:
+                return
+            yield piece
 
 
 class Stream:
@@ -154,6 +165,29 @@ class Client:
 
     def add_adapter(self, name, path):
         return self.call("adapters.add", name=name, path=path)
+
+    def upload_adapter(self, name, directory, **options):
+        """Sends the two files of a PEFT directory, which need not be where the server can read it."""
+        files = [os.path.join(directory, file) for file in ("adapter_config.json", "adapter_model.safetensors")]
+        digest, sizes = hashlib.blake2b(digest_size=32), []
+        for file in files:
+            sizes.append(os.path.getsize(file))
+            digest.update(sizes[-1].to_bytes(8, "little"))
+            for piece in _pieces(file, 1 << 20):
+                digest.update(piece)
+        begun = self.call("adapters.upload", name=name, config_bytes=sizes[0], weights_bytes=sizes[1],
+                          digest=digest.hexdigest(), **options)
+        received = 0
+        for file in files:
+            for piece in _pieces(file, begun["chunk_bytes_max"]):
+                received = self.call("adapters.upload_chunk", upload=begun["upload"], offset=received, data=piece)["received"]
+        return self.call("adapters.upload_commit", upload=begun["upload"])
+
+    def pin_adapter(self, name):
+        return self.call("adapters.pin", name=name)
+
+    def unpin_adapter(self, name):
+        return self.call("adapters.unpin", name=name)
 
     def remove_adapter(self, name):
         return self.call("adapters.remove", name=name)

@@ -17,6 +17,7 @@ enum {
     SERVE = COMMAND_SERVE | COMMAND_CHECK_CONFIG,
     ASK = COMMAND_GENERATE | COMMAND_CHAT,
     REMOTE = COMMAND_CHAT | COMMAND_CALL | COMMAND_STATS | COMMAND_ADAPTER,
+    STATE = STACK | COMMAND_ADAPTER,
     WORDS = COMMAND_CALL | COMMAND_ADAPTER | COMMAND_HELP, // take words that are not options
     ANY = 0xffff
 };
@@ -35,10 +36,10 @@ static const struct option TABLE[] = {
     {"config", STRING, ANY, FIELD(config), "FILE", "", "YAML file whose keys are these options"},
     {"log-level", STRING, ANY, FIELD(log_level), "LEVEL", "info", "debug, info, warn or error"},
     {"help", FLAG, ANY, FIELD(help), "", "", "print this"},
-    {"model", STRING, STACK | COMMAND_SYNTH, FIELD(model), "DIR", "",
+    {"model", STRING, STATE | COMMAND_SYNTH, FIELD(model), "DIR", "",
      "Hugging Face directory of the base model, or synth:SHAPE,key=value,... for random weights "
      "in memory (command synth: whose tokenizer.json is copied)"},
-    {"state-dir", STRING, STACK, FIELD(state_dir), "DIR", "~/.local/state/polder",
+    {"state-dir", STRING, STATE, FIELD(state_dir), "DIR", "~/.local/state/polder",
      "expert store, converted adapters"},
     {"device", STRING, STACK, FIELD(device), "NAME", "cpu",
      "where to run: cpu, cuda:0, cuda:1, ..."},
@@ -46,7 +47,7 @@ static const struct option TABLE[] = {
      "share of the GPU's free memory for the pool, when --pool-bytes is not given"},
     {"batch-invariant", FLAG, STACK, FIELD(batch_invariant), "", "",
      "on a GPU: the same bits whatever else runs (slower)"},
-    {"dtype", STRING, STACK, FIELD(dtype), "TYPE", "bfloat16",
+    {"dtype", STRING, STATE, FIELD(dtype), "TYPE", "bfloat16",
      "bfloat16, or float32: the reference path"},
     {"instruction-set", STRING, STACK, FIELD(instruction_set), "NAME", "best",
      "avx512bf16, avx2 or portable"},
@@ -56,7 +57,7 @@ static const struct option TABLE[] = {
     {"pool-bytes", SIZE, STACK, FIELD(pool_bytes), "BYTES", "experts + 8 contexts + 64M",
      "the pool of KV, adapters and experts"},
     {"host-bytes", SIZE, STACK, FIELD(host_bytes), "BYTES", "256M", "the host tier"},
-    {"page-bytes", SIZE, STACK, FIELD(page_bytes), "BYTES", "least waste",
+    {"page-bytes", SIZE, STATE, FIELD(page_bytes), "BYTES", "least waste",
      "32K to 2M, a power of two"},
     {"max-model-len", UINT, STACK, FIELD(max_model_len), "N", "the model's, at most 32768",
      "tokens of one sequence"},
@@ -91,6 +92,8 @@ static const struct option TABLE[] = {
     {"tenants", STRING, SERVE, FIELD(tenants), "FILE", "", "tenants.yaml: keys, adapters, limits"},
     {"adapter-dir", LIST, SERVE, FIELD(adapter_dirs), "DIR", "",
      "directory below which adapters.add may read"},
+    {"max-upload-bytes", SIZE, SERVE, FIELD(max_upload_bytes), "BYTES", "0: none",
+     "adapters that tenants upload, all under way together"},
     {"shutdown-timeout", UINT, SERVE, FIELD(shutdown_timeout), "SECONDS", "30",
      "after SIGTERM, time for running requests"},
     {"idle-timeout", UINT, SERVE, FIELD(idle_timeout), "SECONDS", "600",
@@ -114,6 +117,14 @@ static const struct option TABLE[] = {
     {"ignore-eos", FLAG, ASK, FIELD(ignore_eos), "", "", "go on past the end token"},
     {"token-ids", FLAG, COMMAND_GENERATE, FIELD(token_ids), "", "",
      "print token ids instead of text"},
+    {"offline", FLAG, COMMAND_ADAPTER, FIELD(offline), "", "",
+     "work on the state directory; so it is with --model or --state-dir and without --connect"},
+    {"manifest", STRING, COMMAND_ADAPTER, FIELD(manifest), "FILE", "",
+     "add: YAML list of adapters to register in one run, which may be run again"},
+    {"upload", FLAG, COMMAND_ADAPTER, FIELD(upload), "", "",
+     "add: send the files to a server that cannot read the directory (its --max-upload-bytes)"},
+    {"owner", STRING, COMMAND_ADAPTER, FIELD(owner), "TENANT", "the operator",
+     "offline: whose adapter it is"},
     {"connect", STRING, REMOTE, FIELD(connect), "ADDRESS", "127.0.0.1:7077",
      "host:port or unix:PATH"},
     {"api-key", STRING, REMOTE, FIELD(api_key), "KEY", "", "tenant's key; better by environment"},
@@ -133,8 +144,11 @@ static const struct {
     {"chat", COMMAND_CHAT, "[--connect ADDRESS]", "type, and a server continues"},
     {"call", COMMAND_CALL, "METHOD JSON", "one call of the RPC interface"},
     {"stats", COMMAND_STATS, "", "numbers of a running server"},
-    {"adapter", COMMAND_ADAPTER, "add NAME DIR | list | show NAME | rm NAME",
-     "adapters of a server"},
+    {"adapter", COMMAND_ADAPTER,
+     "add NAME DIR | add --manifest FILE | list | show NAME | rm NAME | verify [NAME...] | gc | "
+     "pin NAME | "
+     "unpin NAME | load NAME | unload NAME | stats",
+     "adapters of a server, or of a state directory"},
     {"synth", COMMAND_SYNTH, "--out DIR --shape NAME", "write a random checkpoint"},
     {"check-config", COMMAND_CHECK_CONFIG, "--config FILE",
      "check options and tenants, start nothing"},
@@ -355,7 +369,6 @@ static void fill_defaults(struct settings *s)
                            .max_frame_bytes = 4u << 20,
                            .max_tokens = 128,
                            .top_p = 1.0,
-                           .connect = "127.0.0.1:7077",
                            .shape = "tiny"};
 }
 

@@ -37,6 +37,7 @@ struct settings {
     uint32_t port, shutdown_timeout, idle_timeout, slow_reader_timeout, max_connections,
         max_frame_bytes;
     struct option_list adapter_dirs;
+    uint64_t max_upload_bytes;
     bool dry_run, no_tcp;
     // asking
     const char *prompt, *prompt_file, *adapter;
@@ -47,6 +48,9 @@ struct settings {
     bool ignore_eos, token_ids;
     // talking to a server
     const char *connect, *api_key, *api_key_file;
+    // adapter
+    const char *owner, *manifest;
+    bool offline, upload;
     // synth
     const char *out, *shape;
     struct option_list set;

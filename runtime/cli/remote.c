@@ -1,20 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Commands that talk to a running server: call, stats, adapter, chat.
+// Commands that talk to a running server: call, stats, chat. (adapter: adapter_remote.c)
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-#include <jansson.h>
-
 #include "base/reader.h"
-#include "clients/c/polder_client.h"
-#include "clients/c/polder_client_json.h"
 #include "runtime/cli/commands.h"
+#include "runtime/cli/remote.h"
 
 enum { TIMEOUT_MS = 600000, KEY_MAX = 1024, LINE_MAX_BYTES = 65536, CHAT_MAX = 1 << 20 };
 
-static int complain_remote(const struct polder_error *error)
+int remote_complain(const struct polder_error *error)
 {
     (void)fprintf(stderr, "polder: %s: %s\n", error->code, error->message);
     return EXIT_FAILED;
@@ -47,16 +44,17 @@ static int find_key(const struct settings *s, char *out, size_t room)
     return 0;
 }
 
-static struct polder_client *open_client(const struct settings *s)
+struct polder_client *remote_open(const struct settings *s)
 {
     char key[KEY_MAX];
     struct polder_error error;
     if (find_key(s, key, sizeof key))
         return NULL;
-    struct polder_client *client = polder_open(s->connect, key[0] ? key : NULL, TIMEOUT_MS, &error);
+    struct polder_client *client = polder_open(s->connect ? s->connect : "127.0.0.1:7077",
+                                               key[0] ? key : NULL, TIMEOUT_MS, &error);
     memset(key, 0, sizeof key);
     if (!client)
-        (void)complain_remote(&error);
+        (void)remote_complain(&error);
     return client;
 }
 
@@ -69,20 +67,19 @@ static bool print_token(void *context, const struct polder_token *token)
     return true;
 }
 
-// One call; the result as JSON on standard output, streamed texts before it.
-static int call_once(const struct settings *s, const char *method, const char *params)
+int remote_call(const struct settings *s, const char *method, const char *params)
 {
     struct polder_error error;
     char *result = NULL;
     bool any = false;
-    struct polder_client *client = open_client(s);
+    struct polder_client *client = remote_open(s);
     if (!client)
         return EXIT_FAILED;
     int rc = polder_call_json(client, method, params, 2, print_token, &any, &result, &error);
     if (any)
         (void)printf("\n");
     if (rc)
-        (void)complain_remote(&error);
+        (void)remote_complain(&error);
     else
         (void)printf("%s\n", result);
     free(result);
@@ -96,117 +93,13 @@ int command_call(const struct settings *settings)
         (void)fprintf(stderr, "polder: usage: polder call METHOD ['{\"key\": value}']\n");
         return EXIT_USAGE;
     }
-    return call_once(settings, settings->word[0], settings->words == 2 ? settings->word[1] : NULL);
+    return remote_call(settings, settings->word[0],
+                       settings->words == 2 ? settings->word[1] : NULL);
 }
 
 int command_stats(const struct settings *settings)
 {
-    return call_once(settings, "stats", NULL);
-}
-
-// ---- adapter ----
-
-// Quotes a text as a JSON string; false when it does not fit.
-static bool quote(const char *text, char *out, size_t room)
-{
-    size_t n = 0;
-    if (room < 3)
-        return false;
-    out[n++] = '"';
-    for (; *text; text++) {
-        unsigned char c = (unsigned char)*text;
-        if (n + 8 > room)
-            return false;
-        if (c == '"' || c == '\\') {
-            out[n++] = '\\';
-            out[n++] = (char)c;
-        } else if (c < 0x20) {
-            n += (size_t)snprintf(out + n, room - n, "\\u%04x", c);
-        } else {
-            out[n++] = (char)c;
-        }
-    }
-    out[n++] = '"';
-    out[n] = 0;
-    return true;
-}
-
-static int adapter_call(const struct settings *s, const char *method, const char *name,
-                        const char *directory)
-{
-    char quoted_name[300], quoted_path[8300], params[9000], path[4096];
-    if (!quote(name, quoted_name, sizeof quoted_name)) {
-        (void)fprintf(stderr, "polder: the name is too long.\n");
-        return EXIT_USAGE;
-    }
-    if (!directory) {
-        (void)snprintf(params, sizeof params, "{\"name\": %s}", quoted_name);
-        return call_once(s, method, params);
-    }
-    // The server reads the path, so it must not depend on this shell's directory.
-    if (!realpath(directory, path)) {
-        (void)fprintf(stderr, "polder: there is no directory %s.\n", directory);
-        return EXIT_FAILED;
-    }
-    if (!quote(path, quoted_path, sizeof quoted_path))
-        return EXIT_USAGE;
-    (void)snprintf(params, sizeof params, "{\"name\": %s, \"path\": %s}", quoted_name, quoted_path);
-    return call_once(s, method, params);
-}
-
-// The list's entry of that name, out of the same answer `list` gives.
-// Prints it, as JSON like the list.
-static bool print_entry(const char *list_text, const char *name)
-{
-    bool found = false;
-    json_t *list = json_loads(list_text, 0, NULL), *item;
-    size_t i;
-    json_array_foreach(list, i, item)
-    {
-        const char *own = json_string_value(json_object_get(item, "name"));
-        if (found || !own || strcmp(own, name) != 0)
-            continue;
-        found = json_dumpf(item, stdout, JSON_INDENT(2)) == 0;
-        (void)printf("\n");
-    }
-    json_decref(list);
-    return found;
-}
-
-static int adapter_show(const struct settings *s, const char *name)
-{
-    struct polder_error error;
-    char *list = NULL;
-    struct polder_client *client = open_client(s);
-    if (!client)
-        return EXIT_FAILED;
-    int code = EXIT_FAILED;
-    if (polder_call_json(client, "adapters.list", NULL, 0, NULL, NULL, &list, &error))
-        (void)complain_remote(&error);
-    else if (print_entry(list, name))
-        code = EXIT_DONE;
-    else
-        (void)fprintf(stderr, "polder: there is no adapter named \"%s\".\n", name);
-    free(list);
-    polder_close(client);
-    return code;
-}
-
-int command_adapter(const struct settings *settings)
-{
-    const char *verb = settings->words ? settings->word[0] : "";
-    uint32_t words = settings->words;
-    if (!strcmp(verb, "add") && words == 3)
-        return adapter_call(settings, "adapters.add", settings->word[1], settings->word[2]);
-    if (!strcmp(verb, "rm") && words == 2)
-        return adapter_call(settings, "adapters.remove", settings->word[1], NULL);
-    if (!strcmp(verb, "list") && words == 1)
-        return call_once(settings, "adapters.list", NULL);
-    if (!strcmp(verb, "show") && words == 2)
-        return adapter_show(settings, settings->word[1]);
-    (void)fprintf(stderr,
-                  "polder: usage: polder adapter add NAME DIR | list | show NAME | rm NAME\n");
-    return EXIT_USAGE;
+    return remote_call(settings, "stats", NULL);
 }
 
 // ---- chat ----
@@ -251,7 +144,7 @@ static int chat_turn(const struct settings *s, struct polder_client *client, str
                                   .stop = s->stop.item,
                                   .stop_count = s->stop.count};
     if (polder_generate(client, &ask, print_token, &any, &result, &error)) {
-        (void)complain_remote(&error);
+        (void)remote_complain(&error);
         return error.type == -1 ? -1 : 0;
     }
     (void)printf("\n");
@@ -264,7 +157,7 @@ int command_chat(const struct settings *settings)
 {
     char *line = malloc(LINE_MAX_BYTES);
     struct chat chat = {.text = calloc(1, CHAT_MAX)};
-    struct polder_client *client = line && chat.text ? open_client(settings) : NULL;
+    struct polder_client *client = line && chat.text ? remote_open(settings) : NULL;
     int code = client ? EXIT_DONE : EXIT_FAILED;
     bool terminal = isatty(STDIN_FILENO);
     if (client && terminal)

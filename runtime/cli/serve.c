@@ -8,6 +8,7 @@
 #include <sys/sysinfo.h>
 
 #include "base/log.h"
+#include "runtime/cli/adapter.h"
 #include "runtime/cli/commands.h"
 #include "runtime/cli/wire.h"
 #include "runtime/server/server.h"
@@ -36,31 +37,19 @@ static enum status decode(void *context, const int32_t *tokens, size_t count, ch
     return wire_decode(&face->text, tokens, count, out, max, bytes);
 }
 
-// Field names come from the client's file; what would break a JSON text becomes '?'.
-static void report_text(char *text)
-{
-    for (; *text; text++) {
-        if (*text == '"' || *text == '\\' || (unsigned char)*text < 0x20)
-            *text = '?';
-    }
-}
-
-static enum status convert(void *context, const char *directory, const char *store_path,
-                           char *report, size_t report_bytes, struct fault *fault)
+static enum status convert(void *context, const char *directory, const char *old_path,
+                           const char *store_path, char *report, size_t report_bytes,
+                           struct fault *fault)
 {
     const struct face *face = context;
     struct adapter_report r;
-    enum status status = adapter_convert(directory, stack_adapter_base(face->stack),
-                                         stack_page_bytes(face->stack), store_path, &r, fault);
+    const struct adapter_base *base = stack_adapter_base(face->stack);
+    size_t page_bytes = stack_page_bytes(face->stack);
+    uint32_t version = adapter_version_at(old_path, NULL, base, page_bytes, NULL);
+    enum status status =
+        adapter_convert_version(directory, base, page_bytes, version + 1, store_path, &r, fault);
     if (!status)
-        report_text(r.ignored);
-    if (!status)
-        (void)snprintf(
-            report, report_bytes,
-            "{\"applied\":%u,\"possible\":%u,\"rank_min\":%u,\"rank_max\":%u,\"bytes\":%llu,"
-            "\"layout\":\"%s\",\"ignored\":\"%s\"}",
-            r.matrices_applied, r.matrices_possible, r.rank_min, r.rank_max,
-            (unsigned long long)r.bytes, r.layout, r.ignored);
+        adapter_report_json(&r, report, report_bytes);
     return status;
 }
 
@@ -230,17 +219,18 @@ static uint32_t milliseconds(uint32_t seconds)
 
 static int serve_stack(const struct settings *s, struct face *face, struct fault *fault)
 {
-    char tcp[ADDRESS_ROOM], uds[ADDRESS_ROOM], store[ENGINE_PATH], state[ENGINE_PATH];
+    char tcp[ADDRESS_ROOM], uds[ADDRESS_ROOM], state[ENGINE_PATH];
     struct stack_options paths;
     if (wire_stack_options(s, NULL, state, sizeof state, &paths, fault))
         return complain(fault);
-    (void)snprintf(store, sizeof store, "%.1000s/adapters", paths.state_directory);
     struct server_options o = {
         .port = stack_port(face->stack),
         .engine = stack_limits(face->stack),
         .tokenizer = {.context = face, .encode = encode, .decode = decode},
-        .converter = {.context = face, .convert = s->adapter_dirs.count ? convert : NULL},
-        .store_dir = store,
+        .converter = {.context = face,
+                      .convert = s->adapter_dirs.count || s->max_upload_bytes ? convert : NULL},
+        .upload_bytes_max = s->max_upload_bytes,
+        .state_dir = state,
         .tenants_path = s->tenants,
         .open_access = !s->tenants,
         .clock = clock_monotonic(),

@@ -110,8 +110,8 @@ static size_t engine_finish(void *context, uint8_t *state, char *out, size_t roo
 
 // ---- stack ----
 
-static enum status state_directory(const struct settings *s, char *out, size_t room,
-                                   struct fault *fault)
+enum status wire_state_directory(const struct settings *s, char *out, size_t room,
+                                 struct fault *fault)
 {
     const char *home =
         getenv("HOME"); // the default's place; everything else is in the option table
@@ -170,7 +170,7 @@ enum status wire_stack_options(const struct settings *settings, const struct tok
                          "--gpu-memory-utilization is a share of the free memory, at most 1.");
     enum status status = dtype_of(settings->dtype, &dtype, fault);
     if (!status)
-        status = state_directory(settings, state, state_room, fault);
+        status = wire_state_directory(settings, state, state_room, fault);
     if (status)
         return status;
     const char *isa = settings->instruction_set;

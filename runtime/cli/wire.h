@@ -23,6 +23,9 @@ MUST_USE enum status wire_encode(struct wire_text *text, const char *bytes, size
                                  int32_t *out, size_t max, size_t *tokens);
 MUST_USE enum status wire_decode(const struct wire_text *text, const int32_t *tokens, size_t count,
                                  char *out, size_t max, size_t *bytes);
+// --state-dir, or its default.
+MUST_USE enum status wire_state_directory(const struct settings *settings, char *out, size_t room,
+                                          struct fault *fault);
 // Fills stack options from settings; `state` holds the expanded state directory and outlives them.
 MUST_USE enum status wire_stack_options(const struct settings *settings,
                                         const struct tokenizer *tokenizer, char *state,

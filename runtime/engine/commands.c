@@ -128,12 +128,13 @@ static bool fits_pool(const struct engine *e, const struct engine_request *r, ad
     pool_stats(e->options.pool, &pool);
     uint32_t pages =
         sequence_pages_needed(e, r->prompt_tokens + r->max_tokens, r->adapter[0], adapter);
+    uint64_t kept = e->options.adapters ? adapters_kept_pages(e->options.adapters) : 0;
     const struct model *model = e->options.model;
     uint32_t adapter_pages = r->adapter[0] ? adapter_page_count(e->options.adapters, adapter) : 0;
-    if (adapter_pages > pool_limit(e->options.pool, PAGE_ADAPTER) ||
+    if (adapter_pages + kept > pool_limit(e->options.pool, PAGE_ADAPTER) ||
         pages - adapter_pages > pool_limit(e->options.pool, PAGE_KV))
         return false;
-    return pages + engine_expert_floor(&model->expert_shape, model->config.top_k) <=
+    return pages + kept + engine_expert_floor(&model->expert_shape, model->config.top_k) <=
            pool.device_total;
 }
 
@@ -169,42 +170,11 @@ static bool take_request(struct engine *e, const struct engine_request *r, size_
     return true;
 }
 
-enum status engine_register_adapter(struct engine *engine, const char *name, const char *store_path,
-                                    uint32_t owner, struct fault *fault)
-{
-    const struct engine_options *o = &engine->options;
-    adapter_id id;
-    // Owners beyond the tenants stand for the operator, who shares a number with the base model.
-    if (owner > o->tenants_max)
-        owner = o->tenants_max;
-    if (o->model->share.world > 1)
-        return fault_set(fault, STATUS_UNSUPPORTED,
-                         "Adapters cannot be served by a model that several ranks share.");
-    enum status status = adapter_register(o->adapters, name, store_path, owner, &id, fault);
-    if (status)
-        return status;
-    uint32_t rank = adapter_rank_max(o->adapters, id);
-    if (rank <= o->rank_max)
-        return STATUS_OK;
-    status = adapter_remove(o->adapters, name);
-    CHECK(!status);
-    return fault_set(fault, STATUS_LIMIT,
-                     "The adapter has rank %u; this server takes up to %u "
-                     "(--max-lora-rank).",
-                     rank, o->rank_max);
-}
-
-// A tenant removes its own adapters and the operator's; another tenant's do not exist for it.
-static enum status remove_adapter(struct engine *e, const struct engine_adapter_command *c)
+static bool is_operators(const struct engine *e, const char *name)
 {
     adapter_id id;
-    enum status status = adapter_find(e->options.adapters, c->name, &id);
-    if (status)
-        return status;
-    uint32_t owner = adapter_owner(e->options.adapters, id);
-    if (owner < e->options.tenants_max && owner != c->owner)
-        return STATUS_NOT_FOUND;
-    return adapter_remove(e->options.adapters, c->name);
+    return adapter_find(e->options.adapters, name, &id) == STATUS_OK &&
+           adapter_owner(e->options.adapters, id) >= e->options.tenants_max;
 }
 
 static bool take_adapter(struct engine *e, const struct engine_adapter_command *c, size_t bytes)
@@ -213,17 +183,16 @@ static bool take_adapter(struct engine *e, const struct engine_adapter_command *
     enum status status = STATUS_INVALID;
     if (bytes < sizeof *c)
         return true;
-    if (ring_room(e->options.port->events) < sizeof(struct engine_reply) + 16)
+    if (ring_room(e->options.port->events) < sizeof(struct engine_reply) + 64)
         return false;
     if (!e->options.adapters)
         status = fault_set(&fault, STATUS_UNSUPPORTED, "This server was started without adapters.");
-    else if (c->kind == ENGINE_ADAPTER_ADD)
-        status = engine_register_adapter(e, c->name, c->store_path, c->owner, &fault);
     else
-        status = remove_adapter(e, c);
+        status = residents_command(e, c, &fault);
     if (status == STATUS_NOT_FOUND)
         (void)fault_set(&fault, status, "There is no adapter named \"%.63s\".", c->name);
-    return reply(e, c->id, status, status ? fault.text : "", NULL, 0);
+    const char *text = !status && is_operators(e, c->name) ? "{\"operator\":true}" : "";
+    return reply(e, c->id, status, status ? fault.text : "", text, strlen(text));
 }
 
 static bool take_control(struct engine *e, const struct engine_control *c)
@@ -269,7 +238,7 @@ bool commands_take(struct engine *engine)
         bool taken = true;
         if (kind == ENGINE_REQUEST)
             taken = take_request(engine, record, bytes);
-        else if (kind == ENGINE_ADAPTER_ADD || kind == ENGINE_ADAPTER_REMOVE)
+        else if (kind >= ENGINE_ADAPTER_ADD && kind <= ENGINE_ADAPTER_UNPIN)
             taken = take_adapter(engine, record, bytes);
         else if (bytes >= sizeof(struct engine_control))
             taken = take_control(engine, record);

@@ -286,6 +286,8 @@ enum status engine_create(const struct engine_options *options, struct engine **
     if (!e)
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory while making the engine.");
     e->options = *options;
+    if (options->adapters)
+        adapters_limit_rank(options->adapters, options->rank_max);
     e->table = options->device->table;
     e->want.slot = e->want_next.slot = NO_SLOT;
     uint32_t commands = options->model->config.layers * 32 + 64 +
@@ -435,6 +437,8 @@ enum engine_turn engine_turn(struct engine *engine)
     if (copy_device_failed(engine->options.copies)) // maybe no step runs that would find it out
         engine->broken = engine->quit = engine->draining = true;
     bool worked = commands_take(engine);
+    if (engine->options.adapters && !engine->broken)
+        adapters_fetch_kept(engine->options.adapters);
     sequence_expire(engine);
     sequence_flush_ended(engine);
     if (engine->broken)

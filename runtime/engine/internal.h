@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Shared inside runtime/engine only: the engine's state.
 //
-// Files: engine.c (life, the turn), commands.c (the port's commands), sequence.c (slots, lists,
-// admission, swapping), plan.c (pure policy), step.c (planning and the step's state machine),
-// ahead.c (planning the next step while one runs), forward.c (recording the model's half-layers
-// into the stream), output.c (sampled tokens to text and events), report.c (stats).
+// Files: engine.c (life, the turn), commands.c (the port's commands), residents.c (those on
+// adapters), sequence.c (slots, lists, admission, swapping), plan.c (pure policy), step.c (planning
+// and the step's state machine), ahead.c (planning the next step while one runs), forward.c
+// (recording the model's half-layers into the stream), output.c (sampled tokens to text and
+// events), report.c (stats).
 #ifndef POLDER_RUNTIME_ENGINE_INTERNAL_H
 #define POLDER_RUNTIME_ENGINE_INTERNAL_H
 
@@ -262,6 +263,10 @@ bool output_results(struct engine *engine); // false: the event ring has no room
 void output_drop(struct engine *engine);    // gives waiting results up
 bool output_event(struct engine *engine, const void *record, size_t bytes);
 size_t output_room_needed(const struct engine *engine, uint32_t samples);
+
+// residents.c: an answer to a command on adapters; NOT_FOUND without a sentence.
+enum status residents_command(struct engine *engine, const struct engine_adapter_command *command,
+                              struct fault *fault);
 
 // commands.c
 bool commands_take(struct engine *engine); // true when something was taken

@@ -32,11 +32,15 @@ enum engine_command_kind {
     ENGINE_PAUSE,  // stop working on this request until ENGINE_RESUME
     ENGINE_RESUME,
     ENGINE_ADAPTER_ADD,    // struct engine_adapter_command; answered by ENGINE_REPLY
-    ENGINE_ADAPTER_REMOVE, // likewise
-    ENGINE_ADAPTER_LIST,   // struct engine_control, id = reply id
-    ENGINE_STATS,          // struct engine_control, id = reply id
-    ENGINE_DRAIN,          // finish what is running, refuse what is new (SHUTTING_DOWN)
-    ENGINE_QUIT            // end everything now with SHUTTING_DOWN, then stop
+    ENGINE_ADAPTER_REMOVE, // likewise, as the next four
+    ENGINE_ADAPTER_LOAD,   // begin to bring it to the device
+    ENGINE_ADAPTER_UNLOAD, // give its device pages back
+    ENGINE_ADAPTER_PIN,    // keep it there, for the tenant `owner`
+    ENGINE_ADAPTER_UNPIN,
+    ENGINE_ADAPTER_LIST, // struct engine_control, id = reply id
+    ENGINE_STATS,        // struct engine_control, id = reply id
+    ENGINE_DRAIN,        // finish what is running, refuse what is new (SHUTTING_DOWN)
+    ENGINE_QUIT          // end everything now with SHUTTING_DOWN, then stop
 };
 
 enum engine_class { ENGINE_INTERACTIVE, ENGINE_STANDARD, ENGINE_BATCH, ENGINE_CLASSES };
@@ -68,7 +72,11 @@ struct engine_control {
 
 struct engine_adapter_command {
     uint32_t kind, owner;
-    uint64_t id; // reply id
+    uint64_t id;      // reply id
+    uint32_t replace; // ADD: the name may be taken by the owner or the operator, then this is its
+                      // next version
+    uint64_t owned_bytes_max;  // ADD: of all that this tenant has registered; 0: no limit
+    uint64_t pinned_bytes_max; // PIN: of all that this tenant may have pinned
     char name[ENGINE_ADAPTER_NAME];
     char store_path[ENGINE_PATH]; // of a store file made by adapter_convert; ADD only
 };
@@ -109,7 +117,8 @@ struct engine_done {
     uint32_t text_bytes;
 };
 
-// Answer to a command with a reply id. Followed by bytes: JSON text (stats, list), or nothing.
+// Answer to a command with a reply id. Followed by bytes: JSON text (stats, list; {"operator":true}
+// when an adapter that was registered is the operator's), or nothing.
 struct engine_reply {
     uint32_t kind;
     uint32_t status;

@@ -98,11 +98,12 @@ static void put_adapters(struct writer *w, struct engine *e)
     if (e->options.adapters)
         adapters_stats(e->options.adapters, &a);
     put(w,
-        ",\"adapters\":{\"registered\":%u,\"leaving\":%u,\"resident\":%u,\"fetching\":%u,"
+        ",\"adapters\":{\"registered\":%u,\"leaving\":%u,\"pinned\":%u,\"pinned_bytes\":%llu,"
+        "\"resident\":%u,\"fetching\":%u,"
         "\"resident_bytes\":%llu,\"fetches\":%llu,\"given_back\":%llu,",
-        a.registered, a.leaving, a.resident, a.fetching,
-        (unsigned long long)a.resident_pages * p.page_bytes, (unsigned long long)a.fetches,
-        (unsigned long long)a.given_back);
+        a.registered, a.leaving, a.kept, (unsigned long long)a.kept_pages * p.page_bytes,
+        a.resident, a.fetching, (unsigned long long)a.resident_pages * p.page_bytes,
+        (unsigned long long)a.fetches, (unsigned long long)a.given_back);
     put_loads(w, &a.loads);
     put(w, "}");
 }
@@ -152,19 +153,24 @@ size_t report_adapters(struct engine *engine, char *out, size_t room)
          i++) {
         if (w.at + 1024 > room)
             break;
-        char digest[2 * DIGEST_BYTES + 1];
+        char digest[2 * DIGEST_BYTES + 1], source[2 * DIGEST_BYTES + 1];
         digest_hex(&info.report.digest, digest);
+        digest_hex(&info.report.source, source);
         put(&w,
-            "%s{\"name\":\"%s\",\"owner\":%u,\"resident\":%s,\"pages\":%u,\"users\":%u,"
+            "%s{\"name\":\"%s\",\"owner\":%u,\"keeper\":%lld,\"resident\":%s,\"pages\":%u,"
+            "\"users\":%u,"
             "\"device_bytes\":%llu,\"file_bytes\":%llu,"
             "\"rank_min\":%u,\"rank_max\":%u,\"bytes\":%llu,\"applied\":%u,\"possible\":%u,"
-            "\"layout\":\"%s\",\"digest\":\"%s\",",
-            i ? "," : "", info.name, info.owner, info.resident ? "true" : "false", info.pages,
-            info.users, info.resident ? (unsigned long long)info.pages * p.page_bytes : 0,
+            "\"layout\":\"%s\",\"version\":%u,\"digest\":\"%s\","
+            "\"source\":\"%s\",",
+            i ? "," : "", info.name, info.owner,
+            info.keeper == ADAPTER_NO_KEEPER ? -1ll : (long long)info.keeper,
+            info.resident ? "true" : "false", info.pages, info.users,
+            info.resident ? (unsigned long long)info.pages * p.page_bytes : 0,
             (unsigned long long)info.pages * p.page_bytes, info.report.rank_min,
             info.report.rank_max, (unsigned long long)info.report.bytes,
             info.report.matrices_applied, info.report.matrices_possible, info.report.layout,
-            digest);
+            info.report.version, digest, source);
         put_loads(&w, &info.loads);
         put(&w, "}");
     }

@@ -202,8 +202,9 @@ static uint32_t pages_of_tokens(const struct engine *e, uint32_t tokens)
     return (uint32_t)div_up(tokens, shape->block_tokens) * shape->pages_per_block;
 }
 
-// Would `more_pages` beside the KV of all sequences, on the device or on their way to it, and the
-// adapters of paused steps leave the experts their floor?
+// Would `more_pages` beside the KV of all sequences, on the device or on their way to it, the
+// adapters of paused steps and those that are pinned leave the experts their floor? A pinned
+// adapter counts once more when a sequence asks for it: that is too much, never too little.
 bool sequence_pages_allow(const struct engine *engine, uint32_t more_pages)
 {
     struct pool_stats pool;
@@ -214,6 +215,8 @@ bool sequence_pages_allow(const struct engine *engine, uint32_t more_pages)
         const struct step *step = &engine->steps[class];
         held += step->state == STEP_PAUSED ? step->adapter_pages : 0;
     }
+    if (engine->options.adapters)
+        held += adapters_kept_pages(engine->options.adapters);
     uint32_t floor = engine->options.experts
                          ? engine_expert_floor(&engine->options.model->expert_shape,
                                                engine->options.model->config.top_k)
@@ -221,10 +224,13 @@ bool sequence_pages_allow(const struct engine *engine, uint32_t more_pages)
     return held + more_pages + floor <= pool.device_total;
 }
 
-// Would the adapters of paused steps and these pages keep to what the pool lets adapters have?
+// Would the adapters of paused steps, pinned ones and these pages keep to what the pool lets
+// adapters have?
 bool sequence_adapters_allow(const struct engine *engine, uint32_t adapter_pages)
 {
     uint64_t held = adapter_pages;
+    if (engine->options.adapters)
+        held += adapters_kept_pages(engine->options.adapters);
     for (int class = 0; class < ENGINE_CLASSES; class ++) {
         const struct step *step = &engine->steps[class];
         held += step->state == STEP_PAUSED ? step->adapter_pages : 0;

@@ -4,16 +4,13 @@
 #include "runtime/engine/stack.h"
 
 #include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
+#include "adapters/registry.h"
 #include "base/check.h"
 #include "base/log.h"
 #include "runtime/engine/stack_device.h"
@@ -91,48 +88,12 @@ static void choose_sizes(const struct stack_options *o, const struct model_confi
     (void)c;
 }
 
-static enum status make_directory(const char *path, struct fault *fault)
-{
-    char part[ENGINE_PATH];
-    if (snprintf(part, sizeof part, "%s", path) >= (int)sizeof part)
-        return fault_set(fault, STATUS_INVALID, "the path %s is too long.", path);
-    for (char *at = part + 1;; at++) {
-        if (*at && *at != '/')
-            continue;
-        char kept = *at;
-        *at = 0;
-        if (mkdir(part, 0700) != 0 && errno != EEXIST)
-            return fault_set(fault, STATUS_IO, "cannot make the directory %s: %s.", part,
-                             strerror(errno));
-        if (!kept)
-            return STATUS_OK;
-        *at = kept;
-    }
-}
-
-static enum status make_state(const struct stack_options *o, struct fault *fault)
-{
-    char adapters[ENGINE_PATH];
-    (void)snprintf(adapters, sizeof adapters, "%s/adapters", o->state_directory);
-    return make_directory(adapters, fault);
-}
-
 static enum status lock_state(struct stack *s, struct fault *fault)
 {
-    char path[ENGINE_PATH + 8];
-    if (!s->options.owns_state)
-        return STATUS_OK;
-    (void)snprintf(path, sizeof path, "%s/lock", s->options.state_directory);
-    s->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-    if (s->lock < 0)
-        return fault_set(fault, STATUS_IO, "cannot write to the state directory %s: %s.",
-                         s->options.state_directory, strerror(errno));
-    if (flock(s->lock, LOCK_EX | LOCK_NB) != 0)
-        return fault_set(fault, STATUS_BUSY,
-                         "another server uses the state directory %s; give this one its own with "
-                         "--state-dir.",
-                         s->options.state_directory);
-    return STATUS_OK;
+    enum status status = registry_make(s->options.state_directory, fault);
+    if (!status && s->options.owns_state)
+        status = registry_lock(s->options.state_directory, &s->lock, fault);
+    return status;
 }
 
 static enum status make_device_and_model(struct stack *s, struct fault *fault)
@@ -263,20 +224,40 @@ static enum status make_kv(struct stack *s, struct fault *fault)
     return STATUS_OK;
 }
 
-static void fill_base(struct stack *s)
+static void fill_base(const struct model_config *c, enum dtype dtype, const struct digest *digest,
+                      struct adapter_base *out)
 {
-    const struct model_config *c = &s->model->config;
-    s->base = (struct adapter_base){.layers = c->layers,
-                                    .hidden = c->hidden,
-                                    .heads = c->heads,
-                                    .kv_heads = c->kv_heads,
-                                    .head_dim = c->head_dim,
-                                    .intermediate = c->intermediate,
-                                    .experts = c->experts,
-                                    .moe_intermediate = c->moe_intermediate,
-                                    .is_moe = c->is_moe,
-                                    .dtype = s->model->dtype,
-                                    .digest = s->model->digest};
+    *out = (struct adapter_base){.layers = c->layers,
+                                 .hidden = c->hidden,
+                                 .heads = c->heads,
+                                 .kv_heads = c->kv_heads,
+                                 .head_dim = c->head_dim,
+                                 .intermediate = c->intermediate,
+                                 .experts = c->experts,
+                                 .moe_intermediate = c->moe_intermediate,
+                                 .is_moe = c->is_moe,
+                                 .dtype = dtype,
+                                 .digest = *digest};
+}
+
+enum status stack_identify(const struct stack_options *options, struct stack_identity *out,
+                           struct fault *fault)
+{
+    struct model_options model = {.directory = options->model,
+                                  .page_bytes = options->page_bytes,
+                                  .progress = options->progress,
+                                  .progress_context = options->progress_context};
+    struct digest digest;
+    enum status status =
+        model_identify(&model, options->dtype, &out->config, &out->page_bytes, &digest, fault);
+    if (!status)
+        fill_base(&out->config, options->dtype, &digest, &out->base);
+    return status;
+}
+
+void stack_identity_clear(struct stack_identity *identity)
+{
+    model_config_clear(&identity->config);
 }
 
 static enum status make_residents(struct stack *s, struct fault *fault)
@@ -295,7 +276,7 @@ static enum status make_residents(struct stack *s, struct fault *fault)
         status = experts_create(&experts, &s->experts, fault);
     if (status)
         return status;
-    fill_base(s);
+    fill_base(&s->model->config, s->model->dtype, &s->model->digest, &s->base);
     struct adapter_options adapters = {.pool = s->pool,
                                        .device = s->device,
                                        .arena = s->device_arena,
@@ -348,9 +329,7 @@ static enum status make_engine(struct stack *s, struct fault *fault)
 
 static enum status build(struct stack *s, struct fault *fault)
 {
-    enum status status = make_state(&s->options, fault);
-    if (!status)
-        status = lock_state(s, fault);
+    enum status status = lock_state(s, fault);
     if (!status)
         status = make_device_and_model(s, fault);
     if (status)
@@ -571,7 +550,16 @@ enum status stack_convert_adapter(const struct stack *stack, const char *name,
                        name, (int)getpid());
     if (n < 0 || (size_t)n >= store_path_room)
         return fault_set(fault, STATUS_INVALID, "the state directory's path is too long.");
-    return adapter_convert(directory, &stack->base, stack->page_bytes, store_path, report, fault);
+    bool same = false;
+    struct adapter_summary now;
+    uint32_t version =
+        adapter_version_at(store_path, directory, &stack->base, stack->page_bytes, &same);
+    if (same && !adapter_inspect(store_path, true, &now, NULL)) {
+        *report = now.report;
+        return STATUS_OK;
+    }
+    return adapter_convert_version(directory, &stack->base, stack->page_bytes, version + 1,
+                                   store_path, report, fault);
 }
 
 enum status stack_add_adapter(struct stack *stack, const char *name, const char *directory,
@@ -586,20 +574,6 @@ enum status stack_add_adapter(struct stack *stack, const char *name, const char 
     if (!stack->options.owns_state)
         (void)unlink(path); // the registry has it open
     return status;
-}
-
-// "NAME.adapter" or "NAME@TENANT.adapter": cuts the parts out of `name`; tenant NULL: the
-// operator's.
-static bool split_store_name(char *name, char **tenant)
-{
-    size_t length = strlen(name);
-    if (length <= 8 || strcmp(name + length - 8, ".adapter") != 0)
-        return false;
-    name[length - 8] = 0;
-    *tenant = strchr(name, '@');
-    if (*tenant)
-        *(*tenant)++ = 0;
-    return true;
 }
 
 static bool load_store(struct stack *stack, const char *file, const char *name, uint32_t owner)
@@ -624,25 +598,22 @@ static bool load_store(struct stack *stack, const char *file, const char *name, 
 uint32_t stack_load_adapters(struct stack *stack,
                              uint32_t (*owner_of)(void *context, const char *tenant), void *context)
 {
-    char path[ENGINE_PATH], name[256];
+    char path[ENGINE_PATH];
     uint32_t count = 0;
-    (void)snprintf(path, sizeof path, "%.1000s/adapters", stack->options.state_directory);
+    struct fault fault;
+    const char *state = stack->options.state_directory;
+    // Conversions that a kill interrupted.
+    if (stack->options.owns_state && registry_collect(state, NULL, NULL, &fault))
+        log_line(LOG_WARN, "the state directory was not tidied: %s", fault.text);
+    (void)snprintf(path, sizeof path, "%.1000s/adapters", state);
     DIR *directory = opendir(path);
     for (struct dirent *entry; directory && (entry = readdir(directory));) {
-        size_t length = strlen(entry->d_name);
-        char *tenant = NULL;
-        if (length > 12 && !strcmp(entry->d_name + length - 12, ".adapter.new")) {
-            // A conversion under way, or one that a kill interrupted.
-            if (stack->options.owns_state)
-                (void)unlinkat(dirfd(directory), entry->d_name, 0);
+        struct registry_entry parsed;
+        if (!registry_parse(entry->d_name, &parsed))
             continue;
-        }
-        (void)snprintf(name, sizeof name, "%s", entry->d_name);
-        if (!split_store_name(name, &tenant))
-            continue;
-        uint32_t owner =
-            tenant && owner_of ? owner_of(context, tenant) : stack->options.tenants_max;
-        count += load_store(stack, entry->d_name, name, owner);
+        uint32_t owner = parsed.tenant[0] && owner_of ? owner_of(context, parsed.tenant)
+                                                      : stack->options.tenants_max;
+        count += load_store(stack, entry->d_name, parsed.name, owner);
     }
     if (directory)
         (void)closedir(directory);

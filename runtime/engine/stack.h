@@ -84,6 +84,17 @@ uint32_t stack_load_adapters(struct stack *stack,
                              uint32_t (*owner_of)(void *context, const char *tenant),
                              void *context);
 
+// What an adapter is converted for, without loading the model: its digest still reads every weight
+// once. base points into config.
+struct stack_identity {
+    struct model_config config;
+    struct adapter_base base;
+    size_t page_bytes;
+};
+MUST_USE enum status stack_identify(const struct stack_options *options, struct stack_identity *out,
+                                    struct fault *fault);
+void stack_identity_clear(struct stack_identity *identity);
+
 // Opens the device only to ask what is free on it; UINT64_MAX: host memory. INVALID: there is no
 // such name; other failures say why the device cannot be had.
 MUST_USE enum status stack_device_free(const struct stack_options *options, uint64_t *free_bytes,

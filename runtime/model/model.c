@@ -298,3 +298,27 @@ enum status model_fit(const char *directory, enum dtype dtype, size_t page_bytes
                               out->config.head_dim * dtype_bytes(dtype);
     return STATUS_OK;
 }
+
+enum status model_identify(const struct model_options *options, enum dtype dtype,
+                           struct model_config *config, size_t *page_bytes, struct digest *digest,
+                           struct fault *fault)
+{
+    struct model model = {.dtype = dtype};
+    struct progress progress = {.options = options};
+    struct loader loader = {.model = &model, .progress = report, .progress_context = &progress};
+    enum status status = prepare(&loader, options, page_bytes, fault);
+    if (!status)
+        progress.total = checkpoint_bytes(loader.checkpoint);
+    if (!status && loader.synth)
+        model.digest = synth_digest(loader.synth);
+    else if (!status)
+        status = make_digest(&loader, options->directory, fault);
+    checkpoint_close(loader.checkpoint);
+    synth_close(loader.synth);
+    free(model.layers);
+    *config = model.config; // the caller's from here on
+    *digest = model.digest;
+    if (status)
+        model_config_clear(config);
+    return status;
+}

@@ -102,4 +102,10 @@ struct model_fit {
 MUST_USE enum status model_fit(const char *directory, enum dtype dtype, size_t page_bytes,
                                struct model_fit *out, struct fault *fault);
 
+// The page size and the digest that model_load would give, without a device or a store: reads
+// every weight once. The caller clears *config.
+MUST_USE enum status model_identify(const struct model_options *options, enum dtype dtype,
+                                    struct model_config *config, size_t *page_bytes,
+                                    struct digest *digest, struct fault *fault);
+
 #endif

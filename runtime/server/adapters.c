@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// adapters.list, adapters.add, adapters.remove, models, stats: the methods that ask the engine one
-// question.
+// adapters.*, models, stats: the methods that ask the engine one question.
 //
 // A tenant sees exactly the adapter names that its patterns allow; adding and removing need
 // manage_adapters as well. A name outside is answered like an unknown one. Owners: a tenant number,
@@ -20,6 +19,7 @@
 
 #include <jansson.h>
 
+#include "adapters/registry.h"
 #include "base/check.h"
 #include "base/log.h"
 #include "runtime/server/internal.h"
@@ -66,7 +66,7 @@ void method_stats(struct call *call)
         (void)ask_engine(call, REQUEST_STATS, ENGINE_STATS);
 }
 
-static bool may_manage(struct call *call)
+bool adapters_may_manage(struct call *call)
 {
     const struct connection *connection = call->connection;
     const struct tenant *tenant = tenants_at(connection->server->tenants, connection->tenant);
@@ -76,17 +76,80 @@ static bool may_manage(struct call *call)
     return false;
 }
 
-void method_adapters_remove(struct call *call)
+// The one parameter `name`, of a tenant that may manage. false: answered.
+static bool read_name(struct call *call, char name[ENGINE_ADAPTER_NAME])
 {
     static const char *const names[] = {"name"};
-    char name[ENGINE_ADAPTER_NAME] = "";
-    if (!params_ok(call, names, ARRAY_COUNT(names)) || !may_manage(call))
-        return;
-    if (!params_name(&call->params, "name", sizeof name, name) || !name[0]) {
+    name[0] = 0;
+    if (!params_ok(call, names, ARRAY_COUNT(names)) || !adapters_may_manage(call))
+        return false;
+    if (!params_name(&call->params, "name", ENGINE_ADAPTER_NAME, name) || !name[0]) {
         (void)(call->params.fault.status || params_refuse(&call->params, "name is missing."));
         reply_fault(call, &call->params.fault);
+        return false;
+    }
+    return true;
+}
+
+// load, unload, pin, unpin: the engine knows whose it is.
+static void ask_resident(struct call *call, enum engine_command_kind kind)
+{
+    const struct connection *connection = call->connection;
+    const struct server *server = connection->server;
+    char name[ENGINE_ADAPTER_NAME];
+    if (!read_name(call, name))
+        return;
+    if (!tenants_allow_adapter(server->tenants, connection->tenant, name)) {
+        reply_error(call, STATUS_NOT_FOUND, "there is no model \"%.64s\".", name);
         return;
     }
+    struct request *request = request_new(call, REQUEST_ADAPTER_RESIDENT);
+    if (!request)
+        return;
+    struct engine_adapter_command command = {
+        .kind = kind,
+        .owner = connection->tenant,
+        .id = request_id(request, 0),
+        .pinned_bytes_max = tenants_at(server->tenants, connection->tenant)->pinned_adapter_bytes};
+    (void)snprintf(command.name, sizeof command.name, "%s", name);
+    (void)snprintf(request->model, sizeof request->model, "%s", name);
+    if (!engine_send(server->options.port, &command, sizeof command))
+        return;
+    request_free(request);
+    reply_error(call, STATUS_BUSY, "the engine's queue is full.");
+}
+
+void method_adapters_load(struct call *call)
+{
+    ask_resident(call, ENGINE_ADAPTER_LOAD);
+}
+
+void method_adapters_unload(struct call *call)
+{
+    ask_resident(call, ENGINE_ADAPTER_UNLOAD);
+}
+
+void method_adapters_pin(struct call *call)
+{
+    ask_resident(call, ENGINE_ADAPTER_PIN);
+}
+
+void method_adapters_unpin(struct call *call)
+{
+    ask_resident(call, ENGINE_ADAPTER_UNPIN);
+}
+
+void method_adapters_stats(struct call *call)
+{
+    if (params_ok(call, NULL, 0))
+        (void)ask_engine(call, REQUEST_ADAPTER_STATS, ENGINE_ADAPTER_LIST);
+}
+
+void method_adapters_remove(struct call *call)
+{
+    char name[ENGINE_ADAPTER_NAME];
+    if (!read_name(call, name))
+        return;
     struct request *request = ask_engine(call, REQUEST_ADAPTER_OWNER, ENGINE_ADAPTER_LIST);
     if (request)
         (void)snprintf(request->model, sizeof request->model, "%s", name);
@@ -140,13 +203,15 @@ static int open_adapter(const struct server *server, const char *path)
     return -1;
 }
 
-static bool read_add(struct call *call, char name[ENGINE_ADAPTER_NAME], char path[ENGINE_PATH])
+static bool read_add(struct call *call, char name[ENGINE_ADAPTER_NAME], char path[ENGINE_PATH],
+                     bool *replace)
 {
-    static const char *const names[] = {"name", "path"};
+    static const char *const names[] = {"name", "path", "replace"};
     struct params *params = &call->params;
     bool good = params_known(params, names, ARRAY_COUNT(names)) &&
                 params_name(params, "name", ENGINE_ADAPTER_NAME, name) &&
-                params_name(params, "path", ENGINE_PATH, path);
+                params_name(params, "path", ENGINE_PATH, path) &&
+                params_bool(params, "replace", replace);
     if (good && (!*name || !*path))
         good = params_refuse(params, "name and path are needed.");
     if (good && !adapter_name_is_good(name))
@@ -158,88 +223,166 @@ static bool read_add(struct call *call, char name[ENGINE_ADAPTER_NAME], char pat
     return good;
 }
 
-static void start_job(struct call *call, const char *name, int directory)
+// Where a name's store file stands, found there again when the server starts: the tenant's own, or
+// the operator's.
+static struct registry_entry entry_of(const struct request *request)
+{
+    const struct server *server = request->server;
+    const char *tenant = tenants_at(server->tenants, request->tenant)->name;
+    struct registry_entry entry;
+    if (!registry_find(server->options.state_dir, request->model, tenant, &entry) &&
+        (!entry.tenant[0] || !strcmp(entry.tenant, tenant)))
+        return entry;
+    entry = (struct registry_entry){.name = ""};
+    (void)snprintf(entry.name, sizeof entry.name, "%.63s", request->model);
+    (void)snprintf(entry.tenant, sizeof entry.tenant, "%s", tenant);
+    return entry;
+}
+
+// Two registrations of one name at once would take the same version.
+static bool is_being_added(const struct server *server, const char *name)
+{
+    for (uint32_t i = 0; i < server->limits.requests_max; i++) {
+        const struct request *request = &server->requests[i];
+        if (request->kind == REQUEST_ADAPTER_ADD && !strcmp(request->model, name))
+            return true;
+    }
+    return false;
+}
+
+bool adapters_may_add(struct call *call, const char *name)
+{
+    const struct connection *connection = call->connection;
+    const struct server *server = connection->server;
+    if (server->state != SERVER_RUNNING)
+        reply_error(call, STATUS_SHUTTING_DOWN, "the server is shutting down.");
+    else if (!tenants_allow_adapter(server->tenants, connection->tenant, name) ||
+             !strcmp(name, server->options.engine.model_name))
+        reply_error(call, STATUS_DENIED,
+                    "the name \"%.63s\" is not among the adapters allowed to this tenant.", name);
+    else if (is_being_added(server, name))
+        reply_error(call, STATUS_BUSY,
+                    "the adapter \"%.63s\" is being registered already; try again when that is "
+                    "answered.",
+                    name);
+    else
+        return true;
+    return false;
+}
+
+static void converted(struct server *server, struct worker_job *job);
+
+static void convert_run(struct worker_job *job)
+{
+    enum { REPORT_BYTES = 4096 };
+    char directory[64];
+    (void)snprintf(directory, sizeof directory, "/proc/self/fd/%d", job->directory);
+    job->report = calloc(1, REPORT_BYTES);
+    if (!job->report)
+        job->status = fault_set(&job->fault, STATUS_NO_MEMORY, "out of memory.");
+    else
+        job->status =
+            job->converter->convert(job->converter->context, directory, job->old_path,
+                                    job->store_path, job->report, REPORT_BYTES, &job->fault);
+}
+
+static struct worker_job *convert_job(struct request *request, int directory)
+{
+    struct server *server = request->server;
+    struct worker_job *job = worker_job_new(request_id(request, 0));
+    uint64_t unique;
+    if (!job)
+        return NULL;
+    random_bytes(&unique, sizeof unique);
+    (void)snprintf(request->store_path, sizeof request->store_path,
+                   "%.850s/adapters/%s-%016" PRIx64 ".adapter.new", server->options.state_dir,
+                   request->model, unique);
+    job->run = convert_run;
+    job->done = converted;
+    job->converter = &server->options.converter;
+    job->directory = directory;
+    memcpy(job->store_path, request->store_path, sizeof job->store_path);
+    struct registry_entry entry = entry_of(request);
+    if (registry_path(server->options.state_dir, &entry, job->old_path, NULL))
+        job->old_path[0] = 0;
+    return job;
+}
+
+bool adapters_start_job(struct call *call, const char *name, int directory, bool replace,
+                        struct upload *upload)
 {
     struct request *request = request_new(call, REQUEST_ADAPTER_ADD);
     if (!request) {
         (void)close(directory);
-        return;
+        return false;
     }
     struct server *server = request->server;
-    uint64_t unique;
-    random_bytes(&unique, sizeof unique);
-    struct worker_job job = {.id = request_id(request, 0), .directory = directory};
     (void)snprintf(request->model, sizeof request->model, "%s", name);
-    (void)snprintf(request->store_path, sizeof request->store_path,
-                   "%s/%s-%016" PRIx64 ".adapter.new", server->options.store_dir, name, unique);
-    memcpy(job.store_path, request->store_path, sizeof job.store_path);
-    if (!worker_put(server->worker, &job))
-        return;
-    (void)close(directory);
+    request->replace = replace;
+    struct worker_job *job = convert_job(request, directory);
+    if (job && !worker_put(server->worker, job)) {
+        request->upload = upload;
+        return true;
+    }
+    if (job)
+        worker_job_free(job);
+    else
+        (void)close(directory);
     request_free(request);
     reply_error(call, STATUS_BUSY, "too many adapters are being converted; try again later.");
+    return false;
 }
 
 void method_adapters_add(struct call *call)
 {
-    struct connection *connection = call->connection;
-    struct server *server = connection->server;
+    const struct server *server = call->connection->server;
     char name[ENGINE_ADAPTER_NAME] = "", path[ENGINE_PATH] = "";
-    if (!may_manage(call) || !read_add(call, name, path))
+    bool replace = true;
+    if (!adapters_may_manage(call) || !read_add(call, name, path, &replace))
         return;
-    if (!server->worker) {
+    if (!server->worker || !server->options.adapter_dirs[0]) {
         reply_error(call, STATUS_UNSUPPORTED, "this server takes no adapters at run time.");
         return;
     }
-    if (server->state != SERVER_RUNNING) {
-        reply_error(call, STATUS_SHUTTING_DOWN, "the server is shutting down.");
+    if (!adapters_may_add(call, name))
         return;
-    }
-    if (!tenants_allow_adapter(server->tenants, connection->tenant, name) ||
-        !strcmp(name, server->options.engine.model_name)) {
-        reply_error(call, STATUS_DENIED,
-                    "the name \"%.63s\" is not among the adapters allowed to this "
-                    "tenant.",
-                    name);
-        return;
-    }
     int directory = open_adapter(server, path);
     if (directory < 0) {
         reply_error(call, STATUS_NOT_FOUND,
-                    "there is no such directory below the server's adapter "
-                    "directories.");
+                    "there is no such directory below the server's adapter directories.");
         return;
     }
-    start_job(call, name, directory);
+    (void)adapters_start_job(call, name, directory, replace, NULL);
 }
 
 static bool send_add(struct request *request)
 {
-    struct engine_adapter_command command = {
-        .kind = ENGINE_ADAPTER_ADD, .owner = request->tenant, .id = request_id(request, 0)};
+    struct engine_adapter_command command = {.kind = ENGINE_ADAPTER_ADD,
+                                             .owner = request->tenant,
+                                             .id = request_id(request, 0),
+                                             .replace = request->replace};
+    command.owned_bytes_max = tenants_at(request->server->tenants, request->tenant)->adapter_bytes;
     (void)snprintf(command.name, sizeof command.name, "%.63s", request->model);
     memcpy(command.store_path, request->store_path, sizeof command.store_path);
     return engine_send(request->server->options.port, &command, sizeof command) == STATUS_OK;
 }
 
-void adapters_on_converted(struct server *server)
+static void converted(struct server *server, struct worker_job *job)
 {
-    struct worker_result result;
-    while (worker_take(server->worker, &result)) {
-        struct request *request = request_find(server, result.id);
-        if (!request || request->kind != REQUEST_ADAPTER_ADD) {
-            free(result.report);
-            continue;
-        }
-        request->report = result.report;
-        if (!result.status && send_add(request))
-            continue;
-        if (!result.status)
-            (void)fault_set(&result.fault, STATUS_BUSY, "the engine's queue is full.");
-        (void)unlink(request->store_path);
-        reply_fault_for(request, &result.fault);
-        request_free(request);
-    }
+    struct request *request = request_find(server, job->id);
+    if (!request || request->kind != REQUEST_ADAPTER_ADD)
+        return;
+    request->report = job->report;
+    job->report = NULL;
+    upload_free(request->upload); // what was uploaded has been read
+    request->upload = NULL;
+    if (!job->status && send_add(request))
+        return;
+    if (!job->status)
+        (void)fault_set(&job->fault, STATUS_BUSY, "the engine's queue is full.");
+    (void)unlink(request->store_path);
+    reply_fault_for(request, &job->fault);
+    request_free(request);
 }
 
 // ---- answers -----------------------------------------------------------------------------------
@@ -286,11 +429,56 @@ static void answer_list(struct request *request, const json_t *list)
         json_t *adapter = json_array_get(list, i);
         bool own =
             json_integer_value(json_object_get(adapter, "owner")) == (json_int_t)request->tenant;
+        json_t *keeper = json_object_get(adapter, "keeper");
+        if (keeper)
+            (void)json_object_set_new(adapter, "pinned",
+                                      json_boolean(json_integer_value(keeper) >= 0));
+        (void)json_object_del(adapter, "keeper");
         (void)json_object_del(adapter, "owner");
         (void)json_object_set_new(adapter, "own", json_boolean(own));
     }
     msgpack_packer *packer = reply_open_for(request);
     pack_list(packer, request, list);
+    reply_send(request->connection);
+}
+
+static uint64_t number(const json_t *adapter, const char *key)
+{
+    return (uint64_t)json_integer_value(json_object_get(adapter, key));
+}
+
+// Sums over the adapters this tenant may use.
+static void answer_adapter_stats(struct request *request, const json_t *list)
+{
+    static const char *const sums[] = {"users",  "device_bytes", "file_bytes", "hits",
+                                       "misses", "loads",        "load_us"};
+    const struct tenant *tenant = tenants_at(request->server->tenants, request->tenant);
+    uint64_t sum[ARRAY_COUNT(sums)] = {0}, visible = 0, own = 0, resident = 0, pinned = 0,
+             pinned_bytes = 0;
+    for (size_t i = 0; i < json_array_size(list); i++) {
+        const json_t *adapter = json_array_get(list, i);
+        const json_t *keeper = json_object_get(adapter, "keeper");
+        bool mine = keeper && json_integer_value(keeper) == (json_int_t)request->tenant;
+        pinned_bytes += mine ? number(adapter, "file_bytes") : 0; // whatever a reload forbids now
+        if (!may_see(request, adapter))
+            continue;
+        visible++;
+        own += number(adapter, "owner") == request->tenant;
+        resident += json_is_true(json_object_get(adapter, "resident"));
+        pinned += keeper && json_integer_value(keeper) >= 0;
+        for (size_t k = 0; k < ARRAY_COUNT(sums); k++)
+            sum[k] += number(adapter, sums[k]);
+    }
+    msgpack_packer *packer = reply_open_for(request);
+    put_map(packer, 6 + ARRAY_COUNT(sums));
+    put_u64(packer, "registered", visible);
+    put_u64(packer, "own", own);
+    put_u64(packer, "resident", resident);
+    put_u64(packer, "pinned", pinned);
+    put_u64(packer, "pinned_bytes", pinned_bytes);
+    put_u64(packer, "pinned_bytes_max", tenant->pinned_adapter_bytes);
+    for (size_t k = 0; k < ARRAY_COUNT(sums); k++)
+        put_u64(packer, sums[k], sum[k]);
     reply_send(request->connection);
 }
 
@@ -351,76 +539,144 @@ static void answer_stats(struct request *request, const json_t *engine)
     reply_send(request->connection);
 }
 
-// Where a registered adapter's store file stands, found there again when the server starts:
-// NAME@TENANT.adapter, or NAME.adapter for the operator's (tenant NULL).
-static void kept_path(const struct request *request, const char *tenant, char out[ENGINE_PATH])
+// ---- the file of a registration ----------------------------------------------------------------
+// The engine has said yes; the disk worker makes it last, then the client hears of it.
+
+static void answer_kept(struct request *request);
+static void answer_gone(struct request *request);
+
+static void keep_run(struct worker_job *job)
 {
-    (void)snprintf(out, ENGINE_PATH, "%.850s/%.63s%s%.63s.adapter",
-                   request->server->options.store_dir, request->model, tenant ? "@" : "",
-                   tenant ? tenant : "");
+    job->status = registry_commit(job->state_dir, job->store_path, &job->entry, &job->fault);
 }
 
-static const char *tenant_name(const struct request *request)
+static void forget_run(struct worker_job *job)
 {
-    return tenants_at(request->server->tenants, request->tenant)->name;
+    job->status = registry_remove(job->state_dir, &job->entry, &job->fault);
+    if (job->status == STATUS_NOT_FOUND)
+        job->status = STATUS_OK;
 }
 
-// The engine has the file open; the rename makes the registration survive a restart.
-static void keep_store(const struct request *request)
+static void kept(struct server *server, struct worker_job *job)
 {
-    char kept[ENGINE_PATH];
-    kept_path(request, tenant_name(request), kept);
-    if (rename(request->store_path, kept) != 0)
-        log_line(LOG_WARN,
-                 "adapter %s will be gone after a restart: its store file could not be kept",
-                 request->model);
+    struct request *request = request_find(server, job->id);
+    if (job->status)
+        log_line(LOG_WARN, "adapter %s will be gone after a restart: %s", job->entry.name,
+                 job->fault.text);
+    if (request)
+        answer_kept(request);
 }
 
-static void answer_added(struct request *request, const struct engine_reply *reply)
+static void forgotten(struct server *server, struct worker_job *job)
+{
+    struct request *request = request_find(server, job->id);
+    if (job->status)
+        log_line(LOG_WARN, "adapter %s will be back after a restart: %s", job->entry.name,
+                 job->fault.text);
+    if (request)
+        answer_gone(request);
+}
+
+// false: there is no memory for it, and no state directory to do it in.
+static bool put_registry_job(struct request *request, bool keep)
+{
+    struct server *server = request->server;
+    struct worker_job *job = server->disk ? worker_job_new(request_id(request, 0)) : NULL;
+    const char *tenant = tenants_at(server->tenants, request->tenant)->name;
+    if (!job)
+        return false;
+    job->run = keep ? keep_run : forget_run;
+    job->done = keep ? kept : forgotten;
+    job->state_dir = server->options.state_dir;
+    memcpy(job->store_path, request->store_path, sizeof job->store_path);
+    (void)snprintf(job->entry.name, sizeof job->entry.name, "%.63s", request->model);
+    (void)snprintf(job->entry.tenant, sizeof job->entry.tenant, "%s",
+                   request->operators ? "" : tenant);
+    if (!worker_put(server->disk, job))
+        return true;
+    worker_job_free(job);
+    return false;
+}
+
+// true: the request waits on.
+static bool engine_added(struct request *request, const struct engine_reply *reply,
+                         const json_t *json)
 {
     struct fault fault;
     if (reply->status) {
         (void)unlink(request->store_path);
         (void)fault_set(&fault, (enum status)reply->status, "%.199s", reply->message);
         reply_fault_for(request, &fault);
-        return;
+        return false;
     }
-    keep_store(request);
-    if (!request->connection)
-        return;
-    json_t *report =
-        request->report && *request->report ? json_loads(request->report, 0, NULL) : NULL;
-    msgpack_packer *packer = reply_open_for(request);
-    put_map(packer, 1 + (report != NULL));
-    put_text(packer, "name", request->model);
-    if (report) {
-        put_key(packer, "report");
-        json_to_msgpack(packer, report);
-    }
-    json_decref(report);
-    reply_send(request->connection);
+    request->operators = json_is_true(json_object_get(json, "operator"));
+    if (put_registry_job(request, true))
+        return true;
+    log_line(LOG_WARN, "adapter %s will be gone after a restart: no memory", request->model);
+    answer_kept(request);
+    return true;
 }
 
-static void answer_removed(struct request *request, const struct engine_reply *reply)
+static bool engine_removed(struct request *request, const struct engine_reply *reply)
 {
     struct fault fault;
     if (reply->status) {
         (void)fault_set(&fault, (enum status)reply->status, "%.199s", reply->message);
         reply_fault_for(request, &fault);
-        return;
+        return false;
     }
-    char kept[ENGINE_PATH]; // a tenant removes its own or the operator's
-    kept_path(request, tenant_name(request), kept);
-    if (unlink(kept) != 0) {
-        kept_path(request, NULL, kept);
-        (void)unlink(kept);
-    }
+    if (!put_registry_job(request, false))
+        answer_gone(request);
+    return true;
+}
+
+// The last word on adapters.add; the request is gone after it.
+static void answer_kept(struct request *request)
+{
     if (request->connection) {
+        json_t *report =
+            request->report && *request->report ? json_loads(request->report, 0, NULL) : NULL;
         msgpack_packer *packer = reply_open_for(request);
-        put_map(packer, 1);
+        put_map(packer, 1 + (report != NULL));
         put_text(packer, "name", request->model);
+        if (report) {
+            put_key(packer, "report");
+            json_to_msgpack(packer, report);
+        }
+        json_decref(report);
         reply_send(request->connection);
     }
+    request_free(request);
+}
+
+static void put_name(struct request *request)
+{
+    if (!request->connection)
+        return;
+    msgpack_packer *packer = reply_open_for(request);
+    put_map(packer, 1);
+    put_text(packer, "name", request->model);
+    reply_send(request->connection);
+}
+
+static void answer_gone(struct request *request)
+{
+    put_name(request);
+    request_free(request);
+}
+
+// {"name": NAME}, or why not.
+static void answer_name(struct request *request, const struct engine_reply *reply)
+{
+    struct fault fault;
+    if (reply->status == STATUS_NOT_FOUND)
+        (void)fault_set(&fault, STATUS_NOT_FOUND, "there is no model \"%.64s\".", request->model);
+    else if (reply->status)
+        (void)fault_set(&fault, (enum status)reply->status, "%.199s", reply->message);
+    if (reply->status)
+        reply_fault_for(request, &fault);
+    else
+        put_name(request);
 }
 
 // The list is there: if this tenant may remove the adapter, the second command goes out. true: it
@@ -435,8 +691,10 @@ static bool go_on_removing(struct request *request, const json_t *list)
         bool mine = owner == (json_int_t)request->tenant ||
                     owner >= (json_int_t)tenants_count(server->tenants);
         const char *name = json_string_value(json_object_get(adapter, "name"));
-        if (mine && name && !strcmp(name, request->model) && may_see(request, adapter))
+        if (mine && name && !strcmp(name, request->model) && may_see(request, adapter)) {
             found = adapter;
+            request->operators = owner != (json_int_t)request->tenant;
+        }
     }
     struct fault fault;
     struct engine_adapter_command command = {
@@ -459,9 +717,11 @@ void adapters_on_reply(struct request *request, const struct engine_reply *reply
         reply->bytes ? json_loadb(text, reply->bytes, JSON_REJECT_DUPLICATES, NULL) : NULL;
     bool waits = false;
     if (request->kind == REQUEST_ADAPTER_ADD) {
-        answer_added(request, reply);
+        waits = engine_added(request, reply, json);
     } else if (request->kind == REQUEST_ADAPTER_REMOVE) {
-        answer_removed(request, reply);
+        waits = engine_removed(request, reply);
+    } else if (request->kind == REQUEST_ADAPTER_RESIDENT) {
+        answer_name(request, reply);
     } else if (reply->status || !json) {
         struct fault fault;
         (void)fault_set(&fault, reply->status ? (enum status)reply->status : STATUS_INTERNAL,
@@ -472,6 +732,8 @@ void adapters_on_reply(struct request *request, const struct engine_reply *reply
     } else if (request->connection) {
         if (request->kind == REQUEST_STATS)
             answer_stats(request, json);
+        else if (request->kind == REQUEST_ADAPTER_STATS)
+            answer_adapter_stats(request, json);
         else
             answer_list(request, json);
     }

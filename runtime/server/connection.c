@@ -317,6 +317,8 @@ static void connection_free(struct connection *connection)
     uint32_t owner = connection_owner(connection);
     while (connection->requests)
         request_detach(connection->requests);
+    upload_free(connection->upload);
+    connection->upload = NULL;
     bytes_free(server, owner, &connection->in);
     server_discharge(server, owner, connection->output_charged);
     bufferevent_free(connection->events);

@@ -28,6 +28,15 @@ static const struct method methods[] = {
     {"adapters.list", method_adapters_list, false, false},
     {"adapters.add", method_adapters_add, false, false},
     {"adapters.remove", method_adapters_remove, false, false},
+    {"adapters.load", method_adapters_load, false, false},
+    {"adapters.unload", method_adapters_unload, false, false},
+    {"adapters.pin", method_adapters_pin, false, false},
+    {"adapters.unpin", method_adapters_unpin, false, false},
+    {"adapters.upload", method_adapters_upload, false, false},
+    {"adapters.upload_chunk", method_adapters_upload_chunk, false, false},
+    {"adapters.upload_commit", method_adapters_upload_commit, false, false},
+    {"adapters.upload_abort", method_adapters_upload_abort, false, false},
+    {"adapters.stats", method_adapters_stats, false, false},
     {"stats", method_stats, false, false},
 };
 

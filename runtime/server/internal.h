@@ -4,8 +4,8 @@
 // Files: server.c (life, signals, timers, draining), listen.c (addresses, accepting), connection.c
 // (bytes in and out, limits, closing), dispatch.c (message -> method), methods.c (the simple
 // methods), generate.c (parameters -> engine requests), events.c (engine events -> answers),
-// request.c (the request table), adapters.c (adapters.*, models, stats), worker.c (conversion
-// thread), reply.c (packing), json.c.
+// request.c (the request table), adapters.c (adapters.*, models, stats), upload.c, worker.c
+// (conversion thread), reply.c (packing), json.c.
 //
 //   bytes -> connection.in -> scan -> msgpack-c -> dispatch -> method --+--> reply
 //                                                                       +--> request --> engine
@@ -19,6 +19,7 @@
 #include <event2/listener.h>
 #include <msgpack.h>
 
+#include "adapters/registry.h"
 #include "base/hash.h"
 #include "runtime/server/params.h"
 #include "runtime/server/scan.h"
@@ -38,16 +39,19 @@ struct bytes {
 //
 //   FREE -> GENERATE: choices sent -> [text events] -> all choices done -> answered -> FREE
 //   FREE -> the others: command sent -> ENGINE_REPLY -> answered (or a second command) -> FREE
-// A request whose connection went away stays until the engine or the worker has said its last word.
+// A request whose connection went away stays until the engine or a worker has said its last word.
 
 enum request_kind {
     REQUEST_FREE,
     REQUEST_GENERATE,
     REQUEST_MODELS,
     REQUEST_ADAPTER_LIST,
-    REQUEST_ADAPTER_ADD,    // converting, then ENGINE_ADAPTER_ADD
-    REQUEST_ADAPTER_OWNER,  // adapters.remove: the list, to see whose it is; then
-    REQUEST_ADAPTER_REMOVE, // ENGINE_ADAPTER_REMOVE
+    REQUEST_ADAPTER_ADD,      // converting, then ENGINE_ADAPTER_ADD
+    REQUEST_ADAPTER_OWNER,    // adapters.remove: the list, to see whose it is; then
+    REQUEST_ADAPTER_REMOVE,   // ENGINE_ADAPTER_REMOVE
+    REQUEST_ADAPTER_RESIDENT, // load, unload, pin, unpin
+    REQUEST_ADAPTER_STATS,    // the list, for its sums
+    REQUEST_UPLOAD_CHUNK,     // being written
     REQUEST_STATS
 };
 
@@ -68,6 +72,8 @@ struct request {
     struct request *next, *previous; // of the connection; next also links the free list
     uint64_t created_us, seed;
     uint32_t choices, done;
+    bool replace;                  // adapters.add
+    bool operators;                // the adapter is the operator's: adapters.add, adapters.remove
     bool stream, logprobs, hidden; // hidden: a model this tenant may not use
     bool want_pause, is_paused;    // by a slow reader; sent with the next flush
     bool control;                  // has controls to send
@@ -76,6 +82,7 @@ struct request {
     char model[ENGINE_ADAPTER_NAME * 2]; // or adapter name
     char store_path[ENGINE_PATH];        // adapters.add
     char *report;                        // adapters.add: JSON from the converter
+    struct upload *upload;               // adapters.upload_commit: until it is converted, or NULL
     struct choice choice[GENERATE_CHOICES_MAX];
 };
 
@@ -96,6 +103,7 @@ struct connection {
     size_t output_charged;
     struct request *requests;
     uint32_t request_count;
+    struct upload *upload; // the one that is open, or NULL
     char peer[64];
     struct connection *next_free;
 };
@@ -112,6 +120,7 @@ struct tenant_usage {
 };
 
 struct worker;
+struct upload;
 
 struct server {
     struct server_options options;
@@ -122,7 +131,7 @@ struct server {
     struct evconnlistener *listeners[SERVER_LISTEN_MAX];
     bool listeners_off; // accept failed (no descriptors); tried again at the next tick
     char unix_paths[SERVER_LISTEN_MAX][108];
-    struct event *on_term, *on_int, *on_hup, *on_events, *on_tick, *on_reap, *on_worker;
+    struct event *on_term, *on_int, *on_hup, *on_events, *on_tick, *on_reap, *on_worker, *on_disk;
     struct tenants *tenants;
     struct tenant_usage *usage; // [TENANTS_MAX]
     struct connection *connections, *free_connections;
@@ -139,7 +148,10 @@ struct server {
     size_t command_max;
     char *text; // scratch for decode: text_max raw bytes, then 3 * text_max made valid
     size_t text_max;
-    struct worker *worker;
+    struct worker *worker; // converts; NULL: no adapters at run time
+    struct worker *disk;   // everything else that waits for a disk; NULL: no state directory
+    uint32_t uploads;      // open, or being converted
+    uint64_t upload_bytes; // announced by these
     bool engine_stopped, quit_sent, drain_sent;
     enum status engine_status; // what it stopped with
     uint64_t accepted, refused_connections, protocol_errors, dropped_slow, messages;
@@ -206,6 +218,11 @@ void method_stats(struct call *call);
 void method_adapters_list(struct call *call);
 void method_adapters_add(struct call *call);
 void method_adapters_remove(struct call *call);
+void method_adapters_load(struct call *call);
+void method_adapters_unload(struct call *call);
+void method_adapters_pin(struct call *call);
+void method_adapters_unpin(struct call *call);
+void method_adapters_stats(struct call *call);
 
 // ---- request.c
 struct request *request_new(struct call *call,
@@ -229,25 +246,49 @@ void generate_finish(struct request *request);
 
 // ---- adapters.c
 void adapters_on_reply(struct request *request, const struct engine_reply *reply, const char *json);
-void adapters_on_converted(struct server *server);
 
-// ---- worker.c: one thread, a bounded queue of jobs
+bool adapters_may_manage(struct call *call); // false: answered
+// May this tenant register the name now? false: answered.
+bool adapters_may_add(struct call *call, const char *name);
+// Takes the descriptor; and the upload (may be NULL), when true. false: answered.
+bool adapters_start_job(struct call *call, const char *name, int directory, bool replace,
+                        struct upload *upload);
+
+// ---- upload.c
+void method_adapters_upload(struct call *call);
+void method_adapters_upload_chunk(struct call *call);
+void method_adapters_upload_commit(struct call *call);
+void method_adapters_upload_abort(struct call *call);
+void upload_free(struct upload *upload); // and its files; NULL is fine
+
+// ---- worker.c: a thread and its queue of jobs
 struct worker_job {
-    uint64_t id;
-    int directory; // descriptor, closed by the worker
-    char store_path[ENGINE_PATH];
-};
-struct worker_result {
-    uint64_t id;
+    uint64_t id; // of the request that waits for it; 0: none does
+    // run: on the worker's thread, fills status and fault. done: on the I/O thread, then it is
+    // freed.
+    void (*run)(struct worker_job *job);
+    void (*done)(struct server *server, struct worker_job *job);
     enum status status;
     struct fault fault;
-    char *report; // JSON or NULL; the taker frees
+    struct worker_job *next;
+    // What run needs, by kind of job; freed with it:
+    const struct server_converter *converter;
+    int directory; // or -1
+    char old_path[ENGINE_PATH], store_path[ENGINE_PATH];
+    char *report; // JSON or NULL
+    const char *state_dir;
+    struct registry_entry entry;
+    struct upload *upload; // not freed
+    char *data;
+    size_t bytes;
 };
-MUST_USE enum status worker_create(const struct server_converter *converter, struct worker **out);
-void worker_destroy(struct worker *worker); // waits for the running job
+struct worker_job *worker_job_new(uint64_t id); // NULL: no memory
+void worker_job_free(struct worker_job *job);
+MUST_USE enum status worker_create(uint32_t jobs_max, bool finishes, struct worker **out);
+void worker_destroy(struct worker *worker); // waits for the running job; NULL is fine
 int worker_descriptor(const struct worker *worker);
-MUST_USE enum status worker_put(struct worker *worker, const struct worker_job *job); // FULL
-bool worker_take(struct worker *worker, struct worker_result *out);
+MUST_USE enum status worker_put(struct worker *worker, struct worker_job *job); // FULL
+void worker_finish(struct worker *worker, struct server *server); // calls done of what is done
 
 // ---- reply.c
 // Opens [1, msgid, nil, ...]: the caller packs exactly one value, then reply_send.

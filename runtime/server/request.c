@@ -117,6 +117,8 @@ void request_free(struct request *request)
     request_free_texts(request);
     free(request->report);
     request->report = NULL;
+    upload_free(request->upload);
+    request->upload = NULL;
     request->kind = REQUEST_FREE;
     request->next = server->free_requests;
     server->free_requests = request;

@@ -26,7 +26,7 @@
 #include "base/check.h"
 #include "base/log.h"
 
-enum { TICK_MS = 50, ENGINE_STOP_MS = 10000, ROOM_MIN = 512 };
+enum { TICK_MS = 50, ENGINE_STOP_MS = 10000, ROOM_MIN = 512, CONVERSIONS_MAX = 8 };
 
 // ---- memory budget -----------------------------------------------------------------------------
 
@@ -266,7 +266,9 @@ static void on_worker_result(evutil_socket_t descriptor, short what, void *conte
     (void)what;
     uint64_t count;
     (void)!read(descriptor, &count, sizeof count);
-    adapters_on_converted(context);
+    struct server *server = context;
+    worker_finish(descriptor == worker_descriptor(server->disk) ? server->disk : server->worker,
+                  server);
 }
 
 // ---- start and end -----------------------------------------------------------------------------
@@ -316,11 +318,19 @@ static enum status add_events(struct server *server, struct fault *fault)
         event_add(server->on_int, NULL) || event_add(server->on_hup, NULL) ||
         event_add(server->on_events, NULL) || event_add(server->on_tick, &tick))
         return fault_set(fault, STATUS_INTERNAL, "the event loop cannot be set up.");
-    if (!server->worker)
-        return STATUS_OK;
-    server->on_worker = event_new(server->base, worker_descriptor(server->worker),
-                                  EV_READ | EV_PERSIST, on_worker_result, server);
-    return server->on_worker && !event_add(server->on_worker, NULL)
+    return STATUS_OK;
+}
+
+// The conversion of adapters and everything else that waits for a disk have a thread each: what is
+// short must not wait for what is long.
+static enum status start_worker(struct server *server, uint32_t jobs_max, bool finishes,
+                                struct worker **worker, struct event **event, struct fault *fault)
+{
+    if (worker_create(jobs_max, finishes, worker))
+        return fault_set(fault, STATUS_NO_MEMORY, "a worker thread could not be started.");
+    *event = event_new(server->base, worker_descriptor(*worker), EV_READ | EV_PERSIST,
+                       on_worker_result, server);
+    return *event && !event_add(*event, NULL)
                ? STATUS_OK
                : fault_set(fault, STATUS_INTERNAL, "the event loop cannot be set up.");
 }
@@ -329,7 +339,7 @@ static enum status start(struct server *server, struct fault *fault)
 {
     const struct server_options *options = &server->options;
     if (!options->port || !options->tokenizer.encode || !options->tokenizer.decode ||
-        (options->converter.convert && !options->store_dir))
+        (options->converter.convert && !options->state_dir))
         return fault_set(fault, STATUS_INVALID, "the server's options are incomplete.");
     if (!options->tenants_path == !options->open_access)
         return fault_set(fault, STATUS_INVALID,
@@ -339,14 +349,18 @@ static enum status start(struct server *server, struct fault *fault)
                              : tenants_load(options->tenants_path, NULL, &server->tenants, fault);
     if (!status)
         status = allocate(server, fault);
-    if (!status && options->converter.convert)
-        status = worker_create(&options->converter, &server->worker);
     if (status)
         return status;
     server->base = event_base_new();
     if (!server->base)
         return fault_set(fault, STATUS_INTERNAL, "the event loop cannot be set up.");
-    return add_events(server, fault);
+    status = add_events(server, fault);
+    if (!status && options->state_dir)
+        status = start_worker(server, UINT32_MAX, true, &server->disk, &server->on_disk, fault);
+    if (!status && options->converter.convert)
+        status = start_worker(server, CONVERSIONS_MAX, false, &server->worker, &server->on_worker,
+                              fault);
+    return status;
 }
 
 // The engine is told to quit and listened to until it has stopped.
@@ -408,8 +422,13 @@ static void last_flush(struct server *server)
 
 static void release(struct server *server)
 {
-    struct event *events[] = {server->on_term, server->on_int,  server->on_hup,   server->on_events,
-                              server->on_tick, server->on_reap, server->on_worker};
+    struct event *events[] = {server->on_term,   server->on_int,  server->on_hup,
+                              server->on_events, server->on_tick, server->on_reap,
+                              server->on_worker, server->on_disk};
+    // Before what their jobs point at.
+    worker_destroy(server->worker);
+    worker_destroy(server->disk);
+    server->worker = server->disk = NULL;
     connection_free_all(server);
     for (uint32_t i = 0; server->requests && i < server->limits.requests_max; i++) {
         if (server->requests[i].kind)
@@ -423,7 +442,6 @@ static void release(struct server *server)
         listen_close(server);
         event_base_free(server->base);
     }
-    worker_destroy(server->worker);
     tenants_free(server->tenants);
     msgpack_sbuffer_destroy(&server->scratch);
     free(server->usage);

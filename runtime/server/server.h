@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The msgpack-RPC server of docs/protocol.md: connections, identities, limits and the translation
 // between messages and the engine's port. One I/O thread (the caller of server_run) does
-// everything; one worker thread converts adapters. The server decides nothing about scheduling.
+// everything but what waits for a disk: one thread converts adapters, one does the short file
+// operations. The server decides nothing about scheduling.
 //
 // Promises: every accepted request gets exactly one response, or its connection is closed; nothing
 // a client sends makes memory grow beyond the limits below; a slow, silent or hostile client costs
@@ -58,12 +59,13 @@ struct server_tokenizer {
 };
 
 // Called on the worker thread. Checks the PEFT adapter in `directory` (a path that stays valid
-// during the call) and writes a store file at `store_path`. `report`: a JSON object for the client,
-// or "".
+// during the call) and writes a store file at `store_path`, the next version after the store file
+// at `old_path` (there may be none). `report`: a JSON object for the client, or "".
 struct server_converter {
     void *context;
-    enum status (*convert)(void *context, const char *directory, const char *store_path,
-                           char *report, size_t report_bytes, struct fault *fault);
+    enum status (*convert)(void *context, const char *directory, const char *old_path,
+                           const char *store_path, char *report, size_t report_bytes,
+                           struct fault *fault);
 };
 
 struct server_options {
@@ -72,12 +74,13 @@ struct server_options {
     struct engine_port *port; // the front side is the server's until server_run returns
     struct engine_limits engine;
     struct server_tokenizer tokenizer;
-    struct server_converter converter;                 // convert NULL: adapters.add is not offered
+    struct server_converter converter;                 // convert NULL: no adapter can be added
     const char *adapter_dirs[SERVER_ADAPTER_DIRS_MAX]; // roots of what adapters.add may read
-    const char *store_dir;    // where converted adapters are written; needed with convert
-    const char *tenants_path; // tenants.yaml, read again at SIGHUP
-    bool open_access;         // instead of tenants_path: no keys; refused unless loopback or Unix
-    struct clock clock;       // monotonic, the engine's
+    const char *state_dir;     // its adapters/ gets converted adapters; needed with convert
+    uint64_t upload_bytes_max; // of all adapters being uploaded together; 0: not offered
+    const char *tenants_path;  // tenants.yaml, read again at SIGHUP
+    bool open_access;          // instead of tenants_path: no keys; refused unless loopback or Unix
+    struct clock clock;        // monotonic, the engine's
     struct server_limits limits;
     // Called once when all listeners stand; `addresses`: what they are bound to, space separated.
     // Or NULL.

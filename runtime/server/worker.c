@@ -1,48 +1,69 @@
 // SPDX-License-Identifier: Apache-2.0
-// One thread that converts adapters, so that the I/O thread never waits for a disk. Two bounded
-// queues under one lock; results are announced by an eventfd. There are never more results than
-// jobs were accepted, so a result always has room: jobs waiting + running + results not taken <=
-// JOBS_MAX.
+// A thread that does what waits for a disk, so that the I/O thread does not: one converts adapters
+// (seconds), one writes, renames and unlinks (see server.c). Jobs run in the order they were put; a
+// finished one is announced by an eventfd and handed to its `done` on the I/O thread.
+//
+// A job belongs to the worker from worker_put to its done. On destroy the running one is waited
+// for; those that wait are run as well when the worker `finishes`, else dropped. Their done is not
+// called any more.
 #include <pthread.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
 #include "runtime/server/internal.h"
 
-enum { JOBS_MAX = 8, REPORT_BYTES = 4096 };
+struct queue {
+    struct worker_job *first, **end;
+};
 
 struct worker {
-    struct server_converter converter;
     pthread_t thread;
     pthread_mutex_t lock;
     pthread_cond_t changed;
     int wake;
-    bool stop;
-    uint32_t outstanding; // jobs put and results not taken
-    uint32_t jobs, results;
-    struct worker_job job[JOBS_MAX];
-    struct worker_result result[JOBS_MAX];
+    bool stop, finishes;
+    uint32_t outstanding, jobs_max; // outstanding: put and not handed to done
+    struct queue jobs, results;
 };
 
-static struct worker_result convert(const struct worker *worker, const struct worker_job *job)
+static void push(struct queue *queue, struct worker_job *job)
 {
-    struct worker_result result = {.id = job->id};
-    char directory[64];
-    (void)snprintf(directory, sizeof directory, "/proc/self/fd/%d", job->directory);
-    result.report = calloc(1, REPORT_BYTES);
-    if (!result.report)
-        result.status = fault_set(&result.fault, STATUS_NO_MEMORY, "out of memory.");
-    else
-        result.status =
-            worker->converter.convert(worker->converter.context, directory, job->store_path,
-                                      result.report, REPORT_BYTES, &result.fault);
-    if (result.status && !result.fault.status)
-        (void)fault_set(&result.fault, result.status, "%s", status_sentence(result.status));
-    (void)close(job->directory);
-    return result;
+    job->next = NULL;
+    *queue->end = job;
+    queue->end = &job->next;
+}
+
+static struct worker_job *pop(struct queue *queue)
+{
+    struct worker_job *job = queue->first;
+    if (!job)
+        return NULL;
+    queue->first = job->next;
+    if (!queue->first)
+        queue->end = &queue->first;
+    return job;
+}
+
+struct worker_job *worker_job_new(uint64_t id)
+{
+    struct worker_job *job = calloc(1, sizeof *job);
+    if (!job)
+        return NULL;
+    job->id = id;
+    job->directory = -1;
+    return job;
+}
+
+void worker_job_free(struct worker_job *job)
+{
+    if (!job)
+        return;
+    if (job->directory >= 0)
+        (void)close(job->directory);
+    free(job->data);
+    free(job->report);
+    free(job);
 }
 
 static void *worker_main(void *context)
@@ -50,16 +71,17 @@ static void *worker_main(void *context)
     struct worker *worker = context;
     (void)pthread_mutex_lock(&worker->lock);
     for (;;) {
-        while (!worker->jobs && !worker->stop)
+        while (!worker->jobs.first && !worker->stop)
             (void)pthread_cond_wait(&worker->changed, &worker->lock);
-        if (worker->stop)
+        if (worker->stop && !(worker->finishes && worker->jobs.first))
             break;
-        struct worker_job job = worker->job[0];
-        memmove(worker->job, worker->job + 1, (--worker->jobs) * sizeof worker->job[0]);
+        struct worker_job *job = pop(&worker->jobs);
         (void)pthread_mutex_unlock(&worker->lock);
-        struct worker_result result = convert(worker, &job);
+        job->run(job);
+        if (job->status && !job->fault.status)
+            (void)fault_set(&job->fault, job->status, "%s", status_sentence(job->status));
         (void)pthread_mutex_lock(&worker->lock);
-        worker->result[worker->results++] = result;
+        push(&worker->results, job);
         uint64_t one = 1;
         (void)!write(worker->wake, &one, sizeof one);
     }
@@ -67,12 +89,15 @@ static void *worker_main(void *context)
     return NULL;
 }
 
-enum status worker_create(const struct server_converter *converter, struct worker **out)
+enum status worker_create(uint32_t jobs_max, bool finishes, struct worker **out)
 {
     struct worker *worker = calloc(1, sizeof *worker);
     if (!worker)
         return STATUS_NO_MEMORY;
-    worker->converter = *converter;
+    worker->jobs_max = jobs_max;
+    worker->finishes = finishes;
+    worker->jobs.end = &worker->jobs.first;
+    worker->results.end = &worker->results.first;
     worker->wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     (void)pthread_mutex_init(&worker->lock, NULL);
     (void)pthread_cond_init(&worker->changed, NULL);
@@ -86,6 +111,12 @@ enum status worker_create(const struct server_converter *converter, struct worke
     return STATUS_OK;
 }
 
+static void drop_all(struct queue *queue)
+{
+    for (struct worker_job *job; (job = pop(queue));)
+        worker_job_free(job);
+}
+
 void worker_destroy(struct worker *worker)
 {
     if (!worker)
@@ -95,10 +126,8 @@ void worker_destroy(struct worker *worker)
     (void)pthread_cond_signal(&worker->changed);
     (void)pthread_mutex_unlock(&worker->lock);
     (void)pthread_join(worker->thread, NULL);
-    for (uint32_t i = 0; i < worker->jobs; i++)
-        (void)close(worker->job[i].directory);
-    for (uint32_t i = 0; i < worker->results; i++)
-        free(worker->result[i].report);
+    drop_all(&worker->jobs);
+    drop_all(&worker->results);
     (void)close(worker->wake);
     (void)pthread_mutex_destroy(&worker->lock);
     (void)pthread_cond_destroy(&worker->changed);
@@ -110,13 +139,13 @@ int worker_descriptor(const struct worker *worker)
     return worker->wake;
 }
 
-enum status worker_put(struct worker *worker, const struct worker_job *job)
+enum status worker_put(struct worker *worker, struct worker_job *job)
 {
     enum status status = STATUS_FULL;
     (void)pthread_mutex_lock(&worker->lock);
-    if (worker->outstanding < JOBS_MAX) {
+    if (worker->outstanding < worker->jobs_max) {
         worker->outstanding++;
-        worker->job[worker->jobs++] = *job;
+        push(&worker->jobs, job);
         (void)pthread_cond_signal(&worker->changed);
         status = STATUS_OK;
     }
@@ -124,15 +153,16 @@ enum status worker_put(struct worker *worker, const struct worker_job *job)
     return status;
 }
 
-bool worker_take(struct worker *worker, struct worker_result *out)
+void worker_finish(struct worker *worker, struct server *server)
 {
-    (void)pthread_mutex_lock(&worker->lock);
-    bool any = worker->results;
-    if (any) {
-        *out = worker->result[0];
-        memmove(worker->result, worker->result + 1, (--worker->results) * sizeof worker->result[0]);
-        worker->outstanding--;
+    for (;;) {
+        (void)pthread_mutex_lock(&worker->lock);
+        struct worker_job *job = pop(&worker->results);
+        worker->outstanding -= job != NULL;
+        (void)pthread_mutex_unlock(&worker->lock);
+        if (!job)
+            return;
+        job->done(server, job);
+        worker_job_free(job);
     }
-    (void)pthread_mutex_unlock(&worker->lock);
-    return any;
 }

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0
+// Residency on somebody's word: load, unload, and pinning for a tenant.
+//
+// Pinning says that an adapter stays on the device until it is unpinned, removed or replaced. Its
+// pages are never offered under pressure, so whoever plans with the pool counts
+// adapters_kept_pages as not there. This file does not decide whether they may be taken: what the
+// pool can spare is the engine's business, what a tenant may have its quota's. A pinned adapter
+// whose pages are not there (no room at that moment) is fetched by adapters_fetch_kept at every
+// turn; one whose file cannot be read is not tried again until somebody asks for it.
+#include "adapters/internal.h"
+#include "base/check.h"
+
+enum status adapter_load(struct adapters *adapters, adapter_id id)
+{
+    const struct adapter *adapter = adapter__of(adapters, id);
+    if (pool_is_resident(adapters->options.pool, adapter->object))
+        return STATUS_OK;
+    enum status status = adapter_fetch(adapters, id, COPY_STANDARD, COPY_ADAPTER);
+    if (!status)
+        adapter_used(adapters, id);
+    return status;
+}
+
+enum status adapter_unload(struct adapters *adapters, adapter_id id, struct fault *fault)
+{
+    struct adapter *adapter = adapter__of(adapters, id);
+    struct pool *pool = adapters->options.pool;
+    if (adapter->keeper != NO_PLACE)
+        return fault_set(fault, STATUS_BUSY, "adapter \"%s\" is pinned: unpin it first.",
+                         adapter->name);
+    if (adapter->users || pool_pins(pool, adapter->object) ||
+        pool_is_fetching(pool, adapter->object))
+        return fault_set(fault, STATUS_BUSY,
+                         "adapter \"%s\" is in use by %u requests or on its way: try again later.",
+                         adapter->name, adapter->users);
+    if (!pool_is_resident(pool, adapter->object))
+        return STATUS_OK;
+    adapter__warm_remove(adapters, adapter);
+    pool_drop_device(pool, adapter->object);
+    return STATUS_OK;
+}
+
+void adapter_keep(struct adapters *adapters, adapter_id id, uint32_t keeper)
+{
+    struct adapter *adapter = adapter__of(adapters, id);
+    CHECK(adapter->state == STATE_NAMED && adapter->keeper == NO_PLACE && keeper != NO_PLACE);
+    adapter->keeper = keeper;
+    adapter->forgiven = true;
+    adapters->kept[adapters->kept_count++] = (uint32_t)(adapter - adapters->slots);
+    adapters->kept_pages += adapter->store.pages;
+}
+
+void adapter__let_go(struct adapters *adapters, struct adapter *adapter)
+{
+    uint32_t slot = (uint32_t)(adapter - adapters->slots), at = 0;
+    if (adapter->keeper == NO_PLACE)
+        return;
+    while (adapters->kept[at] != slot)
+        at++;
+    adapters->kept[at] = adapters->kept[--adapters->kept_count];
+    adapters->kept_pages -= adapter->store.pages;
+    adapter->keeper = NO_PLACE;
+}
+
+void adapter_let_go(struct adapters *adapters, adapter_id id)
+{
+    adapter__let_go(adapters, adapter__of(adapters, id));
+}
+
+uint32_t adapter_keeper(const struct adapters *adapters, adapter_id id)
+{
+    return adapter__of(adapters, id)->keeper;
+}
+
+uint64_t adapters_kept_pages(const struct adapters *adapters)
+{
+    return adapters->kept_pages;
+}
+
+uint64_t adapters_kept_pages_of(const struct adapters *adapters, uint32_t keeper)
+{
+    uint64_t pages = 0;
+    for (uint32_t i = 0; i < adapters->kept_count; i++) {
+        const struct adapter *adapter = &adapters->slots[adapters->kept[i]];
+        pages += adapter->keeper == keeper ? adapter->store.pages : 0;
+    }
+    return pages;
+}
+
+void adapters_fetch_kept(struct adapters *adapters)
+{
+    struct pool *pool = adapters->options.pool;
+    for (uint32_t i = 0; i < adapters->kept_count; i++) {
+        const struct adapter *adapter = &adapters->slots[adapters->kept[i]];
+        if (pool_is_resident(pool, adapter->object) || pool_is_fetching(pool, adapter->object))
+            continue;
+        if (!adapter->forgiven && pool_fetch_status(pool, adapter->object) == STATUS_IO)
+            continue;
+        if (adapter_fetch(adapters, adapter__id(adapters, adapters->kept[i]), COPY_STANDARD,
+                          COPY_ADAPTER))
+            return; // no room: the next turn tries again
+    }
+}

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the registry of adapters says of itself: see adapters.h.
+#include <string.h>
+
+#include "adapters/internal.h"
+
+uint32_t adapters_count(const struct adapters *adapters)
+{
+    return adapters->count;
+}
+
+bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_info *out)
+{
+    if (index >= adapters->count)
+        return false;
+    const struct adapter *adapter = &adapters->slots[adapters->order[index]];
+    *out = (struct adapter_info){
+        .owner = adapter->owner,
+        .resident = pool_is_resident(adapters->options.pool, adapter->object),
+        .pages = adapter->store.pages,
+        .users = adapter->users,
+        .keeper = adapter->keeper,
+        .report = adapter->store.report,
+        .loads = adapter->loads,
+    };
+    memcpy(out->name, adapter->name, sizeof out->name);
+    return true;
+}
+
+void adapters_stats(const struct adapters *adapters, struct adapters_stats *out)
+{
+    *out =
+        (struct adapters_stats){.registered = adapters->count,
+                                .leaving = adapters->options.adapters_max - adapters->free_count -
+                                           adapters->count - adapters->graves_count,
+                                .kept = adapters->kept_count,
+                                .kept_pages = adapters->kept_pages,
+                                .fetches = adapters->fetches,
+                                .given_back = adapters->given_back,
+                                .loads = adapters->loads};
+    for (uint32_t i = 0; i < adapters->warm_count; i++) {
+        const struct adapter *adapter = &adapters->slots[adapters->warm[i]];
+        out->fetching += pool_is_fetching(adapters->options.pool, adapter->object);
+        if (pool_is_resident(adapters->options.pool, adapter->object)) {
+            out->resident++;
+            out->resident_pages += adapter->store.pages;
+        }
+    }
+}
