@@ -600,6 +600,33 @@ uint32_t adapter_page_count(const struct adapters *adapters, adapter_id id)
     return adapter__of(adapters, id)->store.pages;
 }
 
+void adapter_run(struct adapters *adapters, adapter_id id)
+{
+    struct adapter *adapter = adapter__of(adapters, id);
+    adapters->running_pages += adapter->runs++ ? 0 : adapter->store.pages;
+}
+
+void adapter_rest(struct adapters *adapters, adapter_id id)
+{
+    struct adapter *adapter = adapter__of(adapters, id);
+    CHECK(adapter->runs);
+    adapters->running_pages -= --adapter->runs ? 0 : adapter->store.pages;
+}
+
+uint32_t adapters_running_pages(const struct adapters *adapters, adapter_id except)
+{
+    uint32_t pages = adapters->running_pages;
+    for (uint32_t i = 0; i < adapters->kept_count; i++) {
+        const struct adapter *kept = &adapters->slots[adapters->kept[i]];
+        pages -= kept->runs ? kept->store.pages : 0;
+    }
+    if (!except.bits)
+        return pages;
+    const struct adapter *adapter = &adapters->slots[slot_of(adapters, except)];
+    bool counted = adapter->runs && adapter->keeper == NO_PLACE;
+    return pages - (counted ? adapter->store.pages : 0);
+}
+
 void adapter_pin(struct adapters *adapters, adapter_id id)
 {
     pool_pin(adapters->options.pool, adapter__of(adapters, id)->object);

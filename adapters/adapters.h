@@ -144,6 +144,11 @@ bool adapter_is_resident(const struct adapters *adapters, adapter_id id);
 // tries again.
 enum status adapter_fetch_status(const struct adapters *adapters, adapter_id id);
 uint32_t adapter_page_count(const struct adapters *adapters, adapter_id id);
+// A sequence that runs on it, between its steps too: whoever lets one more run looks at what all
+// that run need. Pages of distinct adapters, without `except` and those that tenants have pinned.
+void adapter_run(struct adapters *adapters, adapter_id id);
+void adapter_rest(struct adapters *adapters, adapter_id id);
+uint32_t adapters_running_pages(const struct adapters *adapters, adapter_id except);
 void adapter_pin(struct adapters *adapters, adapter_id id); // while a step uses it
 void adapter_unpin(struct adapters *adapters, adapter_id id);
 void adapter_used(struct adapters *adapters, adapter_id id); // recency, popularity

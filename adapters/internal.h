@@ -16,7 +16,7 @@ struct adapter {
     char name[ADAPTER_NAME_MAX];
     enum state state;
     uint16_t generation;
-    uint32_t owner, users;
+    uint32_t owner, users, runs;
     uint32_t place; // in warm, or NO_PLACE
     bool forgiven;  // a failed fetch of the past no longer counts
     bool arriving;  // in the list of that name
@@ -43,6 +43,7 @@ struct adapters {
     uint32_t rank_max;      // 0: any
     uint32_t *order, count; // slots by name
     uint64_t pool_slots;    // of all pool objects that live
+    uint32_t running_pages; // of adapters with runs
     uint32_t *warm, warm_count;
     uint32_t *graves, graves_count; // slots in state BURIED
     uint32_t *kept, kept_count;     // slots whose keeper is a tenant

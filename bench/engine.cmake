@@ -29,3 +29,9 @@ target_link_libraries(bench_register PRIVATE bench_workload polder_stack polder_
 target_compile_definitions(bench_register PRIVATE POLDER_COMMIT="${POLDER_COMMIT}")
 add_test(NAME bench_register_smoke COMMAND bench_register --model synth:tiny,tied=0 --mib 1 --times 3 --pool-mib 8)
 set_tests_properties(bench_register_smoke PROPERTIES LABELS fast TIMEOUT 60)
+# Many more adapters than the pool holds, and a slow link: everybody ends (it hung once).
+add_test(NAME test_adapters_in_a_small_pool COMMAND bench_adapters
+    --model synth:tiny,tied=0,hidden=128,layers=4,experts=0,intermediate=256,max_positions=1024 --rank 16
+    --targets all --sequences 32 --concurrency 32 --h2d 0.5 --pool-mib 3
+    --workload ${PROJECT_SOURCE_DIR}/bench/workloads/uniform.txt,requests=100,input=4..8,output=8..24,adapters=100)
+set_tests_properties(test_adapters_in_a_small_pool PROPERTIES TIMEOUT 120 LABELS engine)

@@ -31,12 +31,17 @@ enum sequence_state {
 
 enum { NO_SLOT = 0xffffffff };
 
+// Why a sequence that was chosen for a step does not take part; while a step is planned.
+enum sequence_lacks { LACKS_NOTHING, LACKS_ADAPTER, LACKS_ROOM };
+
 struct sequence {
     enum sequence_state state;
+    enum sequence_lacks lacks;
     uint32_t next, previous; // in the list of its state
     uint64_t id, arrival;
     uint32_t tenant, class;
     adapter_id adapter;
+    bool runs_adapter; // has told so (adapter_run)
     bool has_adapter, adapter_pinned, has_kv, paused, cancelled, emitted_first, done_sent;
     uint8_t in_steps; // steps with rows of it: one, and the next when that is planned ahead
     // While the next step is planned ahead: where it stands after the running one.

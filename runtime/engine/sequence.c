@@ -51,11 +51,23 @@ static void list_insert(struct engine *e, struct sequence_list *list, uint32_t s
     list->count++;
 }
 
+static void adapter_runs(struct engine *engine, struct sequence *s, bool runs)
+{
+    if (runs == s->runs_adapter)
+        return;
+    s->runs_adapter = runs;
+    if (runs)
+        adapter_run(engine->options.adapters, s->adapter);
+    else
+        adapter_rest(engine->options.adapters, s->adapter);
+}
+
 void sequence_move(struct engine *engine, uint32_t slot, enum sequence_state state)
 {
     struct sequence *s = &engine->sequences[slot];
     list_remove(engine, &engine->lists[s->state], slot);
     s->state = state;
+    adapter_runs(engine, s, state == SEQUENCE_RUNNING && s->has_adapter);
     bool ordered = state == SEQUENCE_QUEUED || state == SEQUENCE_RUNNING || state == SEQUENCE_OUT;
     list_insert(engine, &engine->lists[state], slot, ordered);
 }
@@ -74,6 +86,7 @@ static void release_held(struct engine *engine, struct sequence *s)
 {
     if (s->has_kv)
         kv_close(engine->options.kv, s->kv);
+    adapter_runs(engine, s, false);
     if (s->has_adapter)
         adapter_release(engine->options.adapters, s->adapter);
     s->has_kv = s->has_adapter = false;
@@ -386,6 +399,23 @@ static void settle_out(struct engine *e)
     }
 }
 
+// Pages of the adapters that the sequences of coming steps need, but for this one's: those that
+// run, without what paused steps hold, which sequence_pages_allow counts.
+static uint32_t adapters_beside(const struct engine *e, const struct sequence *s)
+{
+    const adapter_id none = {0};
+    if (!e->options.adapters)
+        return 0;
+    uint32_t pages =
+        adapters_running_pages(e->options.adapters, s->has_adapter ? s->adapter : none);
+    for (int class = 0; class < ENGINE_CLASSES; class ++) {
+        const struct step *step = &e->steps[class];
+        uint32_t held = step->state == STEP_PAUSED ? step->adapter_pages : 0;
+        pages -= held < pages ? held : pages;
+    }
+    return pages;
+}
+
 void sequence_bring_back(struct engine *engine)
 {
     struct kv *kv = engine->options.kv;
@@ -397,7 +427,8 @@ void sequence_bring_back(struct engine *engine)
             uint32_t pages = pages_to_start(engine, s);
             if (!has_seat(engine, slot))
                 return; // in order: nobody behind it may take what it waits for
-            if (!sequence_pages_allow(engine, pages + owed_pages(engine, slot)) ||
+            uint32_t beside = adapters_beside(engine, s) + owed_pages(engine, slot);
+            if (!sequence_pages_allow(engine, pages + beside) ||
                 !kv_limit_allows(engine, s->length + 1, owed_pages(engine, slot)) ||
                 kv_swap_in(kv, s->kv, (enum copy_class)s->class)) {
                 (void)sequence_make_room(engine, slot, pages);
@@ -494,11 +525,13 @@ void sequence_admit(struct engine *engine)
         } else if (!s->paused) {
             uint32_t pages = pages_to_start(engine, s);
             uint32_t kv = pages_of_tokens(engine, s->length + 1);
+            uint32_t adapters = adapters_beside(engine, s) + awaited - awaited_kv;
             if (!has_seat(engine, slot))
                 return;
-            if (!sequence_pages_allow(engine, pages + awaited + owed_pages(engine, slot)) ||
+            if (!sequence_pages_allow(engine,
+                                      pages + adapters + awaited_kv + owed_pages(engine, slot)) ||
                 !kv_limit_allows(engine, s->length + 1, awaited_kv + owed_pages(engine, slot)) ||
-                !sequence_adapters_allow(engine, pages + awaited - kv - awaited_kv)) {
+                !sequence_adapters_allow(engine, pages - kv + adapters)) {
                 if (!awaited)
                     (void)sequence_make_room(engine, slot, pages);
                 return;

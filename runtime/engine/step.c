@@ -44,7 +44,7 @@ static void unpin_adapter(struct engine *e, struct sequence *s)
 // What the runs secured so far hold: they stand in engine->runs[0 .. kept).
 struct secured {
     uint32_t kept, adapter_pages; // of distinct adapters
-    uint32_t awaited;             // of adapters that runs before are waiting for
+    uint32_t awaited;             // what runs before wait for: nobody behind them may take it
     uint32_t beside;              // of the running step's adapters
 };
 
@@ -58,6 +58,34 @@ static bool holds_adapter(const struct engine *e, const struct secured *held, ad
     return false;
 }
 
+// Does a sequence before this one wait for the same adapter in this plan?
+static bool is_awaited(const struct engine *e, uint32_t slot)
+{
+    const struct sequence *s = &e->sequences[slot];
+    for (uint32_t i = s->previous; i != NO_SLOT; i = e->sequences[i].previous) {
+        const struct sequence *before = &e->sequences[i];
+        if (before->lacks == LACKS_ADAPTER && before->adapter.bits == s->adapter.bits)
+            return true;
+    }
+    return false;
+}
+
+// The adapter is fetched when all runs of the plan have pinned theirs (bring_adapters), so that it
+// does not push out one that a run behind is about to use.
+static void await_adapter(struct engine *e, struct secured *held, uint32_t slot, uint32_t more)
+{
+    struct sequence *s = &e->sequences[slot];
+    if (adapter_fetch_status(e->options.adapters, s->adapter) == STATUS_IO) {
+        sequence_end(e, slot, STATUS_IO, ENGINE_FINISH_ERROR,
+                     "Reading the adapter from its store failed; ask the operator.");
+        return;
+    }
+    sequence_adapter_lacks(e, s);
+    sequence_want(e, slot, more + e->options.kv_shape.pages_per_block);
+    held->awaited += is_awaited(e, slot) ? 0 : more;
+    s->lacks = LACKS_ADAPTER;
+}
+
 // *more: the pages that the adapter adds to the step.
 static bool pin_adapter(struct engine *e, struct secured *held, uint32_t slot, uint32_t *more)
 {
@@ -65,25 +93,16 @@ static bool pin_adapter(struct engine *e, struct secured *held, uint32_t slot, u
     struct adapters *adapters = e->options.adapters;
     if (!holds_adapter(e, held, s->adapter))
         *more = adapter_page_count(adapters, s->adapter);
-    if (!sequence_adapters_allow(e, held->beside + held->adapter_pages + *more))
-        return false; // a later step has room for it
-    if (!sequence_pages_allow(e, held->beside + held->adapter_pages + *more)) {
+    uint32_t pages = held->beside + held->adapter_pages + *more;
+    if (!sequence_pages_allow(e, pages)) {
         (void)sequence_make_room(e, slot, *more + e->options.kv_shape.pages_per_block);
         return false;
     }
+    pages += held->awaited;
+    if (!sequence_adapters_allow(e, pages) || !sequence_pages_allow(e, pages))
+        return false; // a later step has room for it
     if (!s->adapter_pinned && !adapter_is_resident(adapters, s->adapter)) {
-        enum status status = STATUS_FULL; // tried again at the next plan
-        if (adapter_fetch_status(adapters, s->adapter) == STATUS_IO) {
-            sequence_end(e, slot, STATUS_IO, ENGINE_FINISH_ERROR,
-                         "Reading the adapter from its store failed; ask the operator.");
-            return false;
-        }
-        sequence_adapter_lacks(e, s);
-        sequence_want(e, slot, *more + e->options.kv_shape.pages_per_block);
-        uint32_t pages = held->beside + held->adapter_pages + held->awaited + *more;
-        if (sequence_pages_allow(e, pages) && sequence_adapters_allow(e, pages))
-            status = adapter_fetch(adapters, s->adapter, (enum copy_class)s->class, COPY_ADAPTER);
-        held->awaited += status ? 0 : *more;
+        await_adapter(e, held, slot, *more);
         return false;
     }
     sequence_adapter_came(e, s);
@@ -171,8 +190,11 @@ static bool secure(struct engine *e, const struct plan_run *run, struct secured 
     // Copy-on-write may have taken a block more than was counted; while a step runs nobody could be
     // sent out for it.
     if (status || !sequence_pages_allow(e, beside)) {
-        if (!s->in_steps)
-            unpin_adapter(e, s);
+        if (!s->in_steps && s->has_adapter) { // pinned until those behind it have fetched theirs
+            held->awaited += beside - held->beside - held->adapter_pages;
+            s->lacks = LACKS_ROOM;
+        }
+        held->awaited += more_pages(e, s, tokens);
         if (!e->plans_ahead) // it may have to leave before the next segment, with what they bring
             step_run_copies(e);
         (void)sequence_make_room(e, run->slot, adapter_pages + more_pages(e, s, tokens));
@@ -258,6 +280,26 @@ static void fill_step(struct engine *e, struct step *step)
     step->state = STEP_READY;
 }
 
+// After the pins: the adapters that runs lack are fetched, and what was pinned for those that found
+// no room is let go.
+static void bring_adapters(struct engine *e)
+{
+    struct adapters *adapters = e->options.adapters;
+    for (uint32_t slot = e->lists[SEQUENCE_RUNNING].head; slot != NO_SLOT;
+         slot = e->sequences[slot].next) {
+        struct sequence *s = &e->sequences[slot];
+        if (s->lacks == LACKS_ADAPTER &&
+            adapter_fetch(adapters, s->adapter, (enum copy_class)s->class, COPY_ADAPTER))
+            break; // no room: those behind it have to leave it theirs, until the next plan
+    }
+    for (uint32_t slot = 0; slot < e->sequence_slots; slot++) {
+        struct sequence *s = &e->sequences[slot];
+        if (s->lacks == LACKS_ROOM && !s->in_steps)
+            unpin_adapter(e, s);
+        s->lacks = LACKS_NOTHING;
+    }
+}
+
 // The pages and pins of what was chosen; false when nobody can run.
 static bool secure_runs(struct engine *e, struct plan_run *runs, uint32_t chosen,
                         struct secured *held)
@@ -267,6 +309,8 @@ static bool secure_runs(struct engine *e, struct plan_run *runs, uint32_t chosen
         if (secure(e, &run, held))
             runs[held->kept - 1] = run;
     }
+    if (e->options.adapters)
+        bring_adapters(e);
     return held->kept;
 }
 
