@@ -365,6 +365,15 @@ static bool has_failed(const struct sim *sim, const struct arguments *a)
            (!a->lose_copies || sim->world.link.is_lost);
 }
 
+// What is still under way may be what fails; whether the engine halted.
+static bool settle(struct sim *sim)
+{
+    for (int i = 0; i < 100; i++)
+        if (one_turn(sim) == ENGINE_HALTED)
+            return true;
+    return false;
+}
+
 // A short scenario; false when the world could not be made. *reached: the fault took place.
 static bool run_fault(struct sim_model *model, const struct arguments *a, struct totals *totals,
                       bool *reached)
@@ -405,6 +414,7 @@ static bool run_fault(struct sim_model *model, const struct arguments *a, struct
             sent += book_send_request(&sim->book);
         halted = one_turn(sim) == ENGINE_HALTED;
     }
+    halted = halted || settle(sim);
     // After a failed copy everything works again, also what it hit; a failed device stops the
     // engine.
     sim->book.faults = halted || !has_failed(sim, a);
@@ -413,6 +423,7 @@ static bool run_fault(struct sim_model *model, const struct arguments *a, struct
             sent += book_send_request(&sim->book);
         halted = one_turn(sim) == ENGINE_HALTED;
     }
+    halted = halted || settle(sim);
     *reached = has_failed(sim, a);
     sim->book.draining = sim->book.quitting = halted;
     CHECK(halted == (*reached && (a->fail_submit || a->fail_segment || a->lose_copies)));
