@@ -23,7 +23,7 @@ enum { DRAWS = 200000 };
 static struct workload make(const char *spec_text)
 {
     struct workload_spec spec;
-    struct workload workload;
+    struct workload workload = {0};
     struct fault fault = {.text = ""};
     if (workload_spec_parse(spec_text, "spec", &spec, &fault) ||
         workload_make(&spec, &workload, &fault))
