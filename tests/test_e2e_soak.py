@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters come and go under traffic: POLDER_SOAK cycles (300; by hand 10000) of registering, loading, generating and
-removing, one in a hundred files broken on purpose. No wrong token for anyone, no stall over a second for the others, no
+"""Adapters come and go under traffic: POLDER_SOAK cycles (300; by hand 10000) of registering, loading, generating, new
+versions, unloading and removing, one in a hundred files broken on purpose. No wrong token for anyone, no stall over a second for the others, no
 memory, descriptor, page or file left behind."""
 import json
 import os
@@ -132,21 +132,43 @@ def references(server):
 
 # ---- the cycles ----
 
+def may_fail(peer, code, method, name):
+    try:
+        peer.call(method, name=name)
+    except RpcError as error:
+        assert error.code == code, error.value
+
+
+def send(peer, random_, prompt, name):
+    return [(prompt, peer.send("generate", prompt=prompt, max_tokens=TOKENS, temperature=0, model=name))
+            for _ in range(random_.randint(1, 3))]
+
+
+def finish(peer, asked, want, source):
+    for prompt, msgid in asked:
+        text = peer.finish(msgid)["text"]
+        assert text == want[source, prompt], (source, prompt, text, want[source, prompt])
+
+
 def good_cycle(peer, random_, want, name):
     source, prompt = random_.choice(NAMES), random_.choice(PROMPTS)
     report = peer.call("adapters.add", name=name, path=source)["report"]
     assert report["bytes"] > 0, report
-    asked = [peer.send("generate", prompt=prompt, max_tokens=TOKENS, temperature=0, model=name)
-             for _ in range(random_.randint(1, 3))]
-    if random_.random() < 0.5:  # removed while it runs: who runs on it finishes on it
+    if random_.random() < 0.5:
+        may_fail(peer, "pool_full", "adapters.load", name)  # no room at the moment
+    asked = send(peer, random_, prompt, name)
+    if random_.random() < 0.3:  # a new version while it runs: who runs on the old one finishes on it
+        newer = random_.choice(NAMES)
+        peer.call("adapters.add", name=name, path=newer)
+        later = send(peer, random_, prompt, name)
+        finish(peer, later, want, newer)
+    gone = random_.random() < 0.5
+    if gone:  # removed while it runs
         peer.call("adapters.remove", name=name)
-        asked_later = peer.refused("generate", prompt=prompt, model=name)
-        assert asked_later["code"] == "not_found", asked_later
-        name = None
-    for msgid in asked:
-        text = peer.finish(msgid)["text"]
-        assert text == want[source, prompt], (source, prompt, text, want[source, prompt])
-    if name:
+        assert peer.refused("generate", prompt=prompt, model=name)["code"] == "not_found"
+    finish(peer, asked, want, source)
+    if not gone:
+        may_fail(peer, "busy", "adapters.unload", name)  # its last request is on its way out
         peer.call("adapters.remove", name=name)
 
 
