@@ -129,6 +129,16 @@ static int entry_order(const void *a, const void *b)
     return order ? order : strcmp(x->tenant, y->tenant);
 }
 
+// *out NULL: it cannot be read, or (STATUS_OK) there is none.
+static enum status folder_open(const char *folder, DIR **out, struct fault *fault)
+{
+    *out = opendir(folder);
+    if (*out || errno == ENOENT)
+        return STATUS_OK;
+    return fault_set(fault, STATUS_IO, "cannot read the directory %.200s: %s.", folder,
+                     strerror(errno));
+}
+
 enum status registry_list(const char *state_directory, struct registry_entry **out, size_t *count,
                           struct fault *fault)
 {
@@ -137,15 +147,12 @@ enum status registry_list(const char *state_directory, struct registry_entry **o
     size_t n = 0, room = 0;
     *out = NULL;
     *count = 0;
+    DIR *directory = NULL;
     enum status status = folder_of(state_directory, folder, fault);
-    if (status)
-        return status;
-    DIR *directory = opendir(folder);
-    if (!directory && errno == ENOENT)
-        return STATUS_OK;
+    if (!status)
+        status = folder_open(folder, &directory, fault);
     if (!directory)
-        return fault_set(fault, STATUS_IO, "cannot read the directory %.200s: %s.", folder,
-                         strerror(errno));
+        return status;
     for (struct dirent *file; (file = readdir(directory)) && !status;) {
         if (!is_registered(file->d_name, &entry))
             continue;
@@ -301,13 +308,10 @@ static enum status collect_in(const char *folder, const char *label,
                               void (*told)(void *, const struct registry_leftover *), void *context,
                               struct fault *fault)
 {
-    DIR *directory = opendir(folder);
-    if (!directory && errno == ENOENT)
-        return STATUS_OK;
+    DIR *directory;
+    enum status status = folder_open(folder, &directory, fault);
     if (!directory)
-        return fault_set(fault, STATUS_IO, "cannot read the directory %.200s: %s.", folder,
-                         strerror(errno));
-    enum status status = STATUS_OK;
+        return status;
     for (struct dirent *file; (file = readdir(directory)) && !status;) {
         struct stat info;
         char path[REGISTRY_PATH];

@@ -41,7 +41,6 @@
 // the case, and of them what adapters and experts were fetched. over_first: this case's number over
 // that of the first case, or of the last that had first=1. lora_work_share: multiplications of LoRA
 // over those of the base model, of the tokens of the case.
-#include <dirent.h>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -675,25 +674,6 @@ static enum status run_all(struct bench *b, struct fault *fault)
     return status;
 }
 
-static void remove_tree(const char *path)
-{
-    DIR *directory = opendir(path);
-    for (struct dirent *entry; directory && (entry = readdir(directory));) {
-        char inner[1024];
-        struct stat info;
-        if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, ".."))
-            continue;
-        (void)snprintf(inner, sizeof inner, "%.700s/%s", path, entry->d_name);
-        if (lstat(inner, &info) == 0 && S_ISDIR(info.st_mode))
-            remove_tree(inner);
-        else
-            (void)unlink(inner);
-    }
-    if (directory)
-        (void)closedir(directory);
-    (void)rmdir(path);
-}
-
 // A descriptor for every registered adapter.
 static void raise_descriptors(void)
 {
@@ -730,7 +710,7 @@ int main(int count, char **values)
     for (uint32_t i = 0; i < b.store_count; i++)
         (void)unlink(b.stores[i].path);
     if (is_ours && b.arguments.state)
-        remove_tree(state);
+        bench_remove_tree(state);
     for (uint32_t i = 0; b.cases && i < b.arguments.case_count; i++)
         workload_clear(&b.cases[i].workload);
     free(b.cases);

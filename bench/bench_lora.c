@@ -15,6 +15,7 @@
 // Does not decide what an adapter costs or whether that is good (bench_step.c).
 #include "bench/bench_lora.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <math.h>
 #include <stdio.h>
@@ -415,4 +416,23 @@ enum status bench_lora_load(const struct bench_lora *lora, struct stack *stack, 
             (void)usleep(50);
     }
     return status ? status : bench_lora_check(lora, stack, fault);
+}
+
+void bench_remove_tree(const char *path)
+{
+    DIR *directory = opendir(path);
+    for (struct dirent *entry; directory && (entry = readdir(directory));) {
+        char inner[1024];
+        struct stat info;
+        if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, ".."))
+            continue;
+        (void)snprintf(inner, sizeof inner, "%.700s/%s", path, entry->d_name);
+        if (lstat(inner, &info) == 0 && S_ISDIR(info.st_mode))
+            bench_remove_tree(inner);
+        else
+            (void)unlink(inner);
+    }
+    if (directory)
+        (void)closedir(directory);
+    (void)rmdir(path);
 }

@@ -64,4 +64,7 @@ MUST_USE enum status bench_lora_load(const struct bench_lora *lora, struct stack
 MUST_USE enum status bench_lora_check(const struct bench_lora *lora, struct stack *stack,
                                       struct fault *fault);
 
+// A directory and all in it, as far as it can be removed.
+void bench_remove_tree(const char *path);
+
 #endif

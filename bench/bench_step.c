@@ -30,7 +30,6 @@
 //
 // Without --state the state directory is a temporary one. It is removed, on errors too, as soon as
 // everything is loaded, since what is needed of it stays open.
-#include <dirent.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -613,25 +612,6 @@ static enum status measure(struct bench *b, struct fault *fault)
     return status;
 }
 
-static void remove_tree(const char *path)
-{
-    DIR *directory = opendir(path);
-    for (struct dirent *entry; directory && (entry = readdir(directory));) {
-        char inner[1024];
-        struct stat info;
-        if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, ".."))
-            continue;
-        (void)snprintf(inner, sizeof inner, "%.700s/%s", path, entry->d_name);
-        if (lstat(inner, &info) == 0 && S_ISDIR(info.st_mode))
-            remove_tree(inner);
-        else
-            (void)unlink(inner);
-    }
-    if (directory)
-        (void)closedir(directory);
-    (void)rmdir(path);
-}
-
 int main(int count, char **values)
 {
     char state[] = "/tmp/polder-bench-XXXXXX";
@@ -653,7 +633,7 @@ int main(int count, char **values)
     }
     enum status status = load(&b, &fault);
     if (is_ours)
-        remove_tree(state); // what is needed of it is open
+        bench_remove_tree(state); // what is needed of it is open
     if (!status)
         status = measure(&b, &fault);
     if (status)
