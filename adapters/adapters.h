@@ -192,7 +192,7 @@ struct adapter_info {
     char name[ADAPTER_NAME_MAX];
     uint32_t owner;
     bool resident;
-    uint32_t pages, users;
+    uint32_t pages, host_pages, users; // host_pages: of its pages, those in the host tier
     uint32_t keeper; // ADAPTER_NO_KEEPER: not pinned
     struct adapter_report report;
     struct adapter_loads loads;

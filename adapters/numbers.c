@@ -18,6 +18,7 @@ bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_
         .owner = adapter->owner,
         .resident = pool_is_resident(adapters->options.pool, adapter->object),
         .pages = adapter->store.pages,
+        .host_pages = pool_host_pages(adapters->options.pool, adapter->object),
         .users = adapter->users,
         .keeper = adapter->keeper,
         .report = adapter->store.report,

@@ -130,6 +130,11 @@ bool pool_has_host_copy(const struct pool *pool, pool_object handle)
     return object->on_host == object->slots;
 }
 
+uint32_t pool_host_pages(const struct pool *pool, pool_object handle)
+{
+    return pool__object(pool, handle)->on_host;
+}
+
 bool pool_is_written_back(const struct pool *pool, pool_object handle)
 {
     return pool_has_host_copy(pool, handle);

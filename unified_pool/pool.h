@@ -131,6 +131,7 @@ const uint32_t *pool_device_pages(const struct pool *pool, pool_object object);
 bool pool_is_resident(const struct pool *pool, pool_object object);
 bool pool_is_fetching(const struct pool *pool, pool_object object);
 bool pool_has_host_copy(const struct pool *pool, pool_object object);
+uint32_t pool_host_pages(const struct pool *pool, pool_object object); // with its content
 bool pool_is_writing_back(const struct pool *pool, pool_object object);
 // Where a device page stands, for copy-on-write.
 void *pool_device_address(const struct pool *pool, uint32_t page);

@@ -159,7 +159,7 @@ size_t report_adapters(struct engine *engine, char *out, size_t room)
         put(&w,
             "%s{\"name\":\"%s\",\"owner\":%u,\"keeper\":%lld,\"resident\":%s,\"pages\":%u,"
             "\"users\":%u,"
-            "\"device_bytes\":%llu,\"file_bytes\":%llu,"
+            "\"device_bytes\":%llu,\"host_bytes\":%llu,\"file_bytes\":%llu,"
             "\"rank_min\":%u,\"rank_max\":%u,\"bytes\":%llu,\"applied\":%u,\"possible\":%u,"
             "\"layout\":\"%s\",\"version\":%u,\"digest\":\"%s\","
             "\"source\":\"%s\",",
@@ -167,6 +167,7 @@ size_t report_adapters(struct engine *engine, char *out, size_t room)
             info.keeper == ADAPTER_NO_KEEPER ? -1ll : (long long)info.keeper,
             info.resident ? "true" : "false", info.pages, info.users,
             info.resident ? (unsigned long long)info.pages * p.page_bytes : 0,
+            (unsigned long long)info.host_pages * p.page_bytes,
             (unsigned long long)info.pages * p.page_bytes, info.report.rank_min,
             info.report.rank_max, (unsigned long long)info.report.bytes,
             info.report.matrices_applied, info.report.matrices_possible, info.report.layout,

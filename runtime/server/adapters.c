@@ -450,8 +450,8 @@ static uint64_t number(const json_t *adapter, const char *key)
 // Sums over the adapters this tenant may use.
 static void answer_adapter_stats(struct request *request, const json_t *list)
 {
-    static const char *const sums[] = {"users",  "device_bytes", "file_bytes", "hits",
-                                       "misses", "loads",        "load_us"};
+    static const char *const sums[] = {"users", "device_bytes", "host_bytes", "file_bytes",
+                                       "hits",  "misses",       "loads",      "load_us"};
     const struct tenant *tenant = tenants_at(request->server->tenants, request->tenant);
     uint64_t sum[ARRAY_COUNT(sums)] = {0}, visible = 0, own = 0, resident = 0, pinned = 0,
              pinned_bytes = 0;
