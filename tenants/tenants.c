@@ -310,7 +310,7 @@ enum status tenants_open_access(struct tenants **out, struct fault *fault)
     if (status)
         return status;
     struct entry *entry = &tenants->entries[0];
-    entry->tenant = (struct tenant){.name = "local",
+    entry->tenant = (struct tenant){.name = TENANT_LOCAL,
                                     .active = true,
                                     .class = TENANT_STANDARD,
                                     .weight = 1,

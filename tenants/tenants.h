@@ -65,6 +65,7 @@ MUST_USE enum status tenants_parse(const char *name, const char *text, size_t by
 MUST_USE enum status tenants_load(const char *path, const struct tenants *previous,
                                   struct tenants **out, struct fault *fault);
 // One tenant "local" without keys that may do everything: for a server without access control.
+#define TENANT_LOCAL "local"
 MUST_USE enum status tenants_open_access(struct tenants **out, struct fault *fault);
 void tenants_free(struct tenants *tenants);
 

@@ -440,11 +440,12 @@ def test_e2e_adapter_versions(server):
         assert other.refused("adapters.add", name="own-v", path="pl", replace=False)["code"] == "already_exists"
         # what is refused leaves the version as it is
         assert other.refused("adapters.add", name="own-v", path="broken")["code"] == "invalid_argument"
-        # the operator's adapter may be replaced too, and stays the operator's
-        assert other.call("adapters.add", name="kjv", path="pl")["report"]["version"] == 2
+        # the operator's adapter serves all tenants: one of them may neither replace nor remove it
+        assert other.refused("adapters.add", name="kjv", path="pl")["code"] == "already_exists"
+        assert other.refused("adapters.remove", name="kjv")["code"] == "not_found"
         listed = {a["name"]: a for a in other.call("adapters.list")}
         assert (listed["own-v"]["version"], listed["own-v"]["own"]) == (2, True), listed["own-v"]
-        assert (listed["kjv"]["version"], listed["kjv"]["own"], listed["kjv"]["rank_max"]) == (2, False, 16), listed["kjv"]
+        assert (listed["kjv"]["version"], listed["kjv"]["own"], listed["kjv"]["rank_max"]) == (1, False, 4), listed["kjv"]
     state = sorted(name for name in os.listdir(os.path.join(STATE, "adapters")) if "own-v" in name or "kjv" in name)
     assert state == ["kjv.adapter", "own-v@alpha.adapter"], state
     idle(server)
@@ -452,7 +453,7 @@ def test_e2e_adapter_versions(server):
     server.start()
     with server.peer("key-alpha") as peer:
         listed = {a["name"]: (a["version"], a["rank_max"]) for a in peer.call("adapters.list")}
-        assert listed == {"own-v": (2, 8), "kjv": (3, 4)}, listed  # --lora-modules says again what kjv is
+        assert listed == {"own-v": (2, 8), "kjv": (1, 4)}, listed
         assert peer.generate(prompt, model="own-v", max_tokens=40, **GREEDY)["text"] == second["text"]
         peer.call("adapters.remove", name="own-v")
 

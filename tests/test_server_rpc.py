@@ -293,7 +293,7 @@ class Methods(unittest.TestCase):
             stats = peer.result("adapters.stats")
             self.assertEqual(stats["pinned_bytes_max"], 1000)
             self.assertEqual(set(stats), {"registered", "own", "resident", "pinned", "pinned_bytes", "pinned_bytes_max",
-                                          "users", "device_bytes", "file_bytes", "hits", "misses", "loads", "load_us"})
+                                          "users", "device_bytes", "host_bytes", "file_bytes", "hits", "misses", "loads", "load_us"})
             self.assertEqual(peer.error("adapters.stats", x=1)[0], 1)
 
     def test_python_client(self):

@@ -238,6 +238,13 @@ static uint32_t tenant_number(void *context, const char *name)
     return UINT32_MAX;
 }
 
+// Open access: everybody is one tenant.
+static uint32_t local_number(void *context, const char *name)
+{
+    (void)context;
+    return strcmp(name, TENANT_LOCAL) != 0 ? UINT32_MAX : 0;
+}
+
 enum status wire_stack(const struct settings *settings, const struct tokenizer *tokenizer,
                        const struct tenants *tenants, bool server, struct stack **out,
                        struct fault *fault)
@@ -262,8 +269,11 @@ enum status wire_stack(const struct settings *settings, const struct tokenizer *
         *out = NULL;
         return status;
     }
-    uint32_t found =
-        stack_load_adapters(*out, tenants ? tenant_number : NULL, (void *)(uintptr_t)tenants);
+    uint32_t found = stack_load_adapters(*out,
+                                         tenants  ? tenant_number
+                                         : server ? local_number
+                                                  : NULL,
+                                         (void *)(uintptr_t)tenants);
     stack_describe(*out, line, sizeof line);
     log_line(LOG_INFO, "%s", line);
     if (found)

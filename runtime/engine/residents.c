@@ -21,6 +21,15 @@ static bool is_its_own(const struct engine *e, adapter_id id, uint32_t tenant)
     return owner >= e->options.tenants_max || owner == tenant;
 }
 
+// The operator's adapters serve all tenants: one of several may not replace or remove them. The
+// operator itself, and who is alone (open access), may.
+static bool may_change(const struct engine *e, adapter_id id, uint32_t tenant)
+{
+    bool is_operator = tenant >= e->options.tenants_max || e->options.tenants_max == 1;
+    return is_operator ? is_its_own(e, id, tenant)
+                       : adapter_owner(e->options.adapters, id) == tenant;
+}
+
 // What the tenant has registered, with the new one in the place of its old version.
 static enum status check_quota(const struct engine *e, const struct engine_adapter_command *c,
                                struct fault *fault)
@@ -51,7 +60,7 @@ static enum status register_adapter(struct engine *e, const struct engine_adapte
     const struct engine_options *o = &e->options;
     adapter_id id;
     bool replace = c->replace && adapter_find(o->adapters, c->name, &id) == STATUS_OK;
-    replace = replace && is_its_own(e, id, c->owner);
+    replace = replace && may_change(e, id, c->owner);
     // Owners beyond the tenants stand for the operator, who shares a number with the base model.
     uint32_t owner = c->owner > o->tenants_max ? o->tenants_max : c->owner;
     if (o->model->share.world > 1)
@@ -182,6 +191,8 @@ enum status residents_command(struct engine *e, const struct engine_adapter_comm
     enum status status = adapter_find(adapters, c->name, &id);
     if (status || !is_its_own(e, id, c->owner))
         return STATUS_NOT_FOUND;
+    if (c->kind == ENGINE_ADAPTER_REMOVE && !may_change(e, id, c->owner))
+        return fault_set(fault, STATUS_DENIED, "it is the operator's.");
     switch (c->kind) {
     case ENGINE_ADAPTER_REMOVE:
         return adapter_remove(adapters, c->name);

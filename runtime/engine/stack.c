@@ -576,47 +576,45 @@ enum status stack_add_adapter(struct stack *stack, const char *name, const char 
     return status;
 }
 
-static bool load_store(struct stack *stack, const char *file, const char *name, uint32_t owner)
+static bool load_store(struct stack *stack, const struct registry_entry *entry, uint32_t owner)
 {
-    char path[ENGINE_PATH];
+    char path[REGISTRY_PATH] = "";
     struct fault fault = {.text = ""};
     adapter_id id;
-    if (!adapter_find(stack->adapters, name, &id))
+    bool is_there = !adapter_find(stack->adapters, entry->name, &id);
+    if (is_there && !entry->tenant[0])
         return false; // the command line has just converted it
-    (void)snprintf(path, sizeof path, "%.760s/adapters/%.250s", stack->options.state_directory,
-                   file);
-    if (owner == UINT32_MAX)
+    if (is_there)
+        (void)fault_set(&fault, STATUS_EXISTS, "there is another adapter of this name.");
+    else if (owner == UINT32_MAX)
         (void)fault_set(&fault, STATUS_DENIED, "its tenant is not in the tenants file.");
-    else if (!adapter_name_is_valid(name))
-        (void)fault_set(&fault, STATUS_INVALID, "its name is not an adapter's.");
-    else if (!engine_register_adapter(stack->engine, name, path, owner, &fault))
+    else if (!registry_path(stack->options.state_directory, entry, path, &fault) &&
+             !engine_register_adapter(stack->engine, entry->name, path, owner, &fault))
         return true;
-    log_line(LOG_WARN, "the adapter store %s was left alone: %s", path, fault.text);
+    log_line(LOG_WARN, "the stored adapter \"%s\" of %s%s was left alone: %s", entry->name,
+             entry->tenant[0] ? "tenant " : "the operator", entry->tenant, fault.text);
     return false;
 }
 
 uint32_t stack_load_adapters(struct stack *stack,
                              uint32_t (*owner_of)(void *context, const char *tenant), void *context)
 {
-    char path[ENGINE_PATH];
+    struct registry_entry *entries = NULL;
+    size_t entry_count = 0;
     uint32_t count = 0;
     struct fault fault;
     const char *state = stack->options.state_directory;
     // Conversions that a kill interrupted.
     if (stack->options.owns_state && registry_collect(state, NULL, NULL, &fault))
         log_line(LOG_WARN, "the state directory was not tidied: %s", fault.text);
-    (void)snprintf(path, sizeof path, "%.1000s/adapters", state);
-    DIR *directory = opendir(path);
-    for (struct dirent *entry; directory && (entry = readdir(directory));) {
-        struct registry_entry parsed;
-        if (!registry_parse(entry->d_name, &parsed))
-            continue;
-        uint32_t owner = parsed.tenant[0] && owner_of ? owner_of(context, parsed.tenant)
-                                                      : stack->options.tenants_max;
-        count += load_store(stack, entry->d_name, parsed.name, owner);
+    if (registry_list(state, &entries, &entry_count, &fault))
+        log_line(LOG_WARN, "no adapters from the state directory: %s", fault.text);
+    for (size_t i = 0; i < entry_count; i++) { // by name, the operator's first
+        uint32_t owner = entries[i].tenant[0] && owner_of ? owner_of(context, entries[i].tenant)
+                                                          : stack->options.tenants_max;
+        count += load_store(stack, &entries[i], owner);
     }
-    if (directory)
-        (void)closedir(directory);
+    free(entries);
     return count;
 }
 

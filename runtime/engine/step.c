@@ -86,6 +86,17 @@ static void await_adapter(struct engine *e, struct secured *held, uint32_t slot,
     s->lacks = LACKS_ADAPTER;
 }
 
+// Of what this run adds, what the running step holds already (it stands in held->beside).
+static uint32_t held_beside(const struct engine *e, adapter_id adapter, uint32_t more)
+{
+    for (uint32_t i = 0; e->plans_ahead && i < e->current->plan.runs; i++) {
+        const struct sequence *s = &e->sequences[e->current->runs[i].slot];
+        if (s->has_adapter && s->adapter_pinned && s->adapter.bits == adapter.bits)
+            return more;
+    }
+    return 0;
+}
+
 // *more: the pages that the adapter adds to the step.
 static bool pin_adapter(struct engine *e, struct secured *held, uint32_t slot, uint32_t *more)
 {
@@ -93,7 +104,7 @@ static bool pin_adapter(struct engine *e, struct secured *held, uint32_t slot, u
     struct adapters *adapters = e->options.adapters;
     if (!holds_adapter(e, held, s->adapter))
         *more = adapter_page_count(adapters, s->adapter);
-    uint32_t pages = held->beside + held->adapter_pages + *more;
+    uint32_t pages = held->beside + held->adapter_pages + *more - held_beside(e, s->adapter, *more);
     if (!sequence_pages_allow(e, pages)) {
         (void)sequence_make_room(e, slot, *more + e->options.kv_shape.pages_per_block);
         return false;
@@ -178,8 +189,9 @@ static bool secure(struct engine *e, const struct plan_run *run, struct secured 
         return false;
     if (s->has_adapter && !pin_adapter(e, held, run->slot, &adapter_pages))
         return false;
+    uint32_t twice = s->has_adapter ? held_beside(e, s->adapter, adapter_pages) : 0;
     adapter_pages += held->adapter_pages;
-    uint32_t beside = held->beside + adapter_pages;
+    uint32_t beside = held->beside - twice + adapter_pages;
     uint32_t spare = e->plans_ahead ? e->options.kv_shape.pages_per_block : 0; // see below
     struct kv_copier copier = {.copy = copy_block, .context = e};
     enum status status = STATUS_FULL;
@@ -191,7 +203,7 @@ static bool secure(struct engine *e, const struct plan_run *run, struct secured 
     // sent out for it.
     if (status || !sequence_pages_allow(e, beside)) {
         if (!s->in_steps && s->has_adapter) { // pinned until those behind it have fetched theirs
-            held->awaited += beside - held->beside - held->adapter_pages;
+            held->awaited += adapter_pages - held->adapter_pages;
             s->lacks = LACKS_ROOM;
         }
         held->awaited += more_pages(e, s, tokens);
@@ -203,6 +215,7 @@ static bool secure(struct engine *e, const struct plan_run *run, struct secured 
     kv_pin(e->options.kv, s->kv);
     s->in_steps++;
     held->adapter_pages = adapter_pages;
+    held->beside -= twice;
     held->kept++;
     return true;
 }

@@ -34,8 +34,31 @@ static bool params_ok(struct call *call, const char *const *names, size_t count)
 
 // ---- questions ---------------------------------------------------------------------------------
 
+// A list of thousands of adapters takes tens of milliseconds of the one I/O thread.
+enum { QUESTIONS_MAX = 2 }; // of one tenant at once
+
+static bool asks_too_much(struct call *call)
+{
+    const struct connection *connection = call->connection;
+    const struct server *server = connection->server;
+    uint32_t asked = 0;
+    for (uint32_t i = 0; i < server->limits.requests_max; i++) {
+        const struct request *r = &server->requests[i];
+        asked += r->tenant == connection->tenant &&
+                 (r->kind == REQUEST_MODELS || r->kind == REQUEST_ADAPTER_LIST ||
+                  r->kind == REQUEST_ADAPTER_STATS || r->kind == REQUEST_ADAPTER_OWNER ||
+                  r->kind == REQUEST_STATS);
+    }
+    if (asked < QUESTIONS_MAX)
+        return false;
+    reply_error(call, STATUS_BUSY, "%u such questions are unanswered: wait for one.", asked);
+    return true;
+}
+
 static struct request *ask_engine(struct call *call, enum request_kind kind, uint32_t command)
 {
+    if (asks_too_much(call))
+        return NULL;
     struct request *request = request_new(call, kind);
     if (!request)
         return NULL;
@@ -276,7 +299,16 @@ static void convert_run(struct worker_job *job)
 {
     enum { REPORT_BYTES = 4096 };
     char directory[64];
+    struct registry_entry other;
     (void)snprintf(directory, sizeof directory, "/proc/self/fd/%d", job->directory);
+    // Also that of a tenant who is not in the tenants file now and may be again.
+    if (!registry_find(job->state_dir, job->entry.name, job->entry.tenant, &other) &&
+        strcmp(other.tenant, job->entry.tenant) != 0) {
+        job->status = fault_set(&job->fault, STATUS_EXISTS,
+                                "the name \"%.63s\" is taken: register it under another one.",
+                                job->entry.name);
+        return;
+    }
     job->report = calloc(1, REPORT_BYTES);
     if (!job->report)
         job->status = fault_set(&job->fault, STATUS_NO_MEMORY, "out of memory.");
@@ -302,8 +334,9 @@ static struct worker_job *convert_job(struct request *request, int directory)
     job->converter = &server->options.converter;
     job->directory = directory;
     memcpy(job->store_path, request->store_path, sizeof job->store_path);
-    struct registry_entry entry = entry_of(request);
-    if (registry_path(server->options.state_dir, &entry, job->old_path, NULL))
+    job->entry = entry_of(request);
+    job->state_dir = server->options.state_dir;
+    if (registry_path(server->options.state_dir, &job->entry, job->old_path, NULL))
         job->old_path[0] = 0;
     return job;
 }
@@ -557,13 +590,26 @@ static void forget_run(struct worker_job *job)
         job->status = STATUS_OK;
 }
 
+// The engine has done it, the disk has not.
+static void answer_unkept(struct request *request, const struct fault *why, const char *what)
+{
+    struct fault fault;
+    (void)fault_set(&fault, why->status, "%s: %.120s", what, why->text);
+    reply_fault_for(request, &fault);
+    request_free(request);
+}
+
 static void kept(struct server *server, struct worker_job *job)
 {
     struct request *request = request_find(server, job->id);
-    if (job->status)
+    if (job->status) {
         log_line(LOG_WARN, "adapter %s will be gone after a restart: %s", job->entry.name,
                  job->fault.text);
-    if (request)
+        (void)unlink(job->store_path); // the engine has it open
+    }
+    if (request && job->status)
+        answer_unkept(request, &job->fault, "It serves until the next restart, but was not kept");
+    else if (request)
         answer_kept(request);
 }
 
@@ -573,7 +619,10 @@ static void forgotten(struct server *server, struct worker_job *job)
     if (job->status)
         log_line(LOG_WARN, "adapter %s will be back after a restart: %s", job->entry.name,
                  job->fault.text);
-    if (request)
+    if (request && job->status)
+        answer_unkept(request, &job->fault,
+                      "It is gone until the next restart, but its file is not");
+    else if (request)
         answer_gone(request);
 }
 
@@ -612,8 +661,8 @@ static bool engine_added(struct request *request, const struct engine_reply *rep
     request->operators = json_is_true(json_object_get(json, "operator"));
     if (put_registry_job(request, true))
         return true;
-    log_line(LOG_WARN, "adapter %s will be gone after a restart: no memory", request->model);
-    answer_kept(request);
+    (void)fault_set(&fault, STATUS_NO_MEMORY, "out of memory.");
+    answer_unkept(request, &fault, "It serves until the next restart, but was not kept");
     return true;
 }
 
@@ -688,8 +737,7 @@ static bool go_on_removing(struct request *request, const json_t *list)
     for (size_t i = 0; i < json_array_size(list) && !found; i++) {
         const json_t *adapter = json_array_get(list, i);
         json_int_t owner = json_integer_value(json_object_get(adapter, "owner"));
-        bool mine = owner == (json_int_t)request->tenant ||
-                    owner >= (json_int_t)tenants_count(server->tenants);
+        bool mine = owner == (json_int_t)request->tenant || server->options.open_access;
         const char *name = json_string_value(json_object_get(adapter, "name"));
         if (mine && name && !strcmp(name, request->model) && may_see(request, adapter)) {
             found = adapter;
@@ -713,8 +761,10 @@ static bool go_on_removing(struct request *request, const json_t *list)
 
 void adapters_on_reply(struct request *request, const struct engine_reply *reply, const char *text)
 {
-    json_t *json =
-        reply->bytes ? json_loadb(text, reply->bytes, JSON_REJECT_DUPLICATES, NULL) : NULL;
+    bool is_asked = request->connection || request->kind == REQUEST_ADAPTER_ADD; // for its owner
+    json_t *json = reply->bytes && is_asked
+                       ? json_loadb(text, reply->bytes, JSON_REJECT_DUPLICATES, NULL)
+                       : NULL;
     bool waits = false;
     if (request->kind == REQUEST_ADAPTER_ADD) {
         waits = engine_added(request, reply, json);

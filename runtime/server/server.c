@@ -462,6 +462,7 @@ enum status server_run(const struct server_options *options, struct fault *fault
     server->limits = server_limits_resolved(options);
     msgpack_sbuffer_init(&server->scratch);
     (void)signal(SIGPIPE, SIG_IGN);
+    (void)signal(SIGXFSZ, SIG_IGN); // a file beyond the process's limit is a failed write
     char addresses[512];
     enum status status = start(server, fault);
     if (!status)
