@@ -106,22 +106,6 @@ static double now_s(void)
 
 // ---- the command line ----
 
-// Numbers between separators; how many, 0 when the text is anything else.
-static uint32_t parse_list(const char *text, char separator, uint32_t *out, uint32_t room)
-{
-    char *end = NULL;
-    for (uint32_t count = 0; count < room; text = end + 1) {
-        out[count++] = (uint32_t)strtoul(text, &end, 10);
-        if (end == text || !out[count - 1])
-            return 0;
-        if (!*end)
-            return count;
-        if (*end != separator)
-            return 0;
-    }
-    return 0;
-}
-
 static bool parse_size(struct arguments *a, const char *key, const char *value)
 {
     double number = atof(value);
@@ -175,7 +159,7 @@ static bool parse_one(struct arguments *a, const char *key, const char *value)
     else if (!strcmp(key, "--workload") && a->case_count < CASES_MAX)
         a->cases[a->case_count++] = value;
     else if (!strcmp(key, "--rank"))
-        a->lora.ranks = parse_list(value, ',', a->lora.rank, BENCH_LORA_RANKS_MAX);
+        a->lora.ranks = bench_parse_list(value, ',', a->lora.rank, BENCH_LORA_RANKS_MAX);
     else if (!strcmp(key, "--targets"))
         return bench_lora_targets_parse(value, &a->lora.targets);
     else
@@ -186,7 +170,7 @@ static bool parse_one(struct arguments *a, const char *key, const char *value)
 static bool parse(struct arguments *a, int count, char **values)
 {
     bool valid = count % 2 == 1;
-    a->lora.ranks = parse_list("8", ',', a->lora.rank, BENCH_LORA_RANKS_MAX);
+    a->lora.ranks = bench_parse_list("8", ',', a->lora.rank, BENCH_LORA_RANKS_MAX);
     for (int i = 1; valid && i + 1 < count; i += 2) {
         valid = parse_one(a, values[i], values[i + 1]);
         if (!valid)
@@ -217,7 +201,7 @@ static bool set_case(struct bench_case *c, const char *key, const char *value, b
     else if (!strcmp(key, "warm"))
         c->warm = (uint32_t)atoi(value);
     else if (!strcmp(key, "rank"))
-        c->lora.ranks = parse_list(value, '+', c->lora.rank, BENCH_LORA_RANKS_MAX);
+        c->lora.ranks = bench_parse_list(value, '+', c->lora.rank, BENCH_LORA_RANKS_MAX);
     else if (!strcmp(key, "targets"))
         return bench_lora_targets_parse(value, &c->lora.targets);
     else if (!strcmp(key, "adapters") && strstr(value, "fit"))

@@ -436,3 +436,18 @@ void bench_remove_tree(const char *path)
         (void)closedir(directory);
     (void)rmdir(path);
 }
+
+uint32_t bench_parse_list(const char *text, char separator, uint32_t *out, uint32_t room)
+{
+    char *end = NULL;
+    for (uint32_t count = 0; count < room; text = end + 1) {
+        out[count++] = (uint32_t)strtoul(text, &end, 10);
+        if (end == text || !out[count - 1])
+            return 0;
+        if (!*end)
+            return count;
+        if (*end != separator)
+            return 0;
+    }
+    return 0;
+}

@@ -64,6 +64,8 @@ MUST_USE enum status bench_lora_load(const struct bench_lora *lora, struct stack
 MUST_USE enum status bench_lora_check(const struct bench_lora *lora, struct stack *stack,
                                       struct fault *fault);
 
+// Positive numbers between separators; how many, 0 when the text is anything else.
+uint32_t bench_parse_list(const char *text, char separator, uint32_t *out, uint32_t room);
 // A directory and all in it, as far as it can be removed.
 void bench_remove_tree(const char *path);
 

@@ -463,22 +463,6 @@ static void bench_prefill(struct bench *b)
 
 // ---- the command line ----
 
-// Numbers between commas; how many, 0 when the text is anything else.
-static uint32_t parse_list(const char *text, uint32_t *out, uint32_t room)
-{
-    char *end = NULL;
-    for (uint32_t count = 0; count < room; text = end + 1) {
-        out[count++] = (uint32_t)strtoul(text, &end, 10);
-        if (end == text || !out[count - 1])
-            return 0;
-        if (!*end)
-            return count;
-        if (*end != ',')
-            return 0;
-    }
-    return 0;
-}
-
 static bool parse_one(struct arguments *a, const char *key, const char *value)
 {
     if (!strcmp(key, "--model"))
@@ -488,7 +472,7 @@ static bool parse_one(struct arguments *a, const char *key, const char *value)
     else if (!strcmp(key, "--state"))
         a->state = value;
     else if (!strcmp(key, "--batch"))
-        a->batches = parse_list(value, a->batch, BATCHES_MAX);
+        a->batches = bench_parse_list(value, ',', a->batch, BATCHES_MAX);
     else if (!strcmp(key, "--context"))
         a->context = (uint32_t)atoi(value);
     else if (!strcmp(key, "--steps"))
@@ -506,7 +490,7 @@ static bool parse_one(struct arguments *a, const char *key, const char *value)
     else if (!strcmp(key, "--adapters"))
         a->lora.count = (uint32_t)atoi(value);
     else if (!strcmp(key, "--rank"))
-        a->lora.ranks = parse_list(value, a->lora.rank, BENCH_LORA_RANKS_MAX);
+        a->lora.ranks = bench_parse_list(value, ',', a->lora.rank, BENCH_LORA_RANKS_MAX);
     else
         return !strcmp(key, "--targets") && bench_lora_targets_parse(value, &a->lora.targets);
     return true;
@@ -515,8 +499,8 @@ static bool parse_one(struct arguments *a, const char *key, const char *value)
 static bool parse(struct arguments *a, int count, char **values)
 {
     bool valid = count % 2 == 1;
-    a->batches = parse_list("1,8,32", a->batch, BATCHES_MAX);
-    a->lora.ranks = parse_list("16", a->lora.rank, BENCH_LORA_RANKS_MAX);
+    a->batches = bench_parse_list("1,8,32", ',', a->batch, BATCHES_MAX);
+    a->lora.ranks = bench_parse_list("16", ',', a->lora.rank, BENCH_LORA_RANKS_MAX);
     for (int i = 1; valid && i + 1 < count; i += 2)
         valid = parse_one(a, values[i], values[i + 1]);
     return valid && a->model && a->batches && a->context && a->steps && a->steps <= STEPS_MAX &&

@@ -46,6 +46,7 @@ struct secured {
     uint32_t kept, adapter_pages; // of distinct adapters
     uint32_t awaited;             // what runs before wait for: nobody behind them may take it
     uint32_t beside;              // of the running step's adapters
+    bool lacking;                 // some run lacks something (bring_adapters)
 };
 
 static bool holds_adapter(const struct engine *e, const struct secured *held, adapter_id adapter)
@@ -84,14 +85,19 @@ static void await_adapter(struct engine *e, struct secured *held, uint32_t slot,
     sequence_want(e, slot, more + e->options.kv_shape.pages_per_block);
     held->awaited += is_awaited(e, slot) ? 0 : more;
     s->lacks = LACKS_ADAPTER;
+    held->lacking = true;
 }
 
 // Of what this run adds, what the running step holds already (it stands in held->beside).
-static uint32_t held_beside(const struct engine *e, adapter_id adapter, uint32_t more)
+static uint32_t held_beside(const struct engine *e, const struct sequence *s, uint32_t more)
 {
-    for (uint32_t i = 0; e->plans_ahead && i < e->current->plan.runs; i++) {
-        const struct sequence *s = &e->sequences[e->current->runs[i].slot];
-        if (s->has_adapter && s->adapter_pinned && s->adapter.bits == adapter.bits)
+    if (!more || !e->plans_ahead)
+        return 0;
+    if (s->in_steps) // as most are: in the running step itself
+        return more;
+    for (uint32_t i = 0; i < e->current->plan.runs; i++) {
+        const struct sequence *other = &e->sequences[e->current->runs[i].slot];
+        if (other->has_adapter && other->adapter_pinned && other->adapter.bits == s->adapter.bits)
             return more;
     }
     return 0;
@@ -104,7 +110,7 @@ static bool pin_adapter(struct engine *e, struct secured *held, uint32_t slot, u
     struct adapters *adapters = e->options.adapters;
     if (!holds_adapter(e, held, s->adapter))
         *more = adapter_page_count(adapters, s->adapter);
-    uint32_t pages = held->beside + held->adapter_pages + *more - held_beside(e, s->adapter, *more);
+    uint32_t pages = held->beside + held->adapter_pages + *more - held_beside(e, s, *more);
     if (!sequence_pages_allow(e, pages)) {
         (void)sequence_make_room(e, slot, *more + e->options.kv_shape.pages_per_block);
         return false;
@@ -189,7 +195,7 @@ static bool secure(struct engine *e, const struct plan_run *run, struct secured 
         return false;
     if (s->has_adapter && !pin_adapter(e, held, run->slot, &adapter_pages))
         return false;
-    uint32_t twice = s->has_adapter ? held_beside(e, s->adapter, adapter_pages) : 0;
+    uint32_t twice = s->has_adapter ? held_beside(e, s, adapter_pages) : 0;
     adapter_pages += held->adapter_pages;
     uint32_t beside = held->beside - twice + adapter_pages;
     uint32_t spare = e->plans_ahead ? e->options.kv_shape.pages_per_block : 0; // see below
@@ -205,6 +211,7 @@ static bool secure(struct engine *e, const struct plan_run *run, struct secured 
         if (!s->in_steps && s->has_adapter) { // pinned until those behind it have fetched theirs
             held->awaited += adapter_pages - held->adapter_pages;
             s->lacks = LACKS_ROOM;
+            held->lacking = true;
         }
         held->awaited += more_pages(e, s, tokens);
         if (!e->plans_ahead) // it may have to leave before the next segment, with what they bring
@@ -322,7 +329,7 @@ static bool secure_runs(struct engine *e, struct plan_run *runs, uint32_t chosen
         if (secure(e, &run, held))
             runs[held->kept - 1] = run;
     }
-    if (e->options.adapters)
+    if (held->lacking)
         bring_adapters(e);
     return held->kept;
 }

@@ -24,14 +24,6 @@
 #include "base/log.h"
 #include "runtime/server/internal.h"
 
-static bool params_ok(struct call *call, const char *const *names, size_t count)
-{
-    if (params_known(&call->params, names, count))
-        return true;
-    reply_fault(call, &call->params.fault);
-    return false;
-}
-
 // ---- questions ---------------------------------------------------------------------------------
 
 // A list of thousands of adapters takes tens of milliseconds of the one I/O thread.
@@ -73,19 +65,19 @@ static struct request *ask_engine(struct call *call, enum request_kind kind, uin
 
 void method_models(struct call *call)
 {
-    if (params_ok(call, NULL, 0))
+    if (call_params_known(call, NULL, 0))
         (void)ask_engine(call, REQUEST_MODELS, ENGINE_ADAPTER_LIST);
 }
 
 void method_adapters_list(struct call *call)
 {
-    if (params_ok(call, NULL, 0))
+    if (call_params_known(call, NULL, 0))
         (void)ask_engine(call, REQUEST_ADAPTER_LIST, ENGINE_ADAPTER_LIST);
 }
 
 void method_stats(struct call *call)
 {
-    if (params_ok(call, NULL, 0))
+    if (call_params_known(call, NULL, 0))
         (void)ask_engine(call, REQUEST_STATS, ENGINE_STATS);
 }
 
@@ -104,7 +96,7 @@ static bool read_name(struct call *call, char name[ENGINE_ADAPTER_NAME])
 {
     static const char *const names[] = {"name"};
     name[0] = 0;
-    if (!params_ok(call, names, ARRAY_COUNT(names)) || !adapters_may_manage(call))
+    if (!call_params_known(call, names, ARRAY_COUNT(names)) || !adapters_may_manage(call))
         return false;
     if (!params_name(&call->params, "name", ENGINE_ADAPTER_NAME, name) || !name[0]) {
         (void)(call->params.fault.status || params_refuse(&call->params, "name is missing."));
@@ -164,7 +156,7 @@ void method_adapters_unpin(struct call *call)
 
 void method_adapters_stats(struct call *call)
 {
-    if (params_ok(call, NULL, 0))
+    if (call_params_known(call, NULL, 0))
         (void)ask_engine(call, REQUEST_ADAPTER_STATS, ENGINE_ADAPTER_LIST);
 }
 
@@ -246,22 +238,6 @@ static bool read_add(struct call *call, char name[ENGINE_ADAPTER_NAME], char pat
     return good;
 }
 
-// Where a name's store file stands, found there again when the server starts: the tenant's own, or
-// the operator's.
-static struct registry_entry entry_of(const struct request *request)
-{
-    const struct server *server = request->server;
-    const char *tenant = tenants_at(server->tenants, request->tenant)->name;
-    struct registry_entry entry;
-    if (!registry_find(server->options.state_dir, request->model, tenant, &entry) &&
-        (!entry.tenant[0] || !strcmp(entry.tenant, tenant)))
-        return entry;
-    entry = (struct registry_entry){.name = ""};
-    (void)snprintf(entry.name, sizeof entry.name, "%.63s", request->model);
-    (void)snprintf(entry.tenant, sizeof entry.tenant, "%s", tenant);
-    return entry;
-}
-
 // Two registrations of one name at once would take the same version.
 static bool is_being_added(const struct server *server, const char *name)
 {
@@ -295,20 +271,32 @@ bool adapters_may_add(struct call *call, const char *name)
 
 static void converted(struct server *server, struct worker_job *job);
 
+// Where the name's store file stands, for its version: the tenant's own or the operator's (who may
+// replace that, the engine says). Another tenant's is taken, also while that one is not in the
+// tenants file.
+static enum status find_old(struct worker_job *job)
+{
+    struct registry_entry found;
+    if (!registry_find(job->state_dir, job->entry.name, job->entry.tenant, &found)) {
+        if (found.tenant[0] && strcmp(found.tenant, job->entry.tenant) != 0)
+            return fault_set(&job->fault, STATUS_EXISTS,
+                             "the name \"%.63s\" is taken: register it under another one.",
+                             found.name);
+        job->entry = found;
+    }
+    if (registry_path(job->state_dir, &job->entry, job->old_path, NULL))
+        job->old_path[0] = 0;
+    return STATUS_OK;
+}
+
 static void convert_run(struct worker_job *job)
 {
     enum { REPORT_BYTES = 4096 };
     char directory[64];
-    struct registry_entry other;
     (void)snprintf(directory, sizeof directory, "/proc/self/fd/%d", job->directory);
-    // Also that of a tenant who is not in the tenants file now and may be again.
-    if (!registry_find(job->state_dir, job->entry.name, job->entry.tenant, &other) &&
-        strcmp(other.tenant, job->entry.tenant) != 0) {
-        job->status = fault_set(&job->fault, STATUS_EXISTS,
-                                "the name \"%.63s\" is taken: register it under another one.",
-                                job->entry.name);
+    job->status = find_old(job);
+    if (job->status)
         return;
-    }
     job->report = calloc(1, REPORT_BYTES);
     if (!job->report)
         job->status = fault_set(&job->fault, STATUS_NO_MEMORY, "out of memory.");
@@ -334,10 +322,10 @@ static struct worker_job *convert_job(struct request *request, int directory)
     job->converter = &server->options.converter;
     job->directory = directory;
     memcpy(job->store_path, request->store_path, sizeof job->store_path);
-    job->entry = entry_of(request);
     job->state_dir = server->options.state_dir;
-    if (registry_path(server->options.state_dir, &job->entry, job->old_path, NULL))
-        job->old_path[0] = 0;
+    (void)snprintf(job->entry.name, sizeof job->entry.name, "%.63s", request->model);
+    (void)snprintf(job->entry.tenant, sizeof job->entry.tenant, "%s",
+                   tenants_at(server->tenants, request->tenant)->name);
     return job;
 }
 

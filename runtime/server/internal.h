@@ -297,6 +297,8 @@ msgpack_packer *reply_open_for(struct request *request);
 msgpack_packer *notify_open(struct server *server, const char *method); // one map must follow
 void reply_send(struct connection *connection);
 void reply_fault(struct call *call, const struct fault *fault);
+// params_known of a call; false: it has been refused.
+bool call_params_known(struct call *call, const char *const *names, size_t count);
 void reply_fault_for(struct request *request, const struct fault *fault);
 void reply_refusal(struct call *call, const struct tenant_refusal *refusal);
 void reply_error(struct call *call, enum status status, const char *format, ...) PRINTF_LIKE(3, 4);

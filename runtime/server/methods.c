@@ -8,14 +8,6 @@
 
 enum { AUTH_FAILURES_MAX = 3, LIMITS_SHOWN = 9 };
 
-static bool known(struct call *call, const char *const *names, size_t count)
-{
-    if (params_known(&call->params, names, count))
-        return true;
-    reply_fault(call, &call->params.fault);
-    return false;
-}
-
 static void put_limits(msgpack_packer *packer, const struct server *server)
 {
     const struct server_limits *limits = &server->limits;
@@ -42,7 +34,7 @@ void method_hello(struct call *call)
     struct text_view client = {0}, version = {0};
     uint64_t protocol = SERVER_PROTOCOL;
     bool structured = call->connection->structured;
-    if (!known(call, names, ARRAY_COUNT(names)))
+    if (!call_params_known(call, names, ARRAY_COUNT(names)))
         return;
     if (!params_text(&call->params, "client", 128, &client) ||
         !params_text(&call->params, "version", 128, &version) ||
@@ -85,7 +77,7 @@ void method_auth(struct call *call)
     struct server *server = connection->server;
     struct text_view key = {0};
     uint32_t number = 0;
-    if (!known(call, names, ARRAY_COUNT(names)))
+    if (!call_params_known(call, names, ARRAY_COUNT(names)))
         return;
     if (!params_text(&call->params, "key", TENANT_KEY_BYTES_MAX, &key) || !key.text) {
         (void)(key.text || params_refuse(&call->params, "key must be a str of 1 to %d bytes.",
@@ -135,7 +127,7 @@ void method_tokenize(struct call *call)
     struct server *server = call->connection->server;
     struct text_view text = {0};
     size_t count = 0;
-    if (!known(call, names, ARRAY_COUNT(names)))
+    if (!call_params_known(call, names, ARRAY_COUNT(names)))
         return;
     if (!params_text(&call->params, "text", server->limits.prompt_bytes, &text) || !text.text) {
         (void)(text.text || call->params.fault.status ||
@@ -165,7 +157,7 @@ void method_detokenize(struct call *call)
     static const char *const names[] = {"tokens", "model"};
     struct server *server = call->connection->server;
     size_t count = 0, bytes = 0;
-    if (!known(call, names, ARRAY_COUNT(names)))
+    if (!call_params_known(call, names, ARRAY_COUNT(names)))
         return;
     if (!params_get(&call->params, "tokens") ||
         !params_tokens(&call->params, "tokens", server->options.engine.vocab, server->tokens_max,
@@ -192,7 +184,7 @@ void method_cancel(struct call *call)
 {
     static const char *const names[] = {"id"};
     uint32_t id = 0;
-    if (!known(call, names, ARRAY_COUNT(names)))
+    if (!call_params_known(call, names, ARRAY_COUNT(names)))
         return;
     if (!params_get(&call->params, "id") || !params_u32(&call->params, "id", 0, UINT32_MAX, &id)) {
         (void)(call->params.fault.status || params_refuse(&call->params, "id is missing."));

@@ -165,6 +165,14 @@ void reply_fault(struct call *call, const struct fault *fault)
         send_error(call->connection, call->msgid, fault, NULL);
 }
 
+bool call_params_known(struct call *call, const char *const *names, size_t count)
+{
+    if (params_known(&call->params, names, count))
+        return true;
+    reply_fault(call, &call->params.fault);
+    return false;
+}
+
 void reply_fault_for(struct request *request, const struct fault *fault)
 {
     if (request->connection)

@@ -263,14 +263,6 @@ static struct upload *find(struct call *call)
     return NULL;
 }
 
-static bool known(struct call *call, const char *const *names, size_t count)
-{
-    if (params_known(&call->params, names, count))
-        return true;
-    reply_fault(call, &call->params.fault);
-    return false;
-}
-
 static bool read_chunk(struct call *call, const struct upload *upload, const char **data,
                        size_t *bytes)
 {
@@ -364,7 +356,7 @@ static void chunk_done(struct server *server, struct worker_job *job)
 void method_adapters_upload_chunk(struct call *call)
 {
     static const char *const names[] = {"upload", "offset", "data"};
-    struct upload *upload = known(call, names, ARRAY_COUNT(names)) ? find(call) : NULL;
+    struct upload *upload = call_params_known(call, names, ARRAY_COUNT(names)) ? find(call) : NULL;
     const char *data;
     size_t bytes;
     if (!upload || !read_chunk(call, upload, &data, &bytes))
@@ -397,7 +389,7 @@ void method_adapters_upload_chunk(struct call *call)
 void method_adapters_upload_commit(struct call *call)
 {
     static const char *const names[] = {"upload"};
-    struct upload *upload = known(call, names, ARRAY_COUNT(names)) ? find(call) : NULL;
+    struct upload *upload = call_params_known(call, names, ARRAY_COUNT(names)) ? find(call) : NULL;
     if (!upload || !adapters_may_add(call, upload->name))
         return;
     uint64_t total = upload->bytes[CONFIG] + upload->bytes[WEIGHTS];
@@ -424,7 +416,7 @@ void method_adapters_upload_commit(struct call *call)
 void method_adapters_upload_abort(struct call *call)
 {
     static const char *const names[] = {"upload"};
-    if (!known(call, names, ARRAY_COUNT(names)) || !find(call))
+    if (!call_params_known(call, names, ARRAY_COUNT(names)) || !find(call))
         return;
     drop(call->connection);
     msgpack_packer *packer = reply_open(call);
