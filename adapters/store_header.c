@@ -377,8 +377,8 @@ static enum status parts_find(const struct adapter_base *base, struct adapter_st
         return STATUS_NO_MEMORY;
     for (size_t i = 0; i < rows * experts; i++) {
         const struct lora_pair *pair = &store->pairs[i];
-        bool of_expert = i / experts % LORA_MODULES >= LORA_GATE &&
-                         base->is_moe[i / experts / LORA_MODULES];
+        bool of_expert =
+            i / experts % LORA_MODULES >= LORA_GATE && base->is_moe[i / experts / LORA_MODULES];
         if (!pair->a.rank || of_expert)
             continue;
         uint32_t end = pair_end(pair, store->page_bytes);
@@ -434,9 +434,9 @@ static enum status table_decode(const uint8_t *at, const struct adapter_header *
         size_t row = (size_t)record.layer * LORA_MODULES + record.module;
         out->pairs[row * out->experts + record.expert] = record.pair;
     }
-    return parts_find(base, out) ? fault_set(fault, STATUS_NO_MEMORY,
-                                             "out of memory for the table of %s.", label)
-                                 : STATUS_OK;
+    return parts_find(base, out)
+               ? fault_set(fault, STATUS_NO_MEMORY, "out of memory for the table of %s.", label)
+               : STATUS_OK;
 }
 
 static enum status fixed_read(struct reader *reader, const char *label, uint8_t out[FIXED_BYTES],
