@@ -58,6 +58,7 @@ struct part {
 struct parts {
     struct part *part; // [slots of the pool]
     uint32_t *fetching, fetching_count;
+    uint64_t ended; // pool_fetches_ended when they were looked at last
     uint32_t *dirty, dirty_count;
     uint32_t *held, held_count; // what the gate waits for
     uint32_t gate_arrived;      // of those, since it began

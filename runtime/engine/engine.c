@@ -440,8 +440,10 @@ enum engine_turn engine_turn(struct engine *engine)
     if (copy_device_failed(engine->options.copies)) // maybe no step runs that would find it out
         engine->broken = engine->quit = engine->draining = true;
     bool worked = commands_take(engine);
-    if (engine->options.adapters && !engine->broken)
+    if (engine->options.adapters && !engine->broken) {
         adapters_fetch_kept(engine->options.adapters);
+        sequence_continue_parts(engine);
+    }
     sequence_expire(engine);
     sequence_flush_ended(engine);
     if (engine->broken)

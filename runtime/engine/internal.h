@@ -244,6 +244,8 @@ void sequence_want(struct engine *engine, uint32_t slot, uint32_t pages);
 // It could go on but for its adapter; it has it, or has ended.
 void sequence_adapter_lacks(struct engine *engine, struct sequence *sequence);
 void sequence_adapter_came(struct engine *engine, struct sequence *sequence);
+// Fetches more of the parts that queued sequences have asked for; at every turn.
+void sequence_continue_parts(struct engine *engine);
 void sequence_fetch_ahead(struct engine *engine, uint32_t class_below);
 uint32_t sequence_pages_needed(const struct engine *engine, uint32_t tokens, bool has_adapter,
                                adapter_id adapter);
