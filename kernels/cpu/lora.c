@@ -38,12 +38,36 @@ const struct lora_adapter_view *cpu__lora_view(const struct lora_batch *b, uint3
     return adapter == BASE ? NULL : &b->adapters[adapter];
 }
 
+// Rows from `at` on that stand together, at most `count`: those up to the end of the page.
+static uint32_t rows_together(const struct lora_batch *b, const struct lora_slice *slice,
+                              const uint8_t *at, uint32_t count)
+{
+    size_t left = b->page_bytes - (size_t)(at - b->arena) % b->page_bytes;
+    return (uint32_t)min_size(left / slice->row_bytes, count);
+}
+
 void cpu__lora_rows(const struct lora_batch *b, const struct lora_adapter_view *view,
                     const struct lora_slice *slice, uint32_t first, uint32_t count,
                     const uint8_t **rows)
 {
-    for (uint32_t j = 0; j < count; j++)
-        rows[j] = lora_row_at(b->arena, b->page_bytes, view->pages, slice, first + j);
+    for (uint32_t j = 0, n; j < count; j += n) {
+        const uint8_t *at = lora_row_at(b->arena, b->page_bytes, view->pages, slice, first + j);
+        n = rows_together(b, slice, at, count - j);
+        for (uint32_t i = 0; i < n; i++)
+            rows[j + i] = at + (size_t)i * slice->row_bytes;
+    }
+}
+
+void cpu__lora_fetch(const struct lora_batch *b, const struct lora_adapter_view *view,
+                     const struct lora_slice *slice, uint32_t first, uint32_t count)
+{
+    for (uint32_t j = 0, n; j < count; j += n) {
+        const uint8_t *at = lora_row_at(b->arena, b->page_bytes, view->pages, slice, first + j);
+        n = rows_together(b, slice, at, count - j);
+        for (size_t byte = 0; byte < (size_t)n * slice->row_bytes; byte += 64)
+            __builtin_prefetch(at + byte, 0, 2);
+    }
+    __asm__ volatile(""); // GCC drops calls of a function that only fetches
 }
 
 static void shrink_task(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task)
