@@ -258,6 +258,10 @@ struct expand_rows {
     int half;            // as interleave_half
 };
 void cpu__lora_expand_rows(struct cpu_stream *s, struct slot *slot, const struct expand_rows *e);
+// y[first ..] += scale * from[0..n): columns of a plain row, or (half 0, 1; first a multiple of 8)
+// of an interleaved one.
+void cpu__lora_add(struct cpu_stream *s, float *y, const float *from, float scale, size_t first,
+                   size_t n, int half);
 
 // qk.c
 uint8_t *cpu__kv_at(const struct kv_view *kv, size_t element, uint32_t layer, uint32_t sequence,

@@ -119,19 +119,13 @@ void cpu__lora_shrink(struct stream *s, const struct lora_shrink_args *a)
     cpu__record_end(s, c);
 }
 
-// y[0..n) += scale * from[0..n), columns from `first` on of a plain (half < 0) or interleaved row.
-static void expand_add(float *y, const float *from, float scale, size_t first, size_t n, int half)
+void cpu__lora_add(struct cpu_stream *s, float *y, const float *from, float scale, size_t first,
+                   size_t n, int half)
 {
-    if (half < 0) {
-        for (size_t i = 0; i < n; i++)
-            y[first + i] += scale * from[i];
-        return;
-    }
-    for (size_t i = 0; i < n; i += 8) {
-        float *to = y + tile_interleaved_row(first + i, (size_t)half);
-        for (size_t j = 0; j < 8 && i + j < n; j++)
-            to[j] += scale * from[i + j];
-    }
+    if (half < 0)
+        cpu__micro(s)->axpy(y + first, from, scale, n);
+    else
+        cpu__micro(s)->axpy_half(y + tile_interleaved_row(first, (size_t)half), from, scale, n);
 }
 
 void cpu__lora_expand_rows(struct cpu_stream *s, struct slot *slot, const struct expand_rows *e)
@@ -143,8 +137,8 @@ void cpu__lora_expand_rows(struct cpu_stream *s, struct slot *slot, const struct
     cpu__kernel(s)->mix(e->hidden, e->hidden_stride, slot->values, count, e->first, e->cols,
                         slot->mixed, stride, e->rows);
     for (size_t r = 0; r < e->rows; r++)
-        expand_add(e->y + r * e->y_stride, slot->mixed + r * stride, e->pair->scale, e->to, e->cols,
-                   e->half);
+        cpu__lora_add(s, e->y + r * e->y_stride, slot->mixed + r * stride, e->pair->scale, e->to,
+                      e->cols, e->half);
 }
 
 static void expand_task(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task)

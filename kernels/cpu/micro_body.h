@@ -513,6 +513,21 @@ static void axpy_f32(float *y, const float *x, float a, size_t n)
     }
 }
 
+static void axpy_half_f32(float *y, const float *x, float a, size_t n)
+{
+    typedef float v8 __attribute__((vector_size(32)));
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        v8 from, to;
+        memcpy(&from, x + i, sizeof from);
+        memcpy(&to, y + 2 * i, sizeof to);
+        to += from * a;
+        memcpy(y + 2 * i, &to, sizeof to);
+    }
+    for (size_t j = 0; i + j < n; j++)
+        y[2 * i + j] += a * x[i + j];
+}
+
 INLINE vf v_silu_mul(vf gate, vf up)
 {
     return gate / (v_exp(-gate) + 1.0f) * up;
@@ -569,6 +584,7 @@ const struct micro *MICRO_ENTRY(void)
         .exp_sum = exp_sum_f32,
         .scale_mul = scale_mul_f32,
         .axpy = axpy_f32,
+        .axpy_half = axpy_half_f32,
         .swiglu = swiglu_f32,
     };
     return &micro;

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Expert LoRA. A command before each expert GEMM computes what LoRA adds to every pair,
-// scale * B^T (A x), and keeps it; the tasks of the GEMM add it to what they multiplied.
+// B^T (A x), and keeps it; the tasks of the GEMM add it, scaled, to what they multiplied.
 //
-//   adapter_added: [pair][kept_stride]: PAIR_HEAD floats, the first a flag: the pair has LoRA; then,
-//                  for gate+up, the row to add, in the order of the GEMM's rows (tile.h)
-//   work.out:      the row to add for down, which that GEMM overwrites anyway
+//   adapter_added: [pair][stride]: struct pair_head, then, for gate+up, B^T (A x) of both
+//   work.out:      B^T (A x) of down, in the row that its GEMM writes anyway
 //
 // At decode nearly every pair has slices of its own, so the bytes of A and B bound this. A task
 // takes pairs that stand together in `order`, whatever their experts, and walks over their runs of
@@ -21,7 +20,13 @@
 enum {
     PAIRS_TASK = 64,  // pairs of a task at most
     TASKS_THREAD = 8, // tasks per thread as long as they have a pair each
-    PAIR_HEAD = 16,   // a cache line
+    PAIR_HEAD = 16,   // floats: a cache line
+};
+
+// What is kept of a pair before its rows.
+struct pair_head {
+    float scale[2]; // by module
+    uint32_t has;   // bit m: module m has LoRA
 };
 
 enum keep { KEEP_ROW, KEEP_HIDDEN, KEEP_NOTHING };
@@ -58,7 +63,7 @@ static struct work work_of(struct cpu_stream *s, struct slot *slot, const struct
                            const struct side *side)
 {
     size_t pairs = (size_t)a->rows * a->top_k;
-    size_t row = PAIR_HEAD + (side->modules == 2 ? round_up(side->out, MIX_PAD) : 0);
+    size_t row = PAIR_HEAD + (side->modules == 2 ? 2 * round_up(side->lora_out, MIX_PAD) : 0);
     size_t hidden = side->modules * hidden_stride(a);
     struct work w = {s, slot, a, side, KEEP_ROW, row};
     if (pairs * row > ADAPTER_ADDED) {
@@ -78,10 +83,16 @@ static float *kept_hidden(const struct work *w, uint32_t pair, uint32_t module)
     return kept_at(w, pair) + module * hidden_stride(w->a);
 }
 
-static float *kept_row(const struct work *w, uint32_t pair)
+static struct pair_head *kept_head(const struct work *w, uint32_t pair)
 {
-    return w->side->modules == 1 ? w->a->work.out + (size_t)pair * w->a->dim
-                                 : kept_at(w, pair) + PAIR_HEAD;
+    return (struct pair_head *)(void *)kept_at(w, pair);
+}
+
+static float *kept_row(const struct work *w, uint32_t pair, uint32_t module)
+{
+    if (w->side->modules == 1)
+        return w->a->work.out + (size_t)pair * w->a->dim;
+    return kept_at(w, pair) + PAIR_HEAD + module * round_up(w->side->lora_out, MIX_PAD);
 }
 
 // ---- runs ----
@@ -154,35 +165,25 @@ static void run_shrink(const struct work *w, const struct run *run, const struct
     }
 }
 
-// to = scale * from; half: as interleave_half.
-static void scale_store(float *to, const float *from, float scale, size_t first, size_t n, int half)
-{
-    for (size_t i = 0; i < n; i += 8) {
-        float *block = half < 0 ? to + first + i : to + tile_interleaved_row(first + i, (size_t)half);
-        if (n - i >= 8)
-            for (size_t j = 0; j < 8; j++)
-                block[j] = scale * from[i + j];
-        else
-            for (size_t j = 0; j < n - i; j++)
-                block[j] = scale * from[i + j];
-    }
-}
-
 // The rows of a run for one module, from slot->hidden and the rows of B^T in slot->values.
 static void run_expand(const struct work *w, const struct run *run, const struct lora_pair *pair,
                        uint32_t module)
 {
+    const uint32_t *order = w->a->work.order + run->first;
     struct slot *slot = w->slot;
-    size_t room = ARRAY_COUNT(slot->mixed) / run->count / MIX_PAD * MIX_PAD, cols;
-    for (size_t first = 0; first < w->side->lora_out; first += cols) {
-        cols = min_size(room, w->side->lora_out - first);
+    size_t all = w->side->lora_out, cols;
+    bool in_place = run->count == 1 && all % MIX_PAD == 0; // else the padding is another's
+    size_t room = in_place ? all : ARRAY_COUNT(slot->mixed) / run->count / MIX_PAD * MIX_PAD;
+    for (size_t first = 0; first < all; first += cols) {
+        cols = min_size(room, all - first);
         size_t stride = round_up(cols, MIX_PAD);
-        memset(slot->mixed, 0, run->count * stride * sizeof(float));
+        float *to = in_place ? kept_row(w, order[0], module) : slot->mixed;
+        memset(to, 0, run->count * stride * sizeof(float));
         cpu__kernel(w->s)->mix(slot->hidden, hidden_stride(w->a), slot->values, pair->b.rank, first,
-                               cols, slot->mixed, stride, run->count);
-        for (uint32_t i = 0; i < run->count; i++)
-            scale_store(kept_row(w, w->a->work.order[run->first + i]), slot->mixed + i * stride,
-                        pair->scale, first, cols, w->side->modules == 2 ? (int)module : -1);
+                               cols, to, stride, run->count);
+        for (uint32_t i = 0; !in_place && i < run->count; i++)
+            memcpy(kept_row(w, order[i], module) + first, slot->mixed + i * stride,
+                   cols * sizeof(float));
     }
 }
 
@@ -211,25 +212,23 @@ static void run_fetch(const struct work *w, const struct run *run, uint32_t modu
         cpu__lora_fetch(w->a->lora, run->view, b ? &pair->b : &pair->a, 0, pair->a.rank);
 }
 
-// A pair some of whose modules have no LoRA adds zeros there; one that has none at all is flagged.
-static void rows_begin(const struct work *w, const struct run *run)
+static void heads_store(const struct work *w, const struct run *run)
 {
-    uint32_t present = 0;
-    for (uint32_t m = 0; run->view && m < w->side->modules; m++)
-        present += run_pair(w, run, m)->a.rank > 0;
-    for (uint32_t i = 0; i < run->count; i++) {
-        uint32_t pair = w->a->work.order[run->first + i];
-        *kept_at(w, pair) = present ? 1 : 0;
-        if (present && present < w->side->modules)
-            memset(kept_row(w, pair), 0, w->side->out * sizeof(float));
+    struct pair_head head = {.has = 0};
+    for (uint32_t m = 0; run->view && m < w->side->modules; m++) {
+        const struct lora_pair *pair = run_pair(w, run, m);
+        head.scale[m] = pair->scale;
+        head.has |= (uint32_t)(pair->a.rank > 0) << m;
     }
+    for (uint32_t i = 0; i < run->count; i++)
+        *kept_head(w, w->a->work.order[run->first + i]) = head;
 }
 
 // Computes a run, fetching the next one meanwhile (NULL: there is none).
 static void run_compute(const struct work *w, const struct run *run, const struct run *next)
 {
     if (w->keep == KEEP_ROW)
-        rows_begin(w, run);
+        heads_store(w, run);
     for (uint32_t m = 0; m < w->side->modules; m++) {
         const struct lora_pair *pair = run->view ? run_pair(w, run, m) : NULL;
         run_fetch(w, next, m, false);
@@ -329,12 +328,16 @@ static void add_expanded(const struct work *w, const struct expert_task *t, cons
 
 static void add_kept(const struct work *w, const struct expert_task *t)
 {
-    size_t first = (size_t)t->block * TILE_ROWS;
+    const struct side *side = w->side;
+    size_t units = side->modules == 2 ? UNITS : TILE_ROWS, first = t->block * units;
     for (uint32_t i = 0; i < t->count; i++) {
         uint32_t pair = w->a->work.order[t->first + i];
-        if (*kept_at(w, pair) > 0)
-            cpu__micro(w->s)->axpy(w->slot->out + i * TILE_ROWS, kept_row(w, pair) + first, 1,
-                                   min_size(TILE_ROWS, w->side->out - first));
+        const struct pair_head *head = kept_head(w, pair);
+        for (uint32_t m = 0; m < side->modules; m++)
+            if (head->has >> m & 1)
+                cpu__lora_add(w->s, w->slot->out + i * TILE_ROWS, kept_row(w, pair, m) + first,
+                              head->scale[m], 0, min_size(units, side->lora_out - first),
+                              side->modules == 2 ? (int)m : -1);
     }
 }
 
