@@ -4,12 +4,13 @@
 // A or B once for up to ROWS_TASK rows of the batch. Bound by the bytes of the distinct adapters at
 // decode. Adapters without the module, rank 0 and base rows cost a look.
 //
-// Tasks: shrink ROWS_TASK rows x RANK_TASK ranks, expand ROWS_TASK rows x COLUMNS_CHUNK columns.
+// Tasks: shrink c->parts rows x RANK_TASK ranks, expand c->parts rows x COLUMNS_CHUNK columns;
+// parts: ROWS_TASK rows, fewer when the batch is small, so that all threads have some.
 #include <string.h>
 
 #include "kernels/cpu/cpu.h"
 
-enum { ROWS_TASK = 16, RANK_TASK = 16, BASE = 0xffffffff };
+enum { ROWS_TASK = 16, RANK_TASK = 16, TASKS_THREAD = 4, BASE = 0xffffffff };
 
 static uint32_t lora_segment(const struct lora_batch *b, uint32_t row)
 {
@@ -74,8 +75,8 @@ static void shrink_task(struct cpu_stream *s, struct slot *slot, struct command 
 {
     const struct lora_shrink_args *a = &c->a.shrink;
     const struct lora_batch *b = a->batch;
-    uint32_t row = task / c->split * ROWS_TASK, rank0 = task % c->split * RANK_TASK, last;
-    uint32_t end = (uint32_t)min_size(row + ROWS_TASK, b->row_begin[b->segments]);
+    uint32_t row = task / c->split * c->parts, rank0 = task % c->split * RANK_TASK, last;
+    uint32_t end = (uint32_t)min_size(row + c->parts, b->row_begin[b->segments]);
     size_t x_bytes = cpu__act_row_bytes(cpu__device(s)->dtype, a->d_in);
     for (; row < end; row = last) {
         const struct lora_adapter_view *view = cpu__lora_view(b, row, &last);
@@ -95,12 +96,21 @@ static void shrink_task(struct cpu_stream *s, struct slot *slot, struct command 
     }
 }
 
+// Tasks of a command with `split` tasks for the same rows.
+static uint32_t tasks_count(struct cpu_stream *s, struct command *c, const struct lora_batch *b,
+                            size_t split)
+{
+    size_t rows = b->row_begin[b->segments];
+    size_t share = div_up(rows, (size_t)TASKS_THREAD * cpu__device(s)->info.threads);
+    c->split = (uint32_t)split;
+    c->parts = (uint32_t)min_size(share ? share : 1, ROWS_TASK);
+    return (uint32_t)(div_up(rows, c->parts) * split);
+}
+
 static uint32_t shrink_prepare(struct cpu_stream *s, struct command *c)
 {
-    (void)s;
     const struct lora_batch *b = c->a.shrink.batch;
-    c->split = (uint32_t)div_up(b->rank_max, RANK_TASK);
-    return (uint32_t)div_up(b->row_begin[b->segments], ROWS_TASK) * c->split;
+    return tasks_count(s, c, b, div_up(b->rank_max, RANK_TASK));
 }
 
 static const struct operation shrink_operation = {.prepare = shrink_prepare, .task = shrink_task};
@@ -145,9 +155,9 @@ static void expand_task(struct cpu_stream *s, struct slot *slot, struct command 
 {
     const struct lora_expand_args *a = &c->a.expand;
     const struct lora_batch *b = a->batch;
-    uint32_t row = task / c->split * ROWS_TASK, last;
+    uint32_t row = task / c->split * c->parts, last;
     size_t first = (size_t)(task % c->split) * COLUMNS_CHUNK;
-    uint32_t end = (uint32_t)min_size(row + ROWS_TASK, b->row_begin[b->segments]);
+    uint32_t end = (uint32_t)min_size(row + c->parts, b->row_begin[b->segments]);
     for (; row < end; row = last) {
         const struct lora_adapter_view *view = cpu__lora_view(b, row, &last);
         last = last < end ? last : end;
@@ -173,10 +183,7 @@ static void expand_task(struct cpu_stream *s, struct slot *slot, struct command 
 
 static uint32_t expand_prepare(struct cpu_stream *s, struct command *c)
 {
-    (void)s;
-    const struct lora_batch *b = c->a.expand.batch;
-    c->split = (uint32_t)div_up(c->a.expand.d_out, COLUMNS_CHUNK);
-    return (uint32_t)div_up(b->row_begin[b->segments], ROWS_TASK) * c->split;
+    return tasks_count(s, c, c->a.expand.batch, div_up(c->a.expand.d_out, COLUMNS_CHUNK));
 }
 
 static const struct operation expand_operation = {.prepare = expand_prepare, .task = expand_task};
