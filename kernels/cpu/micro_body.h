@@ -274,6 +274,27 @@ INLINE void dots_group(enum dtype d, const uint8_t *x, const uint8_t *const *row
     v_fold_group(acc, out);
 }
 
+// Half a group, as many LoRA ranks leave.
+INLINE void dots_half(enum dtype d, const uint8_t *x, const uint8_t *const *rows, size_t bytes,
+                      float *out)
+{
+    vf acc[DOT_GROUP] = {{0}};
+    float sums[DOT_GROUP];
+    size_t i = 0;
+    for (; i + VECTOR_BYTES <= bytes; i += VECTOR_BYTES) {
+        vu v = v_raw(x + i);
+        UNROLL for (size_t r = 0; r < DOT_GROUP / 2; r++) acc[r] =
+            v_dot(d, acc[r], v_raw(rows[r] + i), v);
+    }
+    if (i < bytes) {
+        vu v = v_raw_part(x + i, bytes - i);
+        UNROLL for (size_t r = 0; r < DOT_GROUP / 2; r++) acc[r] =
+            v_dot(d, acc[r], v_raw_part(rows[r] + i, bytes - i), v);
+    }
+    v_fold_group(acc, sums);
+    memcpy(out, sums, DOT_GROUP / 2 * sizeof *out);
+}
+
 INLINE void dots_any(enum dtype d, const void *vector, const uint8_t *const *rows, size_t n,
                      size_t dim, float *out)
 {
@@ -286,6 +307,10 @@ INLINE void dots_any(enum dtype d, const void *vector, const uint8_t *const *row
             dots_chunks_2(d, x, rows + r, out + r);
         else
             dots_group(d, x, rows + r, bytes, out + r);
+    if (r + DOT_GROUP / 2 <= n) {
+        dots_half(d, x, rows + r, bytes, out + r);
+        r += DOT_GROUP / 2;
+    }
     for (; r < n; r++) {
         vf acc = {0};
         size_t i = 0;
