@@ -3,16 +3,20 @@
 //
 //   bench_lora_cpu [--threads N] [--reps N] [--only attention|experts] [--shape N]
 //
-// One layer after the other as in a decode step, every row with an adapter of its own, slices packed
-// as the store packs them over scattered pages. Two cases per shape:
+// One layer after the other as in a decode step, every row with an adapter of its own, slices
+// packed as the store packs them over scattered pages. Two cases per shape:
 //   attention  shrink and expand of q, k, v and o, nothing else
 //   experts    moe_map, gate+up and down with LoRA, minus the same without
-// Every repetition draws routes and adapters anew and measures one after the other: the read rate and
-// the dot rate of all threads (bench_kernels_ceiling.h), the base, and the base with LoRA. Printed are
-// medians: added_us of a step; floor_us, the larger of the bytes of the distinct slices over the read
-// rate and of the multiplications over the dot rate; and their ratio. The _cpu ones are the same in
-// processor time over the number of threads, for a machine that others use, too. The numbers are not
-// checked here (test_kernels_lora, test_kernels_moe).
+// Every repetition draws routes and adapters anew and measures one after the other: the base, the
+// base with LoRA, and the true work alone, all threads reading the step's slices once and doing
+// nothing with them, each fetched ahead while the one before is read. The median of each is
+// printed: base_us, added_us (with LoRA, less the base), read_us, and
+//   over_base_and_work   (base + added) / (base + read)
+//   slices_gbytes_per_s  bytes over read_us
+// each also in processor time over the number of threads (_cpu), for a machine that others use,
+// too. read_gbytes_per_s is the ceiling of long reads (bench_kernels_ceiling.h): slices of a few
+// KiB each are read slower. The numbers are not checked here (test_kernels_lora, test_kernels_moe).
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,7 +27,14 @@
 #include "bench/bench_kernels_ceiling.h"
 #include "kernels/device.h"
 
-enum { REPS_MAX = 256, ARENA_BYTES = 1 << 30, PAGE_BYTES = 64 << 10, ADAPTERS = 40, ROWS_MAX = 64 };
+enum {
+    REPS_MAX = 256,
+    ARENA_BYTES = 1 << 30,
+    PAGE_BYTES = 64 << 10,
+    ADAPTERS = 40,
+    ROWS_MAX = 64,
+    PIECES_MAX = 16384
+};
 
 struct shape {
     const char *name;
@@ -35,6 +46,11 @@ static const struct shape shapes[] = {
     {"demo", 8, 256, 256, 128, 64, 32, 4, 16, {16, 32}},
     {"demo", 8, 256, 256, 128, 64, 32, 4, 1, {8, 16}},
     {"wide", 1, 2048, 4096, 512, 768, 32, 8, 8, {8, 16}},
+};
+
+struct piece {
+    const uint8_t *at;
+    size_t bytes;
 };
 
 struct bench {
@@ -58,6 +74,8 @@ struct bench {
     void *act;
     float *hidden[3], *y;
     bool lora_on;
+    struct piece pieces[PIECES_MAX]; // the slices of a step
+    uint32_t piece_count;
 };
 
 static void *need(struct bench *b, size_t bytes)
@@ -132,8 +150,8 @@ static void experts_place(struct bench *b)
     size_t tiles = up + tile_count(DTYPE_BF16, h->hidden, h->units);
     uint32_t each = (uint32_t)div_up(tiles * TILE_BYTES, PAGE_BYTES);
     b->cursor = round_up(b->cursor, PAGE_BYTES);
-    b->experts = (struct expert_view){b->arena,   PAGE_BYTES, b->pages + b->cursor / PAGE_BYTES, each,
-                                      h->experts, (uint32_t)up};
+    b->experts = (struct expert_view){b->arena, PAGE_BYTES, b->pages + b->cursor / PAGE_BYTES,
+                                      each,     h->experts, (uint32_t)up};
     b->cursor += (size_t)each * h->experts * h->layers * PAGE_BYTES;
     CHECK(b->cursor <= ARENA_BYTES);
 }
@@ -147,11 +165,13 @@ static void shape_make(struct bench *b, const struct shape *h)
     experts_place(b);
     b->batch = (struct lora_batch){b->arena,     PAGE_BYTES, h->rows,  h->rows,
                                    b->row_begin, b->adapter, b->views, h->ranks[1]};
-    b->work = (struct moe_work){
-        need(b, pairs * 4),       need(b, pairs * 4),
-        need(b, (h->experts + 1) * 4), need(b, pairs * 4),
-        need(b, h->experts),      need(b, b->t->act_bytes(b->device, pairs, h->units)),
-        need(b, pairs * h->hidden * 4)};
+    b->work = (struct moe_work){need(b, pairs * 4),
+                                need(b, pairs * 4),
+                                need(b, (h->experts + 1) * 4),
+                                need(b, pairs * 4),
+                                need(b, h->experts),
+                                need(b, b->t->act_bytes(b->device, pairs, h->units)),
+                                need(b, pairs * h->hidden * 4)};
     b->need = need(b, h->experts * sizeof *b->need);
     b->act = need(b, b->t->act_bytes(b->device, h->rows, wide));
     for (int i = 0; i < 3; i++)
@@ -233,11 +253,11 @@ static void attention_record(struct bench *b)
         for (uint32_t m = LORA_Q; m <= LORA_O; m++) {
             uint32_t in, out;
             module_dims(h, m, &in, &out);
-            b->t->lora_shrink(b->s, &(struct lora_shrink_args){&b->batch, b->act, b->hidden[m % 3], l,
-                                                               in, (enum lora_module)m});
-            b->t->lora_expand(b->s, &(struct lora_expand_args){&b->batch, b->hidden[m % 3], b->y,
-                                                               stride, l, out, (enum lora_module)m,
-                                                               -1});
+            b->t->lora_shrink(b->s, &(struct lora_shrink_args){&b->batch, b->act, b->hidden[m % 3],
+                                                               l, in, (enum lora_module)m});
+            b->t->lora_expand(b->s,
+                              &(struct lora_expand_args){&b->batch, b->hidden[m % 3], b->y, stride,
+                                                         l, out, (enum lora_module)m, -1});
         }
 }
 
@@ -270,55 +290,137 @@ static double median(double *values, uint32_t count)
     return values[count / 2];
 }
 
-// Bytes of the slices that a step reads, and multiplications of their elements with `rows` rows.
-static void step_cost(const struct bench *b, bool experts, double *bytes, double *operations)
+// ---- the slices alone ----
+
+static void slice_add(struct bench *b, const struct lora_adapter_view *view,
+                      const struct lora_slice *slice)
+{
+    for (uint32_t r = 0; r < slice->rank; r++) {
+        const uint8_t *at = lora_row_at(b->arena, PAGE_BYTES, view->pages, slice, r);
+        struct piece *last = &b->pieces[b->piece_count];
+        if (b->piece_count && last[-1].at + last[-1].bytes == at) {
+            last[-1].bytes += slice->row_bytes;
+        } else {
+            CHECK(b->piece_count < PIECES_MAX);
+            *last = (struct piece){at, slice->row_bytes};
+            b->piece_count++;
+        }
+    }
+}
+
+static void pieces_list(struct bench *b, bool experts)
 {
     const struct shape *h = b->shape;
-    double elements = 0, ranks = (h->ranks[0] + h->ranks[1]) / 2.0;
-    for (uint32_t m = experts ? LORA_GATE : LORA_Q; m <= (experts ? LORA_DOWN : LORA_O); m++) {
-        uint32_t in, out;
-        module_dims(h, m, &in, &out);
-        elements += (double)(in + out) * ranks * (experts ? h->top_k : 1);
+    b->piece_count = 0;
+    for (uint32_t l = 0; l < h->layers; l++)
+        for (uint32_t i = 0; i < (experts ? h->rows * h->top_k : h->rows); i++) {
+            const struct lora_adapter_view *view =
+                &b->views[b->adapter[experts ? i / h->top_k : i]];
+            for (uint32_t m = experts ? LORA_GATE : LORA_Q; m <= (experts ? LORA_DOWN : LORA_O);
+                 m++) {
+                const struct lora_pair *pair =
+                    lora_pair_at(view, l, (enum lora_module)m, experts ? b->work.expert[i] : 0);
+                slice_add(b, view, &pair->a);
+                slice_add(b, view, &pair->b);
+            }
+        }
+}
+
+struct reader {
+    const struct bench *b;
+    uint32_t index;
+    uint64_t sum;
+    struct times times;
+};
+
+static void *read_main(void *context)
+{
+    struct reader *r = context;
+    typedef uint64_t vu64 __attribute__((vector_size(64)));
+    double wall = bench_time(CLOCK_MONOTONIC), cpu = bench_time(CLOCK_THREAD_CPUTIME_ID);
+    vu64 sum = {0};
+    uint32_t count = r->b->piece_count, threads = r->b->info.threads;
+    for (uint32_t i = r->index; i < count; i += threads) {
+        const struct piece *now = &r->b->pieces[i], *next = now + threads;
+        for (size_t byte = 0; i + threads < count && byte < next->bytes; byte += 64)
+            __builtin_prefetch(next->at + byte, 0, 2);
+        for (size_t byte = 0; byte < now->bytes; byte += sizeof sum) {
+            vu64 v;
+            memcpy(&v, now->at + byte, sizeof v);
+            sum ^= v;
+        }
     }
-    *bytes = elements * 2 * h->rows * h->layers; // every row has slices of its own
-    *operations = elements * 2 * h->rows * h->layers;
+    r->sum = sum[0] ^ sum[3];
+    r->times = (struct times){bench_time(CLOCK_MONOTONIC) - wall,
+                              bench_time(CLOCK_THREAD_CPUTIME_ID) - cpu};
+    return NULL;
+}
+
+static struct times read_pieces(struct bench *b)
+{
+    pthread_t thread[CEILING_THREADS];
+    struct reader reader[CEILING_THREADS];
+    struct times times = {0, 0};
+    for (uint32_t i = 0; i < b->info.threads; i++) {
+        reader[i] = (struct reader){.b = b, .index = i};
+        CHECK(!pthread_create(&thread[i], NULL, read_main, &reader[i]));
+    }
+    for (uint32_t i = 0; i < b->info.threads; i++) {
+        pthread_join(thread[i], NULL);
+        times.wall = reader[i].times.wall > times.wall ? reader[i].times.wall : times.wall;
+        times.cpu += reader[i].times.cpu / b->info.threads;
+    }
+    return times;
+}
+
+// ---- a case ----
+
+struct series {
+    double wall[REPS_MAX], cpu[REPS_MAX];
+    uint32_t count;
+};
+
+static void series_add(struct series *s, struct times times)
+{
+    s->wall[s->count] = times.wall;
+    s->cpu[s->count++] = times.cpu;
+}
+
+static struct times series_median(struct series *s)
+{
+    return (struct times){median(s->wall, s->count), median(s->cpu, s->count)};
 }
 
 static void measure(struct bench *b, const char *what, uint32_t reps,
                     void (*record)(struct bench *b))
 {
-    double base[REPS_MAX], with[REPS_MAX], base_cpu[REPS_MAX], with_cpu[REPS_MAX];
-    double floor_s[REPS_MAX], floor_cpu[REPS_MAX], bytes, operations;
+    static struct series base, with, read; // too large for the stack
     const struct shape *h = b->shape;
-    step_cost(b, record == experts_record, &bytes, &operations);
+    double ceiling[REPS_MAX], bytes = 0;
+    base.count = with.count = read.count = 0;
     for (uint32_t i = 0; i < reps; i++) {
-        if (i % 8 == 0) {
-            struct rate read = ceiling_rate(&b->ceiling, false),
-                        dots = ceiling_rate(&b->ceiling, true);
-            floor_s[i / 8] = bytes / read.wall > operations / dots.wall ? bytes / read.wall
-                                                                        : operations / dots.wall;
-            floor_cpu[i / 8] = bytes / read.cpu > operations / dots.cpu ? bytes / read.cpu
-                                                                        : operations / dots.cpu;
-        }
         draw_adapters(b);
         draw_experts(b);
-        struct times without = step(b, record, false), lora = step(b, record, true);
-        base[i] = without.wall;
-        base_cpu[i] = without.cpu;
-        with[i] = lora.wall;
-        with_cpu[i] = lora.cpu;
+        pieces_list(b, record == experts_record);
+        ceiling[i] = ceiling_rate(&b->ceiling, false).wall;
+        series_add(&base, step(b, record, false));
+        series_add(&with, step(b, record, true));
+        (void)ceiling_rate(&b->ceiling, false); // so that no slice is in a cache
+        series_add(&read, read_pieces(b));
+        for (uint32_t p = 0; p < b->piece_count; p++)
+            bytes += (double)b->pieces[p].bytes / reps;
     }
-    double wall = median(base, reps), added = median(with, reps) - wall;
-    double cpu = median(base_cpu, reps), added_cpu = median(with_cpu, reps) - cpu;
-    uint32_t floors = (uint32_t)div_up(reps, 8);
-    double floor_us = median(floor_s, floors), floor_c = median(floor_cpu, floors);
+    struct times t0 = series_median(&base), t1 = series_median(&with), t2 = series_median(&read);
     printf("{\"bench\":\"lora_cpu\",\"commit\":\"%s\",\"device\":\"%s\",\"case\":\"%s\",\"shape\":"
-           "\"%s\",\"rows\":%u,\"ranks\":[%u,%u],\"adapters\":%d,\"base_us\":%.1f,\"added_us\":%.1f,"
-           "\"bytes\":%.0f,\"floor_us\":%.1f,\"floor_over_added\":%.3f,\"base_cpu_us\":%.1f,"
-           "\"added_cpu_us\":%.1f,\"floor_cpu_us\":%.1f,\"floor_over_added_cpu\":%.3f}\n",
+           "\"%s\",\"rows\":%u,\"ranks\":[%u,%u],\"adapters\":%d,\"bytes\":%.0f,"
+           "\"read_gbytes_per_s\":%.2f,\"slices_gbytes_per_s\":%.2f,",
            POLDER_COMMIT, b->info.name, what, h->name, h->rows, h->ranks[0], h->ranks[1], ADAPTERS,
-           wall * 1e6, added * 1e6, bytes, floor_us * 1e6, floor_us / added, cpu * 1e6,
-           added_cpu * 1e6, floor_c * 1e6, floor_c / added_cpu);
+           bytes, median(ceiling, reps) * 1e-9, bytes / t2.wall * 1e-9);
+    printf("\"base_us\":%.1f,\"added_us\":%.1f,\"read_us\":%.1f,\"over_base_and_work\":%.3f,"
+           "\"base_cpu_us\":%.1f,\"added_cpu_us\":%.1f,\"read_cpu_us\":%.1f,"
+           "\"over_base_and_work_cpu\":%.3f}\n",
+           t0.wall * 1e6, (t1.wall - t0.wall) * 1e6, t2.wall * 1e6, t1.wall / (t0.wall + t2.wall),
+           t0.cpu * 1e6, (t1.cpu - t0.cpu) * 1e6, t2.cpu * 1e6, t1.cpu / (t0.cpu + t2.cpu));
     fflush(stdout);
 }
 
@@ -359,7 +461,7 @@ int main(int argc, char **argv)
     static struct bench b = {.rng = {3, 0}};
     struct cpu_options options = {.dtype = DTYPE_BF16};
     const char *only = NULL;
-    uint32_t reps = 160, first = 0, end = ARRAY_COUNT(shapes);
+    uint32_t reps = 100, first = 0, end = ARRAY_COUNT(shapes);
     for (int i = 1; i + 1 < argc; i += 2) {
         if (!strcmp(argv[i], "--threads"))
             options.threads = (uint32_t)atoi(argv[i + 1]);
