@@ -71,6 +71,24 @@ void cpu__lora_fetch(const struct lora_batch *b, const struct lora_adapter_view 
     __asm__ volatile(""); // GCC drops calls of a function that only fetches
 }
 
+// Fetches rows [first, first + count) of A or B^T of the rows from `row` on, as far as they are
+// there; nothing at `end`.
+static void fetch_next(const struct command *c, const struct lora_batch *b, uint32_t row,
+                       uint32_t end, bool is_b, uint32_t first)
+{
+    uint32_t last;
+    const struct lora_adapter_view *view = row < end ? cpu__lora_view(b, row, &last) : NULL;
+    if (!view)
+        return;
+    const struct lora_pair *pair =
+        is_b ? lora_pair_at(view, c->a.expand.layer, c->a.expand.module, 0)
+             : lora_pair_at(view, c->a.shrink.layer, c->a.shrink.module, 0);
+    const struct lora_slice *slice = is_b ? &pair->b : &pair->a;
+    uint32_t most = is_b ? RANK_MAX : RANK_TASK;
+    if (slice->rank > first)
+        cpu__lora_fetch(b, view, slice, first, (uint32_t)min_size(most, slice->rank - first));
+}
+
 static void shrink_task(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task)
 {
     const struct lora_shrink_args *a = &c->a.shrink;
@@ -81,6 +99,7 @@ static void shrink_task(struct cpu_stream *s, struct slot *slot, struct command 
     for (; row < end; row = last) {
         const struct lora_adapter_view *view = cpu__lora_view(b, row, &last);
         last = last < end ? last : end;
+        fetch_next(c, b, last, end, false, rank0);
         const struct lora_slice *slice =
             view ? &lora_pair_at(view, a->layer, a->module, 0)->a : NULL;
         if (!view || slice->rank <= rank0)
@@ -161,6 +180,8 @@ static void expand_task(struct cpu_stream *s, struct slot *slot, struct command 
     for (; row < end; row = last) {
         const struct lora_adapter_view *view = cpu__lora_view(b, row, &last);
         last = last < end ? last : end;
+        if (c->split == 1)
+            fetch_next(c, b, last, end, true, 0);
         const struct lora_pair *pair = view ? lora_pair_at(view, a->layer, a->module, 0) : NULL;
         if (!view || !pair->b.rank)
             continue;
