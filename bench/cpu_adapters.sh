@@ -13,8 +13,8 @@
 #                        arithmetic on the same rows, without the changing of adapters
 # Both also in processor seconds (_cpu), which other programs on the machine disturb less.
 #
-# At decode the first is stricter than any machine can be: rows of the base share weights, while
-# each row of another adapter reads slices of its own. So a second line compares decode steps of 16
+# The first counts no bytes: rows of the base share weights, while each row of another adapter reads
+# slices of its own. So a second line, beside it and not instead, compares decode steps of 16
 # rows, each with another of the 40 adapters (bench_step, beside BIN), with the base and the reading:
 #   over_base_and_read   step with adapters over (step without + bytes of the slices at the rate at
 #                        which all threads can read such slices and do nothing else)
