@@ -131,7 +131,8 @@ static void adapters_place(struct bench *b)
     for (uint32_t i = 0; i < ADAPTERS; i++) {
         struct lora_pair *pairs =
             need(b, (size_t)h->layers * LORA_MODULES * h->experts * sizeof *pairs);
-        b->views[i] = (struct lora_adapter_view){b->pages, pairs, h->experts};
+        b->views[i] =
+            (struct lora_adapter_view){.pages = b->pages, .pairs = pairs, .experts = h->experts};
         b->cursor = round_up(b->cursor, PAGE_BYTES);
         for (uint32_t l = 0; l < h->layers; l++) {
             for (uint32_t m = LORA_Q; m <= LORA_O; m++)
