@@ -65,6 +65,9 @@ MUST_USE enum status adapter_convert_version(const char *directory, const struct
                                              struct fault *fault);
 // Digest of the two files, as adapter_convert puts it into report->source.
 MUST_USE enum status adapter_source(const char *directory, struct digest *out, struct fault *fault);
+// Another one of the same files: what adapters.upload announces.
+MUST_USE enum status adapter_upload_digest(const char *directory, struct digest *out,
+                                           struct fault *fault);
 
 // The version of the store file at this path, 0 when there is none that can be read. *same (may be
 // NULL): converting the directory for this base and page size would give the same content.
@@ -193,7 +196,7 @@ struct adapter_info {
     uint32_t owner;
     bool resident;
     uint32_t pages, host_pages, users; // host_pages: of its pages, those in the host tier
-    uint32_t keeper; // ADAPTER_NO_KEEPER: not pinned
+    uint32_t keeper;                   // ADAPTER_NO_KEEPER: not pinned
     struct adapter_report report;
     struct adapter_loads loads;
 };

@@ -31,7 +31,8 @@
 #include "base/check.h"
 
 enum {
-    STORE_VERSION = 1,
+    STORE_VERSION = 2,
+    AT_FORMAT = 8,
     AT_DTYPE = 12,
     AT_HEADER_BYTES = 16,
     AT_PAGE_BYTES = 24,
@@ -143,7 +144,7 @@ static struct lora_slice slice_decode(const uint8_t *at)
 {
     return (struct lora_slice){.first_slot = get_u32(at),
                                .first_byte = get_u32(at + 4),
-                               .row_bytes = get_u32(at + 8),
+                               .row_bytes = get_u32(at + AT_FORMAT),
                                .rank = get_u32(at + 12)};
 }
 
@@ -162,7 +163,7 @@ static void record_encode(const struct adapter_record *record, uint8_t *out)
 static struct adapter_record record_decode(const uint8_t *at)
 {
     struct adapter_record record = {
-        .layer = get_u32(at), .module = get_u32(at + 4), .expert = get_u32(at + 8)};
+        .layer = get_u32(at), .module = get_u32(at + 4), .expert = get_u32(at + AT_FORMAT)};
     uint32_t scale = get_u32(at + 12);
     memcpy(&record.pair.scale, &scale, sizeof scale);
     record.pair.a = slice_decode(at + 16);
@@ -194,7 +195,7 @@ void adapter__header_encode(const struct adapter_header *header, const struct ad
 {
     const struct adapter_report *report = &header->report;
     memcpy(out, magic, sizeof magic);
-    put_u32(out + 8, STORE_VERSION);
+    put_u32(out + AT_FORMAT, STORE_VERSION);
     put_u32(out + AT_DTYPE, base->dtype);
     put_u64(out + AT_HEADER_BYTES, header->header_bytes);
     put_u64(out + AT_PAGE_BYTES, header->page_bytes);
@@ -221,9 +222,11 @@ void adapter__header_encode(const struct adapter_header *header, const struct ad
 
 static enum status magic_check(const uint8_t *at, const char *label, struct fault *fault)
 {
-    if (memcmp(at, magic, sizeof magic) != 0 || get_u32(at + 8) != STORE_VERSION)
-        return fault_set(fault, STATUS_CORRUPT, "%s is not an adapter store file of version %d.",
-                         label, STORE_VERSION);
+    uint32_t version = get_u32(at + AT_FORMAT);
+    if (memcmp(at, magic, sizeof magic) != 0 || !version || version > STORE_VERSION)
+        return fault_set(fault, STATUS_CORRUPT,
+                         "%s is not an adapter store file of version 1 to %d.", label,
+                         STORE_VERSION);
     return STATUS_OK;
 }
 
@@ -420,6 +423,7 @@ enum status adapter__store_open(struct reader *reader, const char *label,
         status = header_read(reader, label, header.header_bytes, &whole, fault);
     if (status)
         return status;
+    out->format = get_u32(fixed + AT_FORMAT);
     out->header_bytes = header.header_bytes;
     out->pages = header.pages;
     memcpy(out->pages_digest.bytes, whole + AT_PAGES_DIGEST, DIGEST_BYTES);
@@ -458,6 +462,7 @@ enum status adapter__store_peek(struct reader *reader, const char *label, struct
     memcpy(summary->base.bytes, fixed + AT_BASE, DIGEST_BYTES);
     summary->dtype = (enum dtype)dtype;
     summary->page_bytes = out->page_bytes = header.page_bytes;
+    out->format = get_u32(fixed + AT_FORMAT);
     out->header_bytes = header.header_bytes;
     out->pages = header.pages;
     return status;
@@ -469,10 +474,11 @@ void adapter__store_clear(struct adapter_store *store)
     store->pairs = NULL;
 }
 
+// Version 1 took all pages as one stream; since then each is hashed by itself.
 enum status adapter__store_verify(struct reader *reader, const char *label,
                                   const struct adapter_store *store, struct fault *fault)
 {
-    struct hash_stream stream;
+    struct hash_stream stream, of_page;
     enum status status = STATUS_OK;
     uint8_t *page = malloc(store->page_bytes);
     if (!page)
@@ -481,7 +487,14 @@ enum status adapter__store_verify(struct reader *reader, const char *label,
     for (uint32_t i = 0; i < store->pages && !status; i++) {
         status = reader_read(reader, store->header_bytes + (uint64_t)i * store->page_bytes, page,
                              store->page_bytes);
-        hash_update(&stream, page, store->page_bytes);
+        if (store->format == 1) {
+            hash_update(&stream, page, store->page_bytes);
+            continue;
+        }
+        hash_begin(&of_page, NULL);
+        hash_pieces(&of_page, page, store->page_bytes);
+        struct digest digest = hash_end(&of_page);
+        hash_update(&stream, &digest, sizeof digest);
     }
     free(page);
     if (status)

@@ -242,6 +242,29 @@ static int teardown(void **state)
     return 0;
 }
 
+// What a server of before has registered: one digest over all pages.
+static void test_adapters_store_reads_version_1(void **state)
+{
+    struct made made;
+    struct fault fault;
+    make(&made, *state);
+    put_u32(made.bytes + 8, 1);
+    struct digest pages = hash_bytes(NULL, made.bytes + PAGE, made.count - PAGE);
+    memcpy(made.bytes + 720, pages.bytes, DIGEST_BYTES);
+    seal(made.bytes);
+    assert_int_equal(try_bytes(&made, made.bytes, made.count, &fault), STATUS_OK);
+    assert_int_equal(adapter_verify(made.broken, &made.base, PAGE, &fault), STATUS_OK);
+    made.bytes[PAGE + 100] ^= 1;
+    tool_file_write(made.broken, made.bytes, made.count);
+    assert_int_equal(adapter_verify(made.broken, &made.base, PAGE, &fault), STATUS_CORRUPT);
+    made.bytes[PAGE + 100] ^= 1;
+    put_u32(made.bytes + 8, 3);
+    seal(made.bytes);
+    assert_int_equal(try_bytes(&made, made.bytes, made.count, &fault), STATUS_CORRUPT);
+    assert_non_null(strstr(fault.text, "of version 1 to 2"));
+    unmake(&made);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -251,6 +274,7 @@ int main(void)
         cmocka_unit_test(test_adapters_store_wrong_length),
         cmocka_unit_test(test_adapters_store_lies),
         cmocka_unit_test(test_adapters_store_lying_summary),
+        cmocka_unit_test(test_adapters_store_reads_version_1),
     };
     return cmocka_run_group_tests_name("adapters_store", tests, setup, teardown);
 }

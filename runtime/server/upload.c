@@ -27,6 +27,7 @@
 #include "adapters/registry.h"
 #include "base/arith.h"
 #include "base/check.h"
+#include "base/files.h"
 #include "runtime/server/internal.h"
 
 // FRAME_REST: of a frame, what stands beside the data of a chunk.
@@ -114,7 +115,7 @@ static void drop(struct connection *connection)
 }
 
 // Closes the file that is complete and opens the next one. The digest takes each file's size first,
-// as adapter_source does.
+// as adapter_upload_digest does.
 static bool next_file(struct upload *upload, int which)
 {
     if (upload->file >= 0)
@@ -289,20 +290,6 @@ static bool read_chunk(struct call *call, const struct upload *upload, const cha
     return true;
 }
 
-static bool write_whole(int file, const char *data, size_t bytes)
-{
-    while (bytes) {
-        ssize_t n = write(file, data, bytes);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return false;
-        data += n;
-        bytes -= (size_t)n;
-    }
-    return true;
-}
-
 // May go over from the first file to the second.
 static bool take(struct upload *upload, const char *data, size_t bytes)
 {
@@ -314,7 +301,7 @@ static bool take(struct upload *upload, const char *data, size_t bytes)
         } else if (upload->received == upload->bytes[CONFIG] && !next_file(upload, WEIGHTS)) {
             return false;
         }
-        if (!write_whole(upload->file, data, part))
+        if (!file_write(upload->file, data, part))
             return false;
         hash_update(&upload->stream, data, part);
         upload->received += part;
