@@ -8,7 +8,10 @@
 #include "adapters/price.h"
 #include "adapters/store.h"
 
-enum { NO_PLACE = 0xffffffff };
+enum {
+    NO_PLACE = 0xffffffff,
+    CLAIMS_EACH = 4
+}; // CLAIMS_EACH: of pinning, per place for an adapter
 
 enum state { STATE_FREE, STATE_NAMED, STATE_LEAVING, STATE_BURIED };
 
@@ -27,7 +30,12 @@ struct adapter {
     struct adapter_heat heat;
     struct adapter_loads loads;
     uint64_t fetch_us; // when the fetch under way began
-    uint32_t keeper;   // tenant that pinned it, or NO_PLACE
+    uint32_t keeper;   // the first of the tenants that have pinned it, or NO_PLACE
+};
+
+// One tenant has pinned one adapter.
+struct adapter_claim {
+    uint32_t slot, keeper;
 };
 
 struct adapters {
@@ -47,6 +55,8 @@ struct adapters {
     uint32_t *warm, warm_count;
     uint32_t *graves, graves_count; // slots in state BURIED
     uint32_t *kept, kept_count;     // slots whose keeper is a tenant
+    struct adapter_claim *claims;   // in the order they were made
+    uint32_t claims_count, claims_max;
     uint64_t kept_pages;
     uint64_t fetches, given_back;
     struct adapter_loads loads; // of all adapters, removed ones too
@@ -56,7 +66,7 @@ adapter_id adapter__id(const struct adapters *adapters, uint32_t slot);
 struct adapter *adapter__of(const struct adapters *adapters, adapter_id id);
 // It no longer has device pages.
 void adapter__warm_remove(struct adapters *adapters, struct adapter *adapter);
-// Whoever pinned it: no longer. Also for one that nobody did.
+// Whoever has pinned it: no longer. Also for one that nobody has.
 void adapter__let_go(struct adapters *adapters, struct adapter *adapter);
 
 #endif

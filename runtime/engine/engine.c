@@ -196,8 +196,8 @@ static enum status make_tables(struct engine *e)
     const struct model_config *c = &o->model->config;
     e->moe_index = calloc(c->layers, sizeof *e->moe_index);
     e->salts = calloc(o->tenants_max, sizeof *e->salts);
-    // The longest reply: 3 MiB holds the list of 4,096 adapters, if the ring takes such a record.
-    e->line_bytes = min_size((size_t)3 << 20, ring_room(o->port->events) / 2 - 2048);
+    // The longest reply, a page of adapters: 256 of them and more, if the ring takes such a record.
+    e->line_bytes = min_size((size_t)1 << 19, ring_room(o->port->events) / 2 - 2048);
     e->line = malloc(e->line_bytes);
     e->record = malloc(e->line_bytes + sizeof(struct engine_reply) + sizeof(struct engine_text));
     if (!e->moe_index || !e->salts || !e->line || !e->record)

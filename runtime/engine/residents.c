@@ -126,14 +126,22 @@ static bool promises_hold(const struct engine *e, uint64_t kept, uint32_t total)
     return true;
 }
 
+static enum status keep(struct engine *e, const struct engine_adapter_command *c, adapter_id id,
+                        struct fault *fault)
+{
+    enum status status = adapter_keep(e->options.adapters, id, c->owner);
+    return status ? fault_set(fault, status, "Too many adapters are pinned: unpin another one.")
+                  : STATUS_OK;
+}
+
 static enum status pin(struct engine *e, const struct engine_adapter_command *c, adapter_id id,
                        struct fault *fault)
 {
     struct adapters *adapters = e->options.adapters;
     struct pool_stats pool;
     pool_stats(e->options.pool, &pool);
-    if (adapter_keeper(adapters, id) != ADAPTER_NO_KEEPER)
-        return STATUS_OK; // by whom does not matter to a request
+    if (adapter_is_kept_by(adapters, id, c->owner))
+        return STATUS_OK;
     uint32_t pages = adapter_page_count(adapters, id);
     uint64_t mine = adapters_kept_pages_of(adapters, c->owner) * pool.page_bytes;
     uint64_t bytes = (uint64_t)pages * pool.page_bytes;
@@ -143,6 +151,8 @@ static enum status pin(struct engine *e, const struct engine_adapter_command *c,
                          "(pinned_adapter_bytes): unpin another one.",
                          (unsigned long long)bytes, (unsigned long long)mine,
                          (unsigned long long)c->pinned_bytes_max);
+    if (adapter_is_kept(adapters, id)) // by another tenant: its pages are counted already
+        return keep(e, c, id, fault);
     if (!promises_hold(e, adapters_kept_pages(adapters) + pages, pool.device_total))
         return fault_set(fault, STATUS_LIMIT,
                          "With its %u pages pinned the pool of %u could not hold what it must: "
@@ -153,18 +163,7 @@ static enum status pin(struct engine *e, const struct engine_adapter_command *c,
         !sequence_adapters_allow(e, (uint32_t)now))
         return fault_set(fault, STATUS_FULL,
                          "Running requests need the pages now: pin it again a little later.");
-    adapter_keep(adapters, id, c->owner);
-    return STATUS_OK;
-}
-
-static enum status unpin(struct engine *e, const struct engine_adapter_command *c, adapter_id id,
-                         struct fault *fault)
-{
-    uint32_t keeper = adapter_keeper(e->options.adapters, id);
-    if (keeper != ADAPTER_NO_KEEPER && keeper != c->owner)
-        return fault_set(fault, STATUS_DENIED, "Another tenant has pinned this adapter.");
-    adapter_let_go(e->options.adapters, id);
-    return STATUS_OK;
+    return keep(e, c, id, fault);
 }
 
 static enum status load(struct engine *e, adapter_id id, struct fault *fault)
@@ -203,7 +202,8 @@ enum status residents_command(struct engine *e, const struct engine_adapter_comm
     case ENGINE_ADAPTER_PIN:
         return pin(e, c, id, fault);
     case ENGINE_ADAPTER_UNPIN:
-        return unpin(e, c, id, fault);
+        adapter_let_go(adapters, id, c->owner); // its own claim; those of others stay
+        return STATUS_OK;
     default:
         return STATUS_INVALID;
     }
