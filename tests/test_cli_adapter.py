@@ -239,6 +239,9 @@ def test_adapter_pin_leaves_room_for_a_context():
         assert peer.generate("word " * 200, **GREEDY)["text"] == alone
         ids = peer.call("tokenize", text="word " * 400)["tokens"][:480]
         assert len(peer.generate(ids, temperature=0, ignore_eos=True, max_tokens=512 - len(ids))["tokens"]) == 512 - len(ids)
+        # one with a pinned adapter needs no more than one without: its pages are counted once
+        answer = peer.generate(ids, model="a00", temperature=0, ignore_eos=True, max_tokens=512 - len(ids))
+        assert len(answer["tokens"]) == 512 - len(ids)
         listed = [a for a in peer.call("adapters.list") if a["pinned"]]
         assert len(listed) == pinned and all(a["resident"] for a in listed), listed
         for a in listed:

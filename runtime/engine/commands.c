@@ -130,7 +130,7 @@ static bool fits_pool(const struct engine *e, const struct engine_request *r, ad
         sequence_pages_needed(e, r->prompt_tokens + r->max_tokens, r->adapter[0], adapter);
     uint64_t kept = e->options.adapters ? adapters_kept_pages(e->options.adapters) : 0;
     const struct model *model = e->options.model;
-    uint32_t adapter_pages = r->adapter[0] ? adapter_page_count(e->options.adapters, adapter) : 0;
+    uint32_t adapter_pages = sequence_adapter_pages(e, r->adapter[0], adapter);
     if (adapter_pages + kept > pool_limit(e->options.pool, PAGE_ADAPTER) ||
         pages - adapter_pages > pool_limit(e->options.pool, PAGE_KV))
         return false;

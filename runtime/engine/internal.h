@@ -234,6 +234,8 @@ void sequence_want(struct engine *engine, uint32_t slot, uint32_t pages);
 void sequence_adapter_lacks(struct engine *engine, struct sequence *sequence);
 void sequence_adapter_came(struct engine *engine, struct sequence *sequence);
 void sequence_fetch_ahead(struct engine *engine, uint32_t class_below);
+// Pages of its adapter, 0 when tenants have pinned that: adapters_kept_pages counts those.
+uint32_t sequence_adapter_pages(const struct engine *engine, bool has_adapter, adapter_id adapter);
 uint32_t sequence_pages_needed(const struct engine *engine, uint32_t tokens, bool has_adapter,
                                adapter_id adapter);
 void sequence_bring_back(struct engine *engine);

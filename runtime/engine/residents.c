@@ -103,10 +103,12 @@ static uint64_t pinned_by_steps(const struct engine *e)
     return pages;
 }
 
-// Would every accepted request, alone, still fit beside `kept` pages?
-static bool promises_hold(const struct engine *e, uint64_t kept, uint32_t total)
+// Would every accepted request, alone, still fit beside what is pinned and `id`, pinned as well?
+static bool promises_hold(const struct engine *e, adapter_id id, uint32_t total)
 {
     const struct model *model = e->options.model;
+    uint64_t kept =
+        adapters_kept_pages(e->options.adapters) + adapter_page_count(e->options.adapters, id);
     uint64_t beside = kept + engine_expert_floor(&model->expert_shape, model->config.top_k);
     const adapter_id none = {0};
     if (sequence_pages_needed(e, e->options.context_max, false, none) + beside > total ||
@@ -116,10 +118,10 @@ static bool promises_hold(const struct engine *e, uint64_t kept, uint32_t total)
         for (uint32_t slot = e->lists[state].head; slot != NO_SLOT;
              slot = e->sequences[slot].next) {
             const struct sequence *s = &e->sequences[slot];
+            bool counts = s->has_adapter && s->adapter.bits != id.bits;
             uint32_t tokens = s->prompt + s->max_tokens;
-            uint32_t adapter_pages =
-                s->has_adapter ? adapter_page_count(e->options.adapters, s->adapter) : 0;
-            if (sequence_pages_needed(e, tokens, s->has_adapter, s->adapter) + beside > total ||
+            uint32_t adapter_pages = sequence_adapter_pages(e, counts, s->adapter);
+            if (sequence_pages_needed(e, tokens, counts, s->adapter) + beside > total ||
                 adapter_pages + kept > pool_limit(e->options.pool, PAGE_ADAPTER))
                 return false;
         }
@@ -153,7 +155,7 @@ static enum status pin(struct engine *e, const struct engine_adapter_command *c,
                          (unsigned long long)c->pinned_bytes_max);
     if (adapter_is_kept(adapters, id)) // by another tenant: its pages are counted already
         return keep(e, c, id, fault);
-    if (!promises_hold(e, adapters_kept_pages(adapters) + pages, pool.device_total))
+    if (!promises_hold(e, id, pool.device_total))
         return fault_set(fault, STATUS_LIMIT,
                          "With its %u pages pinned the pool of %u could not hold what it must: "
                          "unpin another one or raise --pool-bytes.",
