@@ -34,13 +34,16 @@ uint32_t adapter__row_bytes(const struct adapter_base *base, uint32_t dim);
 // What a store file says, decoded and checked.
 struct adapter_store {
     struct adapter_report report;
-    uint32_t format; // version of the file's form
     size_t page_bytes;
     uint64_t header_bytes; // pages begin here
     uint32_t pages;
     uint32_t experts;        // slices per module in `pairs`: the base's experts, or 1
     struct lora_pair *pairs; // [layers][LORA_MODULES][experts]; the holder frees
     uint32_t modules;        // bit set of enum lora_module
+    // Pages [0, trunk_pages) hold what every row needs; parts, NULL without expert LoRA, says which
+    // of the others each (layer, expert) needs, at most part_pages_max.
+    uint32_t trunk_pages, part_pages_max;
+    struct lora_part *parts; // [layers][experts]; the holder frees
     struct digest pages_digest;
 };
 

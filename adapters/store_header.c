@@ -13,8 +13,10 @@
 //        a slice is u32 first_slot, first_byte, row_bytes, rank
 //   ...  zeros up to header_bytes, a multiple of page_bytes; then `pages` pages; nothing after them
 //
-// All little-endian. Records ascend strictly by (layer, attention before MLP, expert, module), so
-// that what a (layer, expert) needs stands together.
+// All little-endian. Records ascend strictly: first the trunk, which is what no expert owns, by
+// (layer, module), then the experts' by (layer, expert, module). So the pages that every row of a
+// step needs come first and what a (layer, expert) needs stands together behind them. Slices stand
+// in the order of their records; a page may hold the end of one part and the beginning of the next.
 //
 // Invariants of a store that adapter__store_open accepted: 1. the base digest and shapes are those
 // of the given base. 2. every slice lies inside the pages, its rows have the length the base's
@@ -31,8 +33,7 @@
 #include "base/check.h"
 
 enum {
-    STORE_VERSION = 2,
-    AT_FORMAT = 8,
+    STORE_VERSION = 3,
     AT_DTYPE = 12,
     AT_HEADER_BYTES = 16,
     AT_PAGE_BYTES = 24,
@@ -144,7 +145,7 @@ static struct lora_slice slice_decode(const uint8_t *at)
 {
     return (struct lora_slice){.first_slot = get_u32(at),
                                .first_byte = get_u32(at + 4),
-                               .row_bytes = get_u32(at + AT_FORMAT),
+                               .row_bytes = get_u32(at + 8),
                                .rank = get_u32(at + 12)};
 }
 
@@ -163,7 +164,7 @@ static void record_encode(const struct adapter_record *record, uint8_t *out)
 static struct adapter_record record_decode(const uint8_t *at)
 {
     struct adapter_record record = {
-        .layer = get_u32(at), .module = get_u32(at + 4), .expert = get_u32(at + AT_FORMAT)};
+        .layer = get_u32(at), .module = get_u32(at + 4), .expert = get_u32(at + 8)};
     uint32_t scale = get_u32(at + 12);
     memcpy(&record.pair.scale, &scale, sizeof scale);
     record.pair.a = slice_decode(at + 16);
@@ -195,7 +196,7 @@ void adapter__header_encode(const struct adapter_header *header, const struct ad
 {
     const struct adapter_report *report = &header->report;
     memcpy(out, magic, sizeof magic);
-    put_u32(out + AT_FORMAT, STORE_VERSION);
+    put_u32(out + 8, STORE_VERSION);
     put_u32(out + AT_DTYPE, base->dtype);
     put_u64(out + AT_HEADER_BYTES, header->header_bytes);
     put_u64(out + AT_PAGE_BYTES, header->page_bytes);
@@ -222,11 +223,11 @@ void adapter__header_encode(const struct adapter_header *header, const struct ad
 
 static enum status magic_check(const uint8_t *at, const char *label, struct fault *fault)
 {
-    uint32_t version = get_u32(at + AT_FORMAT);
-    if (memcmp(at, magic, sizeof magic) != 0 || !version || version > STORE_VERSION)
+    if (memcmp(at, magic, sizeof magic) != 0 || get_u32(at + 8) != STORE_VERSION)
         return fault_set(fault, STATUS_CORRUPT,
-                         "%s is not an adapter store file of version 1 to %d.", label,
-                         STORE_VERSION);
+                         "%s is not an adapter store file of version %d: register the adapter "
+                         "again.",
+                         label, STORE_VERSION);
     return STATUS_OK;
 }
 
@@ -298,6 +299,27 @@ static enum status report_decode(const uint8_t *at, const char *label, struct ad
     return STATUS_OK;
 }
 
+// The page behind the last one of a slice.
+static uint64_t slice_end(const struct lora_slice *slice, size_t page_bytes)
+{
+    size_t in_first = (page_bytes - slice->first_byte) / slice->row_bytes;
+    size_t per_page = page_bytes / slice->row_bytes;
+    size_t later = slice->rank > in_first ? div_up(slice->rank - in_first, per_page) : 0;
+    return (uint64_t)slice->first_slot + 1 + later;
+}
+
+static uint32_t pair_first(const struct lora_pair *pair)
+{
+    return pair->a.first_slot < pair->b.first_slot ? pair->a.first_slot : pair->b.first_slot;
+}
+
+// Of slices that are inside the pages.
+static uint32_t pair_end(const struct lora_pair *pair, size_t page_bytes)
+{
+    uint64_t a = slice_end(&pair->a, page_bytes), b = slice_end(&pair->b, page_bytes);
+    return (uint32_t)(a > b ? a : b);
+}
+
 static bool slice_is_inside(const struct lora_slice *slice, uint32_t row_bytes, size_t page_bytes,
                             uint32_t pages)
 {
@@ -305,10 +327,7 @@ static bool slice_is_inside(const struct lora_slice *slice, uint32_t row_bytes, 
         !row_bytes || row_bytes > page_bytes || slice->first_byte >= page_bytes ||
         slice->first_byte % ADAPTER_ROW_ALIGN)
         return false;
-    size_t in_first = (page_bytes - slice->first_byte) / row_bytes,
-           per_page = page_bytes / row_bytes;
-    size_t later = slice->rank > in_first ? div_up(slice->rank - in_first, per_page) : 0;
-    return (uint64_t)slice->first_slot + later < pages;
+    return slice_end(slice, page_bytes) <= pages;
 }
 
 static bool record_is_good(const struct adapter_record *record, const struct adapter_base *base,
@@ -325,16 +344,59 @@ static bool record_is_good(const struct adapter_record *record, const struct ada
            slice_is_inside(&record->pair.b, adapter__row_bytes(base, d_out), page_bytes, pages);
 }
 
-// Places of records in the file, ascending.
-static uint64_t record_order(const struct adapter_record *record)
-{
-    return ((uint64_t)record->layer * 2 + (record->module >= LORA_GATE)) << 40 |
-           (uint64_t)record->expert << 8 | record->module;
-}
-
 static bool is_expert(const struct adapter_base *base, const struct adapter_record *record)
 {
     return record->module >= LORA_GATE && base->is_moe[record->layer];
+}
+
+// Places of records in the file, ascending.
+static uint64_t record_order(const struct adapter_base *base, const struct adapter_record *record)
+{
+    return (uint64_t)is_expert(base, record) << 63 | (uint64_t)record->layer << 40 |
+           (uint64_t)record->expert << 8 | record->module;
+}
+
+// Takes the pages [first, end) of a pair into a part that has some already, or none.
+static void part_add(struct lora_part *part, uint32_t first, uint32_t end)
+{
+    uint32_t part_end = part->first + part->count;
+    if (!part->count || first < part->first)
+        part->first = first;
+    part->count = (part_end > end ? part_end : end) - part->first;
+}
+
+// The pages of the trunk, and for every (layer, expert) those of its slices behind the trunk.
+static enum status parts_find(const struct adapter_base *base, struct adapter_store *store)
+{
+    size_t rows = (size_t)base->layers * LORA_MODULES, experts = store->experts;
+    store->trunk_pages = experts > 1 ? 1 : store->pages; // one: so that it has any
+    if (experts == 1)
+        return STATUS_OK;
+    store->parts = calloc(base->layers * experts, sizeof *store->parts);
+    if (!store->parts)
+        return STATUS_NO_MEMORY;
+    for (size_t i = 0; i < rows * experts; i++) {
+        const struct lora_pair *pair = &store->pairs[i];
+        bool of_expert =
+            i / experts % LORA_MODULES >= LORA_GATE && base->is_moe[i / experts / LORA_MODULES];
+        if (!pair->a.rank || of_expert)
+            continue;
+        uint32_t end = pair_end(pair, store->page_bytes);
+        store->trunk_pages = end > store->trunk_pages ? end : store->trunk_pages;
+    }
+    for (size_t i = 0; i < rows * experts; i++) {
+        const struct lora_pair *pair = &store->pairs[i];
+        size_t layer = i / experts / LORA_MODULES;
+        if (!pair->a.rank || i / experts % LORA_MODULES < LORA_GATE || !base->is_moe[layer])
+            continue;
+        uint32_t first = pair_first(pair), end = pair_end(pair, store->page_bytes);
+        struct lora_part *part = &store->parts[layer * experts + i % experts];
+        if (end > store->trunk_pages)
+            part_add(part, first > store->trunk_pages ? first : store->trunk_pages, end);
+        if (part->count > store->part_pages_max)
+            store->part_pages_max = part->count;
+    }
+    return STATUS_OK;
 }
 
 // Checks every record and spreads them over the dense table.
@@ -348,10 +410,10 @@ static enum status table_decode(const uint8_t *at, const struct adapter_header *
     for (uint32_t i = 0; i < header->records; i++) {
         struct adapter_record record = record_decode(at + (size_t)i * RECORD_BYTES);
         if (!record_is_good(&record, base, header->page_bytes, header->pages) ||
-            (i && record_order(&record) <= before))
+            (i && record_order(base, &record) <= before))
             return fault_set(fault, STATUS_CORRUPT, "%s: record %u of %u is wrong.", label, i,
                              header->records);
-        before = record_order(&record);
+        before = record_order(base, &record);
         if (is_expert(base, &record))
             out->experts = base->experts;
         out->modules |= 1u << record.module;
@@ -372,7 +434,9 @@ static enum status table_decode(const uint8_t *at, const struct adapter_header *
         size_t row = (size_t)record.layer * LORA_MODULES + record.module;
         out->pairs[row * out->experts + record.expert] = record.pair;
     }
-    return STATUS_OK;
+    return parts_find(base, out)
+               ? fault_set(fault, STATUS_NO_MEMORY, "out of memory for the table of %s.", label)
+               : STATUS_OK;
 }
 
 static enum status fixed_read(struct reader *reader, const char *label, uint8_t out[FIXED_BYTES],
@@ -423,7 +487,6 @@ enum status adapter__store_open(struct reader *reader, const char *label,
         status = header_read(reader, label, header.header_bytes, &whole, fault);
     if (status)
         return status;
-    out->format = get_u32(fixed + AT_FORMAT);
     out->header_bytes = header.header_bytes;
     out->pages = header.pages;
     memcpy(out->pages_digest.bytes, whole + AT_PAGES_DIGEST, DIGEST_BYTES);
@@ -462,7 +525,6 @@ enum status adapter__store_peek(struct reader *reader, const char *label, struct
     memcpy(summary->base.bytes, fixed + AT_BASE, DIGEST_BYTES);
     summary->dtype = (enum dtype)dtype;
     summary->page_bytes = out->page_bytes = header.page_bytes;
-    out->format = get_u32(fixed + AT_FORMAT);
     out->header_bytes = header.header_bytes;
     out->pages = header.pages;
     return status;
@@ -471,10 +533,11 @@ enum status adapter__store_peek(struct reader *reader, const char *label, struct
 void adapter__store_clear(struct adapter_store *store)
 {
     free(store->pairs);
+    free(store->parts);
     store->pairs = NULL;
+    store->parts = NULL;
 }
 
-// Version 1 took all pages as one stream; since then each is hashed by itself.
 enum status adapter__store_verify(struct reader *reader, const char *label,
                                   const struct adapter_store *store, struct fault *fault)
 {
@@ -487,10 +550,6 @@ enum status adapter__store_verify(struct reader *reader, const char *label,
     for (uint32_t i = 0; i < store->pages && !status; i++) {
         status = reader_read(reader, store->header_bytes + (uint64_t)i * store->page_bytes, page,
                              store->page_bytes);
-        if (store->format == 1) {
-            hash_update(&stream, page, store->page_bytes);
-            continue;
-        }
         hash_begin(&of_page, NULL);
         hash_pieces(&of_page, page, store->page_bytes);
         struct digest digest = hash_end(&of_page);

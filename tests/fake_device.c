@@ -327,6 +327,31 @@ static bool expert_is_here(const struct fake_device *d, const struct expert_view
     return true;
 }
 
+// Experts whose pairs lack a part of their adapter are missing; mark: what missing experts want.
+static void look_for_parts(const struct moe_map_args *a, bool mark)
+{
+    const struct lora_batch *b = a->lora;
+    for (uint32_t s = 0; b && s < b->segments; s++) {
+        const struct lora_adapter_view *view =
+            b->adapter[s] == 0xffffffff ? NULL : &b->adapters[b->adapter[s]];
+        if (!view || !view->parts)
+            continue;
+        for (uint32_t p = b->row_begin[s] * a->top_k; p < b->row_begin[s + 1] * a->top_k; p++) {
+            uint32_t e = a->work.expert[p];
+            const struct lora_part *part = &view->parts[a->layer * view->experts + e];
+            if (mark && a->work.state[e] == 2 && part->count)
+                a->part_wanted[s * a->view.experts + e] = 1;
+            for (uint32_t i = 0; !mark && a->work.state[e] != 3 && i < part->count; i++) {
+                uint32_t page = view->pages[part->first + i];
+                if (page == PAGE_NONE)
+                    a->work.state[e] = 2;
+                else
+                    a->page_used[page] = 1;
+            }
+        }
+    }
+}
+
 static void run_map(struct fake_stream *s, const struct moe_map_args *a)
 {
     const struct moe_work *w = &a->work;
@@ -345,10 +370,14 @@ static void run_map(struct fake_stream *s, const struct moe_map_args *a)
             if (a->need[e])
                 w->state[e] = expert_is_here(device_of(s), &a->view, e) ? 1 : 2;
         }
+    }
+    look_for_parts(a, false);
+    for (uint32_t e = 0; e < a->view.experts; e++) {
         a->host_state[e] = w->state[e];
         if (w->state[e] == 2 && !s->result.missed)
             s->result = (struct segment_result){.missed = true, .miss_layer = a->layer};
     }
+    look_for_parts(a, true);
     CHECK(at == pairs);
     w->begin[a->view.experts] = at;
 }

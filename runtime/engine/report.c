@@ -88,9 +88,12 @@ static void put_experts(struct writer *w, struct engine *e)
 
 static void put_loads(struct writer *w, const struct adapter_loads *l)
 {
-    put(w, "\"hits\":%llu,\"misses\":%llu,\"loads\":%llu,\"load_us\":%llu,\"load_us_max\":%llu",
+    put(w,
+        "\"hits\":%llu,\"misses\":%llu,\"loads\":%llu,\"load_us\":%llu,\"load_us_max\":%llu,"
+        "\"part_pages\":%llu,\"part_misses\":%llu",
         (unsigned long long)l->hits, (unsigned long long)l->misses, (unsigned long long)l->loads,
-        (unsigned long long)l->load_us, (unsigned long long)l->load_us_max);
+        (unsigned long long)l->load_us, (unsigned long long)l->load_us_max,
+        (unsigned long long)l->part_pages, (unsigned long long)l->part_misses);
 }
 
 static void put_adapters(struct writer *w, struct engine *e)
@@ -103,10 +106,11 @@ static void put_adapters(struct writer *w, struct engine *e)
     put(w,
         ",\"adapters\":{\"registered\":%u,\"leaving\":%u,\"pinned\":%u,\"pinned_bytes\":%llu,"
         "\"resident\":%u,\"fetching\":%u,"
-        "\"resident_bytes\":%llu,\"fetches\":%llu,\"given_back\":%llu,",
+        "\"resident_bytes\":%llu,\"fetches\":%llu,\"given_back\":%llu,\"parts_given_back\":%llu,",
         a.registered, a.leaving, a.kept, (unsigned long long)a.kept_pages * p.page_bytes,
         a.resident, a.fetching, (unsigned long long)a.resident_pages * p.page_bytes,
-        (unsigned long long)a.fetches, (unsigned long long)a.given_back);
+        (unsigned long long)a.fetches, (unsigned long long)a.given_back,
+        (unsigned long long)a.parts_given_back);
     put_loads(w, &a.loads);
     put(w, "}");
 }
@@ -164,7 +168,8 @@ static void put_adapter(struct writer *w, const struct engine *e, const struct a
         "\"device_bytes\":%llu,\"host_bytes\":%llu,\"file_bytes\":%llu,"
         "\"rank_min\":%u,\"rank_max\":%u,\"bytes\":%llu,\"applied\":%u,\"possible\":%u,"
         "\"layout\":\"%s\",\"version\":%u,\"digest\":\"%s\",\"source\":\"%s\",",
-        info->resident ? "true" : "false", info->pages, info->users, info->resident ? bytes : 0,
+        info->resident ? "true" : "false", info->pages, info->users,
+        (unsigned long long)info->device_pages * page_bytes,
         (unsigned long long)info->host_pages * page_bytes, bytes, info->report.rank_min,
         info->report.rank_max, (unsigned long long)info->report.bytes,
         info->report.matrices_applied, info->report.matrices_possible, info->report.layout,
