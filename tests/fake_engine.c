@@ -511,6 +511,9 @@ static enum status fake_convert(void *context, const char *directory, const char
     (void)snprintf(path, sizeof path, "%s/adapter_config.json", directory);
     if (access(path, R_OK))
         return fault_set(fault, STATUS_CORRUPT, "there is no adapter_config.json.");
+    (void)snprintf(path, sizeof path, "%s/slow", directory);
+    if (!access(path, F_OK))
+        (void)usleep(300000);
     int descriptor = open(store_path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (descriptor < 0)
         return fault_set(fault, STATUS_IO, "the store file cannot be written.");

@@ -337,6 +337,27 @@ class Methods(unittest.TestCase):
             self.assertEqual(dune.error("adapters.remove", name="acme-secret"),
                              [0, 'not_found: there is no model "acme-secret".'])
 
+    def test_one_tenant_has_a_share_of_conversions(self):
+        more = TENANTS.replace("  - name: cape", "  - name: dune\n    keys_blake2b: [%s]\n    allowed_adapters: [\"dune-*\"]\n"
+                               "    manage_adapters: true\n  - name: cape" % key_hash("key-dune"))
+        with Server(tenants=more) as server, Peer(server) as acme, Peer(server, key="key-dune") as dune:
+            os.mkdir(os.path.join(server.adapters, "slow"))
+            for name in ("adapter_config.json", "slow"):
+                open(os.path.join(server.adapters, "slow", name), "w").close()
+            acme.result("hello", structured_errors=True)
+            ids = [acme.request("adapters.register", name="acme-%d" % i, path="slow") for i in range(3)]
+            refused = acme.read()  # the third, at once; the others are answered when they are done
+            self.assertEqual((refused[1], refused[2]["code"], refused[2]["retry_after_ms"]), (ids[2], "busy", 1000))
+            self.assertIn("2 adapters of this tenant are being registered, and it may have 2 at a time", refused[2]["message"])
+            dune.result("adapters.register", name="dune-1", path="slow")
+            self.assertEqual({acme.read()[1], acme.read()[1]}, set(ids[:2]))
+        with Server() as server, Peer(server) as acme:  # alone it may have all places
+            os.mkdir(os.path.join(server.adapters, "slow"))
+            for name in ("adapter_config.json", "slow"):
+                open(os.path.join(server.adapters, "slow", name), "w").close()
+            ids = [acme.request("adapters.register", name="acme-%d" % i, path="slow") for i in range(4)]
+            self.assertEqual([acme.read()[2] for _ in ids], [None] * 4)
+
     def test_changes_have_a_rate(self):
         slow = TENANTS.replace("adapter_rpm_limit: 0", "adapter_rpm_limit: 5")
         with Server(tenants=slow) as server, Peer(server) as peer:
