@@ -544,6 +544,7 @@ void adapter_acquire(struct adapters *adapters, adapter_id id)
     adapter->loads.misses += !is_hit;
     adapters->loads.hits += is_hit;
     adapters->loads.misses += !is_hit;
+    adapter->likely_step = UINT64_MAX;
     if (!adapter->users++)
         adapter->forgiven = true;
 }
@@ -552,6 +553,7 @@ void adapter_release(struct adapters *adapters, adapter_id id)
 {
     struct adapter *adapter = adapter__of(adapters, id);
     CHECK(adapter->users);
+    adapter->likely_step = UINT64_MAX;
     if (!--adapter->users)
         adapter__parts_mend(adapters, adapter);
     bury_if_done(adapters, adapter);
@@ -625,6 +627,7 @@ uint32_t adapter_pages_whole(const struct adapters *adapters, adapter_id id)
 void adapter_run(struct adapters *adapters, adapter_id id)
 {
     struct adapter *adapter = adapter__of(adapters, id);
+    adapters->running_whole += adapter->runs ? 0 : adapter->store.pages;
     adapters->running_pages += adapter->runs++ ? 0 : adapter__step_pages(adapter);
 }
 
@@ -633,6 +636,13 @@ void adapter_rest(struct adapters *adapters, adapter_id id)
     struct adapter *adapter = adapter__of(adapters, id);
     CHECK(adapter->runs);
     adapters->running_pages -= --adapter->runs ? 0 : adapter__step_pages(adapter);
+    adapters->running_whole -= adapter->runs ? 0 : adapter->store.pages;
+}
+
+uint64_t adapters_running_whole(const struct adapters *adapters, adapter_id except)
+{
+    const struct adapter *adapter = &adapters->slots[slot_of(adapters, except)];
+    return adapters->running_whole - (adapter->runs ? adapter->store.pages : 0);
 }
 
 uint32_t adapters_running_pages(const struct adapters *adapters, adapter_id except)

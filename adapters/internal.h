@@ -30,6 +30,10 @@ struct adapter {
     pool_object object;
     uint32_t part_count, first_part; // pages behind the trunk; the first one's slot in the pool
     uint32_t parts_resident, parts_coming;
+    uint32_t head, tail; // of its parts, those that may be offered: unused for longest first
+    uint32_t rich;       // its place among those that have such parts, or NO_PLACE
+    float likely;        // that it is used within the horizon, as of likely_step; 1 with users
+    uint64_t likely_step;
     struct lora_part *ranges;        // [layers][experts], as the store says, or NULL
     struct lora_part *ranges_device; // the same, for kernels
     bool broken;                     // a gate went on without one of its parts
@@ -48,9 +52,9 @@ struct adapter_claim {
 // A page of an adapter behind its trunk; see parts.c.
 struct part {
     pool_object object; // 0: none
-    uint64_t used_us;
+    uint64_t used_step;
     uint32_t adapter;        // slot
-    uint32_t next, previous; // in the list
+    uint32_t next, previous; // in its adapter's list
     uint8_t state;
     bool listed, dirty, held, pinned;
     bool shown; // the device's page table names a page
@@ -62,7 +66,8 @@ struct parts {
     uint32_t *dirty, dirty_count;
     uint32_t *held, held_count; // what the gate waits for
     uint32_t gate_arrived;      // of those, since it began
-    uint32_t head, tail;        // the list: unused for longest first
+    uint64_t step;              // steps so far
+    uint32_t *rich, rich_count; // slots of adapters that have parts to offer
     uint32_t pages, resident;   // of the device arena; parts
     uint32_t *of_page;          // [pages] the part that had it last
     uint8_t *used;              // device memory, [pages]: marks of moe_map
@@ -87,6 +92,7 @@ struct adapters {
     uint32_t *order, count; // slots by name
     uint64_t pool_slots;    // of all pool objects that live
     uint32_t running_pages; // of adapters with runs
+    uint64_t running_whole; // the same, all their pages
     uint32_t *warm, warm_count;
     uint32_t *graves, graves_count; // slots in state BURIED
     uint32_t *kept, kept_count;     // slots whose keeper is a tenant

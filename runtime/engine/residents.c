@@ -108,7 +108,7 @@ static bool promises_hold(const struct engine *e, adapter_id id, uint32_t total)
 {
     const struct model *model = e->options.model;
     uint64_t kept =
-        adapters_kept_pages(e->options.adapters) + adapter_page_count(e->options.adapters, id);
+        adapters_kept_pages(e->options.adapters) + adapter_pages_whole(e->options.adapters, id);
     uint64_t beside = kept + engine_expert_floor(&model->expert_shape, model->config.top_k);
     const adapter_id none = {0};
     if (sequence_pages_needed(e, e->options.context_max, false, none) + beside > total ||
