@@ -36,23 +36,32 @@ static void discard_run(struct worker_job *job)
 
 static void discarded(struct server *server, struct worker_job *job)
 {
-    (void)server;
-    (void)job;
+    struct request *request = request_find(server, job->id);
+    if (!request)
+        return;
+    reply_fault_for(request, &job->fault);
+    request_free(request);
 }
 
-// A store file that nobody wants goes.
-static void discard(struct server *server, const char *path)
+// A store file that nobody wants goes; then the request (may be NULL) is answered with the fault.
+static void discard(struct server *server, const char *path, struct request *request,
+                    const struct fault *fault)
 {
-    struct worker_job *job = server->disk ? worker_job_new(0) : NULL;
+    struct worker_job *job = worker_job_new(request ? request_id(request, 0) : 0);
     if (job) {
         job->run = discard_run;
         job->done = discarded;
+        job->fault = *fault;
         (void)snprintf(job->store_path, sizeof job->store_path, "%s", path);
         if (!worker_put(server->disk, job))
             return;
         worker_job_free(job);
     }
     (void)unlink(path);
+    if (request) {
+        reply_fault_for(request, fault);
+        request_free(request);
+    }
 }
 
 // Opens root/path one component at a time, never following a symlink. -1 with errno.
@@ -289,9 +298,7 @@ static void converted(struct server *server, struct worker_job *job)
         return;
     if (!job->status)
         (void)fault_set(&job->fault, STATUS_BUSY, "the engine's queue is full.");
-    discard(server, request->store_path);
-    reply_fault_for(request, &job->fault);
-    request_free(request);
+    discard(server, request->store_path, request, &job->fault);
 }
 
 // ---- the file of a registration ----------------------------------------------------------------
@@ -327,7 +334,7 @@ static void kept(struct server *server, struct worker_job *job)
     if (job->status) {
         log_line(LOG_WARN, "adapter %s will be gone after a restart: %s", job->entry.name,
                  job->fault.text);
-        discard(server, job->store_path); // the engine has it open
+        discard(server, job->store_path, NULL, &job->fault); // the engine has it open
     }
     if (request && job->status)
         answer_unkept(request, &job->fault, "It serves until the next restart, but was not kept");
@@ -374,10 +381,9 @@ bool register_added(struct request *request, const struct engine_reply *reply, c
 {
     struct fault fault;
     if (reply->status) {
-        discard(request->server, request->store_path);
         (void)fault_set(&fault, (enum status)reply->status, "%.199s", reply->message);
-        reply_fault_for(request, &fault);
-        return false;
+        discard(request->server, request->store_path, request, &fault);
+        return true;
     }
     request->operators = json_is_true(json_object_get(json, "operator"));
     broken_forget(request->server, request->model);
