@@ -33,7 +33,7 @@
 #include "base/check.h"
 
 enum {
-    STORE_VERSION = 2,
+    STORE_VERSION = 3,
     AT_DTYPE = 12,
     AT_HEADER_BYTES = 16,
     AT_PAGE_BYTES = 24,
@@ -541,7 +541,7 @@ void adapter__store_clear(struct adapter_store *store)
 enum status adapter__store_verify(struct reader *reader, const char *label,
                                   const struct adapter_store *store, struct fault *fault)
 {
-    struct hash_stream stream;
+    struct hash_stream stream, of_page;
     enum status status = STATUS_OK;
     uint8_t *page = malloc(store->page_bytes);
     if (!page)
@@ -550,7 +550,10 @@ enum status adapter__store_verify(struct reader *reader, const char *label,
     for (uint32_t i = 0; i < store->pages && !status; i++) {
         status = reader_read(reader, store->header_bytes + (uint64_t)i * store->page_bytes, page,
                              store->page_bytes);
-        hash_update(&stream, page, store->page_bytes);
+        hash_begin(&of_page, NULL);
+        hash_pieces(&of_page, page, store->page_bytes);
+        struct digest digest = hash_end(&of_page);
+        hash_update(&stream, &digest, sizeof digest);
     }
     free(page);
     if (status)

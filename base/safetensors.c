@@ -21,7 +21,7 @@
 #include "base/arith.h"
 #include "base/check.h"
 
-enum { LENGTH_BYTES = 8, CONVERT_ELEMENTS = 4096 };
+enum { LENGTH_BYTES = 8, CONVERT_ELEMENTS = 8192 };
 
 struct safetensors {
     struct reader *reader;

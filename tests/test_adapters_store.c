@@ -242,6 +242,22 @@ static int teardown(void **state)
     return 0;
 }
 
+// A server of before has written others: they are refused by name, also when nothing else is wrong.
+static void test_adapters_store_other_versions(void **state)
+{
+    struct made made;
+    struct fault fault;
+    make(&made, *state);
+    for (uint32_t version = 0; version < 6; version++) {
+        put_u32(made.bytes + 8, version);
+        seal(made.bytes);
+        enum status status = try_bytes(&made, made.bytes, made.count, &fault);
+        assert_int_equal(status, version == 3 ? STATUS_OK : STATUS_CORRUPT);
+        assert_true(version == 3 || strstr(fault.text, "of version 3: register the adapter again"));
+    }
+    unmake(&made);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -251,6 +267,7 @@ int main(void)
         cmocka_unit_test(test_adapters_store_wrong_length),
         cmocka_unit_test(test_adapters_store_lies),
         cmocka_unit_test(test_adapters_store_lying_summary),
+        cmocka_unit_test(test_adapters_store_other_versions),
     };
     return cmocka_run_group_tests_name("adapters_store", tests, setup, teardown);
 }

@@ -219,8 +219,7 @@ static uint32_t pages_of_tokens(const struct engine *e, uint32_t tokens)
 }
 
 // Would `more_pages` beside the KV of all sequences, on the device or on their way to it, the
-// adapters of paused steps and those that are pinned leave the experts their floor? A pinned
-// adapter counts once more when a sequence asks for it: that is too much, never too little.
+// adapters of paused steps and those that are pinned leave the experts their floor?
 bool sequence_pages_allow(const struct engine *engine, uint32_t more_pages)
 {
     struct pool_stats pool;
@@ -342,12 +341,19 @@ bool sequence_make_room(struct engine *engine, uint32_t for_slot, uint32_t pages
     return true;
 }
 
-// Pages with which a sequence of `tokens` tokens can run.
+uint32_t sequence_adapter_pages(const struct engine *engine, bool has_adapter, adapter_id adapter)
+{
+    const struct adapters *adapters = engine->options.adapters;
+    return has_adapter && !adapter_is_kept(adapters, adapter)
+               ? adapter_page_count(adapters, adapter)
+               : 0;
+}
+
+// Pages with which a sequence of `tokens` tokens can run, beside the adapters that are pinned.
 uint32_t sequence_pages_needed(const struct engine *engine, uint32_t tokens, bool has_adapter,
                                adapter_id adapter)
 {
-    return pages_of_tokens(engine, tokens) +
-           (has_adapter ? adapter_page_count(engine->options.adapters, adapter) : 0);
+    return pages_of_tokens(engine, tokens) + sequence_adapter_pages(engine, has_adapter, adapter);
 }
 
 // Would the KV of all sequences, and these tokens more, keep to what the pool lets KV have?
