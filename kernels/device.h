@@ -109,6 +109,7 @@ struct scatter_args {
 };
 
 enum copy_direction { COPY_TO_DEVICE, COPY_TO_HOST };
+enum { DEVICE_COPIES_MAX = 4 };
 
 // Arrays with a row for each row of a step are allocated for row_bucket(rows) rows: backends that
 // replay captured segments round row counts up to it. A power of two, or three quarters of one.
@@ -139,8 +140,10 @@ struct device_table {
     // Bytes free for alloc now; SIZE_MAX when the device does not know.
     size_t (*free_bytes)(const struct device *device);
 
-    // One copy at a time per direction, beside the segments (unified_pool/link_device.c): between
-    // alloc_host memory and device memory. copy_poll: true when it is done or none was started.
+    // Copies beside the segments (unified_pool/link_device.c), between alloc_host memory and device
+    // memory: at most DEVICE_COPIES_MAX of a direction at a time, done in the order of their
+    // starts. copy_poll: true when the oldest is done, which is one less then, or when there is
+    // none.
     enum status (*copy_start)(struct device *device, enum copy_direction direction, void *to,
                               const void *from, size_t bytes);
     bool (*copy_poll)(struct device *device, enum copy_direction direction, enum status *status);

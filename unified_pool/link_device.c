@@ -12,7 +12,10 @@ struct device_link {
     struct link link;
     struct device *device;
     struct link *reads; // owned
-    enum status status[COPY_RESOURCES];
+    struct started {    // what copy_start said, of those under way
+        enum status status[DEVICE_COPIES_MAX];
+        uint32_t first, count;
+    } started[COPY_RESOURCES];
 };
 
 static enum copy_direction direction_of(enum copy_resource resource)
@@ -27,20 +30,26 @@ static void device_link_start(struct link *link, const struct copy_chunk *chunk)
         self->reads->start(self->reads, chunk);
         return;
     }
-    self->status[chunk->resource] = self->device->table->copy_start(
+    struct started *started = &self->started[chunk->resource];
+    uint32_t at = (started->first + started->count++) % DEVICE_COPIES_MAX;
+    started->status[at] = self->device->table->copy_start(
         self->device, direction_of(chunk->resource), chunk->to, chunk->from, chunk->bytes);
 }
 
 static bool device_link_poll(struct link *link, enum copy_resource resource, enum status *status)
 {
     struct device_link *self = (struct device_link *)link;
+    struct started *started = &self->started[resource];
     if (resource == COPY_READ)
         return self->reads->poll(self->reads, resource, status);
-    if (!self->device->table->copy_poll(self->device, direction_of(resource), status))
+    if (!started->count)
+        return true;
+    if (started->status[started->first]) // the device does not know of it
+        *status = started->status[started->first];
+    else if (!self->device->table->copy_poll(self->device, direction_of(resource), status))
         return false;
-    if (self->status[resource])
-        *status = self->status[resource];
-    self->status[resource] = STATUS_OK;
+    started->first = (started->first + 1) % DEVICE_COPIES_MAX;
+    started->count--;
     return true;
 }
 
@@ -49,8 +58,8 @@ static void device_link_destroy(struct link *link)
     struct device_link *self = (struct device_link *)link;
     enum status ignored;
     for (int r = COPY_H2D; r <= COPY_D2H; r++)
-        while (!device_link_poll(link, (enum copy_resource)r, &ignored))
-            ; // a chunk of at most a few MiB
+        while (self->started[r].count)
+            (void)device_link_poll(link, (enum copy_resource)r, &ignored); // a few MiB at most
     self->reads->destroy(self->reads);
     free(self);
 }
@@ -69,7 +78,9 @@ enum status copy_link_device(struct device *device, const struct link_options *o
     self->link = (struct link){.start = device_link_start,
                                .poll = device_link_poll,
                                .destroy = device_link_destroy,
-                               .depth = {[COPY_READ] = self->reads->depth[COPY_READ]}};
+                               .depth = {[COPY_H2D] = DEVICE_COPIES_MAX,
+                                         [COPY_D2H] = DEVICE_COPIES_MAX,
+                                         [COPY_READ] = self->reads->depth[COPY_READ]}};
     self->device = device;
     *out = &self->link;
     return STATUS_OK;

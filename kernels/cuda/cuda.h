@@ -65,9 +65,9 @@ struct cuda_device {
     int ordinal, multiprocessors;
     bool invariant; // --batch-invariant: a row's bits do not depend on the other rows
     cublasLtHandle_t blas;
-    cudaStream_t copies[2]; // host to device, device to host
-    cudaEvent_t copy_done[2];
-    bool copy_busy[2];
+    cudaStream_t copies[2];                      // host to device, device to host
+    cudaEvent_t copy_done[2][DEVICE_COPIES_MAX]; // a ring of those under way
+    uint32_t copy_first[2], copy_count[2];
     cudaStream_t side; // zero_now
     cudaEvent_t side_done;
     bool side_dirty;

@@ -116,12 +116,13 @@ static enum status device_copy_start(struct device *device, enum copy_direction 
                                      const void *from, size_t bytes)
 {
     struct cuda_device *d = cuda_of(device);
-    CHECK(!d->copy_busy[direction]);
+    CHECK(d->copy_count[direction] < DEVICE_COPIES_MAX);
     enum cudaMemcpyKind kind =
         direction == COPY_TO_DEVICE ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost;
+    uint32_t at = (d->copy_first[direction] + d->copy_count[direction]) % DEVICE_COPIES_MAX;
     CUDA_TRY(d, cudaMemcpyAsync(to, from, bytes, kind, d->copies[direction]));
-    CUDA_TRY(d, cudaEventRecord(d->copy_done[direction], d->copies[direction]));
-    d->copy_busy[direction] = true;
+    CUDA_TRY(d, cudaEventRecord(d->copy_done[direction][at], d->copies[direction]));
+    d->copy_count[direction]++;
     return STATUS_OK;
 }
 
@@ -130,12 +131,13 @@ static bool device_copy_poll(struct device *device, enum copy_direction directio
 {
     struct cuda_device *d = cuda_of(device);
     *status = d->failed;
-    if (!d->copy_busy[direction])
+    if (!d->copy_count[direction])
         return true;
-    cudaError_t error = cudaEventQuery(d->copy_done[direction]);
+    cudaError_t error = cudaEventQuery(d->copy_done[direction][d->copy_first[direction]]);
     if (error == cudaErrorNotReady)
         return false;
-    d->copy_busy[direction] = false;
+    d->copy_first[direction] = (d->copy_first[direction] + 1) % DEVICE_COPIES_MAX;
+    d->copy_count[direction]--;
     if (error != cudaSuccess)
         *status = cuda__fail(d, "a copy between host and device", (int)error);
     return true;
@@ -151,8 +153,9 @@ static void device_destroy(struct device *device)
     if (d->blas)
         (void)cublasLtDestroy(d->blas);
     for (int i = 0; i < 2; i++) {
-        if (d->copy_done[i])
-            (void)cudaEventDestroy(d->copy_done[i]);
+        for (int k = 0; k < DEVICE_COPIES_MAX; k++)
+            if (d->copy_done[i][k])
+                (void)cudaEventDestroy(d->copy_done[i][k]);
         if (d->copies[i])
             (void)cudaStreamDestroy(d->copies[i]);
     }
@@ -237,7 +240,8 @@ static enum status open_gpu(struct cuda_device *d)
     CUDA_TRY(d, cudaEventCreateWithFlags(&d->side_done, cudaEventDisableTiming));
     for (int i = 0; i < 2; i++) {
         CUDA_TRY(d, cudaStreamCreateWithFlags(&d->copies[i], cudaStreamNonBlocking));
-        CUDA_TRY(d, cudaEventCreateWithFlags(&d->copy_done[i], cudaEventDisableTiming));
+        for (int k = 0; k < DEVICE_COPIES_MAX; k++)
+            CUDA_TRY(d, cudaEventCreateWithFlags(&d->copy_done[i][k], cudaEventDisableTiming));
     }
     if (cublasLtCreate(&d->blas) != CUBLAS_STATUS_SUCCESS)
         return cuda__fail(d, "cublasLtCreate", (int)cudaErrorUnknown);
