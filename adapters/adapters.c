@@ -391,7 +391,7 @@ static enum status tables_upload(struct adapters *adapters, struct adapter *adap
                                  struct fault *fault)
 {
     struct device *device = adapters->options.device;
-    size_t bytes = (size_t)adapters->options.base.layers * LORA_MODULES * adapter->store.experts *
+    size_t bytes = lora_pair_rows(adapters->options.base.layers) * adapter->store.experts *
                    sizeof *adapter->pairs;
     enum status status = device->table->alloc(device, bytes, (void **)&adapter->pairs);
     if (status)

@@ -3,7 +3,8 @@
 //
 // Reads adapter_config.json and adapter_model.safetensors through confined readers (nothing outside
 // the directory is opened), asks peft__plan what goes where, and writes rows in the order of the
-// store: (layer, attention before MLP, expert, module), A before B. The tensors of one layer are
+// store: (layer, attention before MLP, expert, module), A before B, embed_tokens and lm_head last.
+// The tensors of one layer are
 // held in memory at a time, already in the compute dtype; a value that is not finite is refused
 // while it is read.
 //
@@ -97,34 +98,42 @@ struct gather {
     enum dtype dtype;
 };
 
-static void gather_row(const void *context, uint32_t row, uint32_t dim, void *out)
+static void gather_row(const void *context, const struct adapter_side *side, uint32_t row,
+                       void *out)
 {
     const struct gather *gather = context;
     const struct peft_source *source = gather->source;
-    size_t at = source->first + row * source->rank_step;
-    if (source->dim_step == 1) {
+    size_t rank = side->by_token ? 0 : row % side->rank;
+    size_t dim = side->by_token ? row : (size_t)(row / side->rank) * side->columns;
+    size_t at = source->first + rank * source->rank_step + dim * source->dim_step;
+    size_t step = side->by_token ? source->rank_step : source->dim_step;
+    size_t count = side->by_token ? side->rank : min_size(side->columns, side->dim - dim);
+    if (step == 1) {
         size_t element = dtype_bytes(gather->dtype);
-        memcpy(out, (const uint8_t *)gather->data + at * element, dim * element);
+        memcpy(out, (const uint8_t *)gather->data + at * element, count * element);
     } else if (gather->dtype == DTYPE_BF16) {
         const uint16_t *from = gather->data;
-        for (uint32_t i = 0; i < dim; i++, at += source->dim_step)
+        for (size_t i = 0; i < count; i++, at += step)
             ((uint16_t *)out)[i] = from[at];
     } else {
         const float *from = gather->data;
-        for (uint32_t i = 0; i < dim; i++, at += source->dim_step)
+        for (size_t i = 0; i < count; i++, at += step)
             ((float *)out)[i] = from[at];
     }
 }
 
-static enum status side_put(struct conversion *conversion, const struct peft_pair *pair,
-                            const struct peft_source *source, uint32_t dim, struct lora_slice *out,
+static enum status side_put(struct conversion *conversion, enum lora_module module, bool is_b,
+                            const struct peft_pair *pair, struct lora_slice *out,
                             struct fault *fault)
 {
+    const struct peft_source *source = is_b ? &pair->b : &pair->a;
+    struct adapter_side side =
+        adapter__side(conversion->base, module, is_b, pair->rank, is_b ? pair->d_out : pair->d_in);
     struct gather gather = {.source = source, .dtype = conversion->base->dtype};
     enum status status = tensor_load(conversion, source->tensor, &gather.data, fault);
     if (status)
         return status;
-    return adapter__store_put(conversion->writer, pair->rank, dim, gather_row, &gather, out, fault);
+    return adapter__store_put(conversion->writer, &side, gather_row, &gather, out, fault);
 }
 
 // Writes one matrix; *a_before is the A slice of the matrix before it.
@@ -138,11 +147,11 @@ static enum status pair_put(struct conversion *conversion, uint32_t layer, enum 
     struct adapter_record record = {.layer = layer, .module = module, .expert = expert};
     enum status status = STATUS_OK;
     if (!pair->shares_a)
-        status = side_put(conversion, pair, &pair->a, pair->d_in, a_before, fault);
+        status = side_put(conversion, module, false, pair, a_before, fault);
     record.pair.a = *a_before;
     record.pair.scale = pair->scale;
     if (!status)
-        status = side_put(conversion, pair, &pair->b, pair->d_out, &record.pair.b, fault);
+        status = side_put(conversion, module, true, pair, &record.pair.b, fault);
     if (!status)
         status = adapter__store_record(conversion->writer, &record, fault);
     if (pair->rank < report->rank_min)
@@ -166,6 +175,18 @@ static enum status layer_put(struct conversion *conversion, uint32_t layer, stru
     return status;
 }
 
+// embed_tokens and lm_head.
+static enum status model_put(struct conversion *conversion, struct fault *fault)
+{
+    struct lora_slice a;
+    enum status status = STATUS_OK;
+    for (int m = LORA_EMBED; m <= LORA_HEAD && !status; m++) {
+        status = pair_put(conversion, conversion->base->layers, (enum lora_module)m, 0, &a, fault);
+        layer_forget(conversion);
+    }
+    return status;
+}
+
 static enum status store_write(struct conversion *conversion, size_t page_bytes,
                                const char *store_path, struct fault *fault)
 {
@@ -178,6 +199,8 @@ static enum status store_write(struct conversion *conversion, size_t page_bytes,
     report->rank_min = ADAPTER_RANK_MAX;
     for (uint32_t layer = 0; layer < conversion->base->layers && !status; layer++)
         status = layer_put(conversion, layer, fault);
+    if (!status)
+        status = model_put(conversion, fault);
     if (status) {
         adapter__store_abandon(conversion->writer);
         return status;

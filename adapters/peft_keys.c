@@ -9,6 +9,8 @@
 //   base_model.model.model.layers.N.mlp.experts[.base_layer].lora_{A,B}.weight
 //     target_parameters
 //   base_model.model.model.layers.N.mlp.experts.{gate,up,down,gate_up}_proj.lora_{A,B}.weight   3-D
+//   base_model.model.model.embed_tokens.lora_embedding_{A,B}
+//   base_model.model.lm_head.lora_{A,B}.weight
 //
 // Numbers have no leading zeros, so that no two names mean the same matrix. Whether a tensor fits
 // the base is peft_weights.c's question.
@@ -18,8 +20,9 @@
 #include "adapters/peft.h"
 #include "base/check.h"
 
-static const char *const words[LORA_MODULES] = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
-                                                "gate_proj", "up_proj", "down_proj"};
+static const char *const words[LORA_MODULES_ALL] = {"q_proj",    "k_proj",       "v_proj",
+                                                    "o_proj",    "gate_proj",    "up_proj",
+                                                    "down_proj", "embed_tokens", "lm_head"};
 
 // Parts of names that are known and refused, with the reason and what to do; the first that is
 // found counts.
@@ -35,11 +38,10 @@ static const struct {
      "save_embedding_layers=False, else put them into the base model"},
     {".lm_head.weight", "PEFT saved the whole lm_head; if it was not trained, save again with "
                         "save_embedding_layers=False, else put it into the base model"},
-    {"embed_tokens",
-     "LoRA on embeddings is not supported; train without embed_tokens in target_modules"},
-    {"lora_embedding_",
-     "LoRA on embeddings is not supported; train without embed_tokens in target_modules"},
-    {"lm_head", "LoRA on lm_head is not supported; train without lm_head in target_modules"},
+    {".embed_tokens.base_layer.weight", "PEFT saved the base model's embeddings beside their LoRA; "
+                                        "save again with save_embedding_layers=False"},
+    {".lm_head.base_layer.weight", "PEFT saved the base model's lm_head beside its LoRA; save "
+                                   "again with save_embedding_layers=False"},
     {".bias", "biases are not supported; train with bias=\"none\" and lora_bias=False"},
     {".mlp.gate.",
      "LoRA on the router is not supported; train without mlp.gate in target_modules and "
@@ -62,6 +64,11 @@ void peft__module_name(uint32_t layer, enum lora_module module, int64_t expert,
                        char out[PEFT_NAME_MAX])
 {
     char part[32] = "";
+    if (module >= LORA_MODULES) {
+        (void)snprintf(out, PEFT_NAME_MAX, "%s%s", module == LORA_EMBED ? "model." : "",
+                       words[module]);
+        return;
+    }
     if (expert >= 0)
         (void)snprintf(part, sizeof part, "experts.%u.", (unsigned)expert);
     (void)snprintf(out, PEFT_NAME_MAX, "model.layers.%u.%s.%s%s", layer,
@@ -131,12 +138,26 @@ static bool experts_parse(const char **at, struct peft_key *out)
            module_word(at, LORA_GATE, LORA_DOWN, &out->module);
 }
 
+// lora_embedding_ is a parameter of its own, without ".weight".
+static bool embedding_parse(const char *at, struct peft_key *out)
+{
+    out->module = LORA_EMBED;
+    out->is_b = strcmp(at, "B") == 0;
+    return out->is_b || strcmp(at, "A") == 0;
+}
+
 static bool grammar(const char *name, struct peft_key *out)
 {
     const char *at = name;
-    if (!skip(&at, "base_model.model.model.layers.") || !number(&at, &out->layer))
+    if (skip(&at, "base_model.model.model.embed_tokens.lora_embedding_"))
+        return embedding_parse(at, out);
+    if (skip(&at, "base_model.model.lm_head"))
+        out->module = LORA_HEAD;
+    else if (!skip(&at, "base_model.model.model.layers.") || !number(&at, &out->layer))
         return false;
-    if (skip(&at, ".self_attn.")) {
+    if (out->module == LORA_HEAD) {
+        // nothing between it and the end
+    } else if (skip(&at, ".self_attn.")) {
         if (!module_word(&at, LORA_Q, LORA_O, &out->module))
             return false;
     } else if (skip(&at, ".mlp.experts")) {

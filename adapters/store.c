@@ -132,16 +132,17 @@ static enum status page_close(struct adapter_writer *writer, struct fault *fault
     return STATUS_OK;
 }
 
-enum status adapter__store_put(struct adapter_writer *writer, uint32_t rank, uint32_t dim,
+enum status adapter__store_put(struct adapter_writer *writer, const struct adapter_side *side,
                                adapter_row_source source, const void *context,
                                struct lora_slice *out, struct fault *fault)
 {
-    uint32_t row_bytes = adapter__row_bytes(writer->base, dim);
+    uint32_t row_bytes = side->row_bytes;
     if (row_bytes > writer->page_bytes)
         return fault_set(fault, STATUS_UNSUPPORTED,
                          "a row of %u bytes does not fit a page of %zu: use a larger page size.",
                          row_bytes, writer->page_bytes);
-    for (uint32_t row = 0; row < rank; row++) {
+    writer->used = round_up(writer->used, ADAPTER_ROW_ALIGN); // after rows by token
+    for (uint32_t row = 0; row < side->rows; row++) {
         if (writer->page_bytes - writer->used < row_bytes) {
             enum status status = page_close(writer, fault);
             if (status)
@@ -151,8 +152,8 @@ enum status adapter__store_put(struct adapter_writer *writer, uint32_t rank, uin
             *out = (struct lora_slice){.first_slot = writer->pages,
                                        .first_byte = (uint32_t)writer->used,
                                        .row_bytes = row_bytes,
-                                       .rank = rank};
-        source(context, row, dim, writer->page + writer->used);
+                                       .rank = side->rank};
+        source(context, side, row, writer->page + writer->used);
         writer->used += row_bytes;
     }
     return STATUS_OK;

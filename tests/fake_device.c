@@ -23,6 +23,7 @@ enum command_kind {
     DO_RMSNORM,
     DO_GEMM,
     DO_SWIGLU,
+    DO_LORA_GATHER,
     DO_SHRINK,
     DO_EXPAND,
     DO_QK,
@@ -52,6 +53,7 @@ struct command {
         struct rmsnorm_args rmsnorm;
         struct gemm_args gemm;
         struct swiglu_args swiglu;
+        struct lora_gather_args lora_gather;
         struct lora_shrink_args shrink;
         struct lora_expand_args expand;
         struct qk_args qk;
@@ -203,6 +205,26 @@ static void run_shrink(const struct lora_shrink_args *a)
             uint64_t weight = lora_word(b, view, &pair->a, j);
             for (uint32_t r = b->row_begin[s]; r < b->row_begin[s + 1]; r++) {
                 uint32_t h = print_shrink(get(a->x, ACT, r), weight, j);
+                memcpy(a->hidden + (size_t)r * b->rank_max + j, &h, sizeof h);
+            }
+        }
+    }
+}
+
+// A by token: a row of A stands for what shrink makes of x.
+static void run_lora_gather(const struct lora_gather_args *a)
+{
+    const struct lora_batch *b = a->batch;
+    for (uint32_t s = 0; s < b->segments; s++) {
+        if (b->adapter[s] == 0xffffffff)
+            continue;
+        const struct lora_adapter_view *view = &b->adapters[b->adapter[s]];
+        const struct lora_pair *pair = lora_pair_at(view, a->layer, a->module, 0);
+        for (uint32_t r = b->row_begin[s]; pair->a.rank && r < b->row_begin[s + 1]; r++) {
+            bool lost = a->token[r] < 0 || (uint32_t)a->token[r] >= a->vocab;
+            uint64_t word = lost ? 0 : lora_word(b, view, &pair->a, (uint32_t)a->token[r]);
+            for (uint32_t j = 0; j < pair->a.rank; j++) {
+                uint32_t h = print_shrink(1, word, j);
                 memcpy(a->hidden + (size_t)r * b->rank_max + j, &h, sizeof h);
             }
         }
@@ -425,6 +447,20 @@ static void count_half(struct fake_device *d, uint32_t rows)
     d->counts.rows += rows;
 }
 
+static void run_moe(struct fake_stream *s, const struct command *c)
+{
+    if (c->kind == DO_MAP)
+        run_map(s, &c->a.map);
+    else if (c->kind == DO_GATE_UP)
+        run_gate_up(&c->a.moe);
+    else if (c->kind == DO_DOWN)
+        run_down(&c->a.moe);
+    else
+        run_combine(&c->a.combine);
+    if (c->kind == DO_COMBINE)
+        count_half(device_of(s), c->a.combine.rows);
+}
+
 static void run_one(struct fake_stream *s, const struct command *c)
 {
     struct fake_device *d = device_of(s);
@@ -458,6 +494,9 @@ static void run_one(struct fake_stream *s, const struct command *c)
         run_swiglu(&c->a.swiglu);
         count_half(d, c->a.swiglu.rows);
         break;
+    case DO_LORA_GATHER:
+        run_lora_gather(&c->a.lora_gather);
+        break;
     case DO_SHRINK:
         run_shrink(&c->a.shrink);
         break;
@@ -475,17 +514,10 @@ static void run_one(struct fake_stream *s, const struct command *c)
         run_router(&c->a.router);
         break;
     case DO_MAP:
-        run_map(s, &c->a.map);
-        break;
     case DO_GATE_UP:
-        run_gate_up(&c->a.moe);
-        break;
     case DO_DOWN:
-        run_down(&c->a.moe);
-        break;
     case DO_COMBINE:
-        run_combine(&c->a.combine);
-        count_half(d, c->a.combine.rows);
+        run_moe(s, c);
         break;
     case DO_ALL_REDUCE: // one rank: nothing to add
         CHECK(!c->a.all_reduce.comm || c->a.all_reduce.comm->world == 1);
@@ -602,6 +634,7 @@ RECORDER(fake_embed, embed_args, DO_EMBED, embed)
 RECORDER(fake_rmsnorm, rmsnorm_args, DO_RMSNORM, rmsnorm)
 RECORDER(fake_gemm, gemm_args, DO_GEMM, gemm)
 RECORDER(fake_swiglu, swiglu_args, DO_SWIGLU, swiglu)
+RECORDER(fake_lora_gather, lora_gather_args, DO_LORA_GATHER, lora_gather)
 RECORDER(fake_shrink, lora_shrink_args, DO_SHRINK, shrink)
 RECORDER(fake_expand, lora_expand_args, DO_EXPAND, expand)
 RECORDER(fake_qk, qk_args, DO_QK, qk)
@@ -719,6 +752,7 @@ static const struct device_table table = {
     .rmsnorm = fake_rmsnorm,
     .gemm = fake_gemm,
     .swiglu = fake_swiglu,
+    .lora_gather = fake_lora_gather,
     .lora_shrink = fake_shrink,
     .lora_expand = fake_expand,
     .qk_norm_rope_kv = fake_qk,

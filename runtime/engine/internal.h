@@ -98,7 +98,8 @@ struct step_block {
 struct step_arrays {
     int32_t *token;
     uint32_t *position, *sequence, *lora_row, *lora_adapter, *gather;
-    uint32_t *follow; // by sample of the step before: the row its token goes to, or rows_max
+    uint32_t *lora_sample; // as lora_row, over the samples
+    uint32_t *follow;      // by sample of the step before: the row its token goes to, or rows_max
     struct sample_params *sample;
     uint32_t *pages;
 };
@@ -110,17 +111,17 @@ struct step {
     struct step_block block;
     struct step_arrays host, device;
     float *x; // [rows_max][hidden] residual rows: with the KV, all that a paused step keeps
-    struct lora_batch lora;
-    uint32_t lora_modules; // bit m: some adapter of the step has module m
-    uint32_t tops;         // top_logprobs asked for by the step's samples
-    uint32_t half;         // next half-layer, 2 * layers: the head
-    uint32_t segment_end;  // halves [half, segment_end) are in flight
-    bool resume_gate;      // the first half of the next segment starts at its gate
-    bool segment_head;     // the segment in flight ends with the head
-    bool places_changed;   // the block must be copied to the device before the next segment
-    bool ahead_tried;      // the next step was planned, or could not be, while this one runs
-    uint32_t followed;     // samples of the step before, whose tokens are this one's input; 0: none
-    uint32_t result_set;   // of scratch.results
+    struct lora_batch lora, lora_head; // of all rows; of the sampled ones
+    uint32_t lora_modules;             // bit m: some adapter of the step has module m
+    uint32_t tops;                     // top_logprobs asked for by the step's samples
+    uint32_t half;                     // next half-layer, 2 * layers: the head
+    uint32_t segment_end;              // halves [half, segment_end) are in flight
+    bool resume_gate;                  // the first half of the next segment starts at its gate
+    bool segment_head;                 // the segment in flight ends with the head
+    bool places_changed; // the block must be copied to the device before the next segment
+    bool ahead_tried;    // the next step was planned, or could not be, while this one runs
+    uint32_t followed;   // samples of the step before, whose tokens are this one's input; 0: none
+    uint32_t result_set; // of scratch.results
     uint32_t halves_run;
     uint32_t adapter_pages; // of its adapters, kept free for it while it is paused
     uint64_t epoch;

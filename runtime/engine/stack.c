@@ -235,6 +235,8 @@ static void fill_base(const struct model_config *c, enum dtype dtype, const stru
                                  .intermediate = c->intermediate,
                                  .experts = c->experts,
                                  .moe_intermediate = c->moe_intermediate,
+                                 .vocab = c->vocab,
+                                 .tied = c->tied_embeddings,
                                  .is_moe = c->is_moe,
                                  .dtype = dtype,
                                  .digest = *digest};
