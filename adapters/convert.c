@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// adapter_convert: a PEFT directory becomes a store file, in one pass over the layers.
+// adapter_convert: a PEFT directory becomes a store file, in two passes over the layers.
 //
 // Reads adapter_config.json and adapter_model.safetensors through confined readers (nothing outside
 // the directory is opened), asks peft__plan what goes where, and writes rows in the order of the
-// store: (layer, attention before MLP, expert, module), A before B, embed_tokens and lm_head last.
-// The tensors of one layer are
-// held in memory at a time, already in the compute dtype; a value that is not finite is refused
-// while it is read.
+// store: first what every row of a step needs by (layer, module), embed_tokens and lm_head last,
+// then what experts need by (layer, expert, module), A before B. The tensors of one layer are held
+// in memory at a time, already in the compute dtype; a value that is not finite is refused while it
+// is read.
 //
 // Does not decide what is accepted (peft_*.c) nor how it is stored (store.c).
 #include <stdio.h>
@@ -161,13 +161,23 @@ static enum status pair_put(struct conversion *conversion, uint32_t layer, enum 
     return status;
 }
 
-static enum status layer_put(struct conversion *conversion, uint32_t layer, struct fault *fault)
+// The trunk of a layer: what is no expert's.
+static enum status trunk_put(struct conversion *conversion, uint32_t layer, struct fault *fault)
 {
     struct lora_slice a;
     enum status status = STATUS_OK;
-    for (int m = LORA_Q; m <= LORA_O && !status; m++)
+    int last = conversion->base->is_moe[layer] ? LORA_O : LORA_DOWN;
+    for (int m = LORA_Q; m <= last && !status; m++)
         status = pair_put(conversion, layer, (enum lora_module)m, 0, &a, fault);
-    uint32_t count = adapter__module_count(conversion->base, layer, LORA_GATE);
+    layer_forget(conversion);
+    return status;
+}
+
+static enum status experts_put(struct conversion *conversion, uint32_t layer, struct fault *fault)
+{
+    struct lora_slice a;
+    enum status status = STATUS_OK;
+    uint32_t count = conversion->base->is_moe[layer] ? conversion->base->experts : 0;
     for (uint32_t expert = 0; expert < count && !status; expert++)
         for (int m = LORA_GATE; m <= LORA_DOWN && !status; m++)
             status = pair_put(conversion, layer, (enum lora_module)m, expert, &a, fault);
@@ -198,9 +208,11 @@ static enum status store_write(struct conversion *conversion, size_t page_bytes,
         return status;
     report->rank_min = ADAPTER_RANK_MAX;
     for (uint32_t layer = 0; layer < conversion->base->layers && !status; layer++)
-        status = layer_put(conversion, layer, fault);
+        status = trunk_put(conversion, layer, fault);
     if (!status)
         status = model_put(conversion, fault);
+    for (uint32_t layer = 0; layer < conversion->base->layers && !status; layer++)
+        status = experts_put(conversion, layer, fault);
     if (status) {
         adapter__store_abandon(conversion->writer);
         return status;

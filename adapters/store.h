@@ -52,6 +52,10 @@ struct adapter_store {
     uint32_t experts;        // slices per module in `pairs`: the base's experts, or 1
     struct lora_pair *pairs; // [lora_pair_rows(layers)][experts]; the holder frees
     uint32_t modules;        // bit set of enum lora_module
+    // Pages [0, trunk_pages) hold what every row needs; parts, NULL without expert LoRA, says which
+    // of the others each (layer, expert) needs, at most part_pages_max.
+    uint32_t trunk_pages, part_pages_max;
+    struct lora_part *parts; // [layers][experts]; the holder frees
     struct digest pages_digest;
 };
 

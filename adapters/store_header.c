@@ -14,9 +14,11 @@
 //        a slice is u32 first_slot, first_byte, row_bytes, rank
 //   ...  zeros up to header_bytes, a multiple of page_bytes; then `pages` pages; nothing after them
 //
-// All little-endian. Records ascend strictly by (layer, attention before MLP, expert, module), so
-// that what a (layer, expert) needs stands together; embed_tokens and lm_head come last, as a layer
-// of their own. Version 1 knew neither.
+// All little-endian. Records ascend strictly: first the trunk, which is what no expert owns, by
+// (layer, module), then the experts' by (layer, expert, module). So the pages that every row of a
+// step needs come first and what a (layer, expert) needs stands together behind them. Slices stand
+// in the order of their records; a page may hold the end of one part and the beginning of the next.
+// embed_tokens and lm_head are the trunk's last, as a layer of their own.
 //
 // Invariants of a store that adapter__store_open accepted: 1. the base digest and shapes are those
 // of the given base. 2. every slice lies inside the pages, its rows have the length the base's
@@ -33,7 +35,7 @@
 #include "base/check.h"
 
 enum {
-    STORE_VERSION = 2,
+    STORE_VERSION = 3,
     AT_DTYPE = 12,
     AT_HEADER_BYTES = 16,
     AT_PAGE_BYTES = 24,
@@ -256,7 +258,7 @@ static enum status magic_check(const uint8_t *at, const char *label, struct faul
     if (version != STORE_VERSION)
         return fault_set(fault, STATUS_CORRUPT,
                          "%s is an adapter store file of version %u; this one reads version %d: "
-                         "convert the adapter again.",
+                         "register the adapter again.",
                          label, version, STORE_VERSION);
     return STATUS_OK;
 }
@@ -329,6 +331,47 @@ static enum status report_decode(const uint8_t *at, const char *label, struct ad
     return STATUS_OK;
 }
 
+// The page behind the last one of a slice.
+static uint64_t slice_end(const struct lora_slice *slice, uint32_t rows, size_t page_bytes)
+{
+    size_t in_first = (page_bytes - slice->first_byte) / slice->row_bytes;
+    size_t per_page = page_bytes / slice->row_bytes;
+    size_t later = rows > in_first ? div_up(rows - in_first, per_page) : 0;
+    return (uint64_t)slice->first_slot + 1 + later;
+}
+
+static uint32_t pair_first(const struct lora_pair *pair)
+{
+    return pair->a.first_slot < pair->b.first_slot ? pair->a.first_slot : pair->b.first_slot;
+}
+
+// A matrix of the base: a row of the table.
+struct place {
+    uint32_t layer;
+    enum lora_module module;
+};
+
+static struct place place_of(const struct adapter_base *base, size_t row)
+{
+    struct place at = {.layer = (uint32_t)(row / LORA_MODULES)};
+    size_t module = row % LORA_MODULES;
+    at.module = (enum lora_module)(at.layer < base->layers ? module : LORA_MODULES + module);
+    return at;
+}
+
+// Of slices that are inside the pages.
+static uint32_t pair_end(const struct adapter_base *base, const struct place *at,
+                         const struct lora_pair *pair, size_t page_bytes)
+{
+    uint32_t d_in = 0, d_out = 0, rank = pair->a.rank;
+    (void)adapter__module_dims(base, at->layer, at->module, &d_in, &d_out);
+    uint64_t a =
+        slice_end(&pair->a, adapter__side(base, at->module, false, rank, d_in).rows, page_bytes);
+    uint64_t b =
+        slice_end(&pair->b, adapter__side(base, at->module, true, rank, d_out).rows, page_bytes);
+    return (uint32_t)(a > b ? a : b);
+}
+
 static bool slice_is_inside(const struct lora_slice *slice, const struct adapter_side *side,
                             size_t page_bytes, uint32_t pages)
 {
@@ -337,10 +380,7 @@ static bool slice_is_inside(const struct lora_slice *slice, const struct adapter
         !row_bytes || row_bytes > page_bytes || slice->first_byte >= page_bytes ||
         slice->first_byte % ADAPTER_ROW_ALIGN)
         return false;
-    size_t in_first = (page_bytes - slice->first_byte) / row_bytes,
-           per_page = page_bytes / row_bytes;
-    size_t later = side->rows > in_first ? div_up(side->rows - in_first, per_page) : 0;
-    return (uint64_t)slice->first_slot + later < pages;
+    return slice_end(slice, side->rows, page_bytes) <= pages;
 }
 
 static bool record_is_good(const struct adapter_record *record, const struct adapter_base *base,
@@ -363,10 +403,53 @@ static bool record_is_good(const struct adapter_record *record, const struct ada
 }
 
 // Places of records in the file, ascending.
-static uint64_t record_order(const struct adapter_record *record)
+static uint64_t record_order(const struct adapter_base *base, const struct adapter_record *record)
 {
-    return ((uint64_t)record->layer * 2 + (record->module >= LORA_GATE)) << 40 |
+    bool of_expert = is_expert(base, record->layer, (enum lora_module)record->module);
+    return (uint64_t)of_expert << 63 | (uint64_t)record->layer << 40 |
            (uint64_t)record->expert << 8 | record->module;
+}
+
+// Takes the pages [first, end) of a pair into a part that has some already, or none.
+static void part_add(struct lora_part *part, uint32_t first, uint32_t end)
+{
+    uint32_t part_end = part->first + part->count;
+    if (!part->count || first < part->first)
+        part->first = first;
+    part->count = (part_end > end ? part_end : end) - part->first;
+}
+
+// The pages of the trunk, and for every (layer, expert) those of its slices behind the trunk.
+static enum status parts_find(const struct adapter_base *base, struct adapter_store *store)
+{
+    size_t rows = lora_pair_rows(base->layers), experts = store->experts;
+    store->trunk_pages = experts > 1 ? 1 : store->pages; // one: so that it has any
+    if (experts == 1)
+        return STATUS_OK;
+    store->parts = calloc(base->layers * experts, sizeof *store->parts);
+    if (!store->parts)
+        return STATUS_NO_MEMORY;
+    for (size_t i = 0; i < rows * experts; i++) {
+        const struct lora_pair *pair = &store->pairs[i];
+        struct place at = place_of(base, i / experts);
+        if (!pair->a.rank || is_expert(base, at.layer, at.module))
+            continue;
+        uint32_t end = pair_end(base, &at, pair, store->page_bytes);
+        store->trunk_pages = end > store->trunk_pages ? end : store->trunk_pages;
+    }
+    for (size_t i = 0; i < rows * experts; i++) {
+        const struct lora_pair *pair = &store->pairs[i];
+        struct place at = place_of(base, i / experts);
+        if (!pair->a.rank || !is_expert(base, at.layer, at.module))
+            continue;
+        uint32_t first = pair_first(pair), end = pair_end(base, &at, pair, store->page_bytes);
+        struct lora_part *part = &store->parts[at.layer * experts + i % experts];
+        if (end > store->trunk_pages)
+            part_add(part, first > store->trunk_pages ? first : store->trunk_pages, end);
+        if (part->count > store->part_pages_max)
+            store->part_pages_max = part->count;
+    }
+    return STATUS_OK;
 }
 
 // Checks every record and spreads them over the dense table.
@@ -380,10 +463,10 @@ static enum status table_decode(const uint8_t *at, const struct adapter_header *
     for (uint32_t i = 0; i < header->records; i++) {
         struct adapter_record record = record_decode(at + (size_t)i * RECORD_BYTES);
         if (!record_is_good(&record, base, header->page_bytes, header->pages) ||
-            (i && record_order(&record) <= before))
+            (i && record_order(base, &record) <= before))
             return fault_set(fault, STATUS_CORRUPT, "%s: record %u of %u is wrong.", label, i,
                              header->records);
-        before = record_order(&record);
+        before = record_order(base, &record);
         if (is_expert(base, record.layer, (enum lora_module)record.module))
             out->experts = base->experts;
         out->modules |= 1u << record.module;
@@ -404,7 +487,9 @@ static enum status table_decode(const uint8_t *at, const struct adapter_header *
         size_t row = lora_pair_row(record.layer, (enum lora_module)record.module);
         out->pairs[row * out->experts + record.expert] = record.pair;
     }
-    return STATUS_OK;
+    return parts_find(base, out)
+               ? fault_set(fault, STATUS_NO_MEMORY, "out of memory for the table of %s.", label)
+               : STATUS_OK;
 }
 
 static enum status fixed_read(struct reader *reader, const char *label, uint8_t out[FIXED_BYTES],
@@ -501,7 +586,9 @@ enum status adapter__store_peek(struct reader *reader, const char *label, struct
 void adapter__store_clear(struct adapter_store *store)
 {
     free(store->pairs);
+    free(store->parts);
     store->pairs = NULL;
+    store->parts = NULL;
 }
 
 enum status adapter__store_verify(struct reader *reader, const char *label,

@@ -649,7 +649,7 @@ static void bench_lora(struct bench *b, uint32_t rows, uint32_t dim, uint32_t ti
             }
         for (uint32_t i = 0; i < times; i++)
             pair[i * LORA_MODULES].scale = 1;
-        l.views[r] = (struct lora_adapter_view){slots, pair, 1};
+        l.views[r] = (struct lora_adapter_view){.pages = slots, .pairs = pair, .experts = 1};
         begin[r + 1] = r + 1;
         adapter[r] = r;
     }

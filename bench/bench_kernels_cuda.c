@@ -610,8 +610,9 @@ static double lora_case(struct bench *b, uint32_t count, const uint32_t *ranks, 
         for (uint32_t i = 0; i < slots; i++)
             numbers[i] = (next + i) * 5 % (pages_all / 2);
         next += slots;
-        views[a] = (struct lora_adapter_view){uploaded(b, numbers, slots * 4),
-                                              uploaded(b, pairs, sizeof pairs), 1};
+        views[a] = (struct lora_adapter_view){.pages = uploaded(b, numbers, slots * 4),
+                                              .pairs = uploaded(b, pairs, sizeof pairs),
+                                              .experts = 1};
         free(numbers);
         begin[a] = adapter[a] = a;
         rank_max = rank > rank_max ? rank : rank_max;

@@ -45,11 +45,18 @@ struct lora_pair {
     float scale; // lora_alpha / rank, or / sqrt(rank) for rsLoRA
 };
 
+// The pages that the slices of one (layer, expert) stand in: slots [first, first + count) of the
+// adapter. count 0: none, or such as are always there.
+struct lora_part {
+    uint32_t first, count;
+};
+
 // An adapter as the kernels see it.
 struct lora_adapter_view {
-    const uint32_t *pages;         // page numbers by slot of the adapter
+    const uint32_t *pages;         // page numbers by slot of the adapter; PAGE_NONE in parts only
     const struct lora_pair *pairs; // [lora_pair_rows(layers)][experts_or_1], see lora_pair_at
     uint32_t experts;              // slices per module: model's experts when expert LoRA, else 1
+    const struct lora_part *parts; // [layers][experts], or NULL: all of it is always there
 };
 
 // The segments of a step.

@@ -105,7 +105,8 @@ static void adapter_make(struct adapters *l, uint32_t number, uint32_t rank, uin
         pair[i].b = slice_pack(l, p->b, p->rank, out, slots0,
                                module == LORA_HEAD ? CUT_BYTES : l->batch.page_bytes);
     }
-    l->view[number] = (struct lora_adapter_view){l->slots + slots0, pair, l->experts};
+    l->view[number] = (struct lora_adapter_view){
+        .pages = l->slots + slots0, .pairs = pair, .experts = l->experts};
 }
 
 void adapters_make(struct adapters *l, struct rig *rig, const uint32_t *ranks, uint32_t count,

@@ -149,9 +149,10 @@ void pool__drop_device(struct pool *pool, struct object *object);
 void pool__drop_host(struct pool *pool, struct object *object);
 void pool__pump_all(struct pool *pool);
 
-// pressure.c: `pages` free device pages, or FULL.
-enum status pool__make_room(struct pool *pool, uint32_t pages);
+// pressure.c: `pages` free device pages, or FULL; offers above price_max are not taken.
+enum status pool__make_room(struct pool *pool, uint32_t pages, float price_max);
 // Device pages for every slot of an object that has none.
-enum status pool__reserve_pages(struct pool *pool, struct object *object, bool zero);
+enum status pool__reserve_pages(struct pool *pool, struct object *object, bool zero,
+                                float price_max);
 
 #endif

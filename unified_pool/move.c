@@ -16,6 +16,8 @@
 //   copy's
 //      callback, which may come at once, finds a page nobody waits for.
 //   3. A fetch or write-back ends as a whole: all slots, or none of its device (host) pages stay.
+#include <math.h>
+
 #include "unified_pool/internal.h"
 
 static const enum copy_resource move_resource[] = {
@@ -366,6 +368,12 @@ static bool host_page_will_come(const struct pool *pool)
 enum status pool_fetch(struct pool *pool, pool_object handle, enum copy_class class,
                        enum copy_need need)
 {
+    return pool_fetch_within(pool, handle, class, need, INFINITY);
+}
+
+enum status pool_fetch_within(struct pool *pool, pool_object handle, enum copy_class class,
+                              enum copy_need need, float price_max)
+{
     struct object *object = pool__object(pool, handle);
     if (object->filled == object->slots)
         return STATUS_OK;
@@ -379,7 +387,7 @@ enum status pool_fetch(struct pool *pool, pool_object handle, enum copy_class cl
         if (!host_page_will_come(pool))
             return STATUS_FULL;
     }
-    enum status status = pool__reserve_pages(pool, object, false);
+    enum status status = pool__reserve_pages(pool, object, false, price_max);
     if (status)
         return status;
     set_urgency(object, class, need);

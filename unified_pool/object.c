@@ -35,24 +35,18 @@ void pool__recount(struct pool *pool, struct object *object)
     object->evictable = now;
 }
 
-enum status pool_object_create(struct pool *pool, const struct pool_object_options *options,
-                               pool_object *out)
+// Takes a free place for an object whose slots are a run that is the caller's.
+static struct object *object_place(struct pool *pool, const struct pool_object_options *options,
+                                   uint32_t first, uint32_t slots)
 {
-    CHECK((unsigned)options->kind < PAGE_KINDS && options->slots);
-    CHECK(options->owner < pool->options.owners_max);
     uint32_t index = pool->object_free;
-    if (index == NONE)
-        return STATUS_FULL;
-    uint32_t first = pool__runs_take(&pool->runs, options->slots);
-    if (first == NONE)
-        return STATUS_FULL;
     struct object *object = &pool->objects[index];
     pool->object_free = object->next_free;
     *object = (struct object){.generation = object->generation,
                               .next_free = NONE,
                               .owner = options->owner,
                               .first = first,
-                              .slots = options->slots,
+                              .slots = slots,
                               .next = NONE,
                               .prev = NONE,
                               .kind = (uint8_t)options->kind,
@@ -60,13 +54,45 @@ enum status pool_object_create(struct pool *pool, const struct pool_object_optio
                               .file = options->file,
                               .file_offset = options->file_offset,
                               .tag = options->tag};
-    for (uint32_t s = first; s < first + options->slots; s++) {
+    for (uint32_t s = first; s < first + slots; s++) {
         pool->device_page[s] = pool->host_page[s] = NONE;
         pool->slot_object[s] = index;
         pool->slot_flags[s] = 0;
     }
     pool->objects_live++;
-    *out = pool__handle(pool, object);
+    return object;
+}
+
+enum status pool_object_create(struct pool *pool, const struct pool_object_options *options,
+                               pool_object *out)
+{
+    CHECK((unsigned)options->kind < PAGE_KINDS && options->slots);
+    CHECK(options->owner < pool->options.owners_max);
+    if (pool->object_free == NONE)
+        return STATUS_FULL;
+    uint32_t first = pool__runs_take(&pool->runs, options->slots);
+    if (first == NONE)
+        return STATUS_FULL;
+    *out = pool__handle(pool, object_place(pool, options, first, options->slots));
+    return STATUS_OK;
+}
+
+enum status pool_objects_create(struct pool *pool, const struct pool_object_options *options,
+                                uint32_t count, pool_object *out)
+{
+    CHECK((unsigned)options->kind < PAGE_KINDS && count);
+    CHECK(options->owner < pool->options.owners_max);
+    if (pool->options.objects_max - pool->objects_live < count)
+        return STATUS_FULL;
+    uint32_t first = pool__runs_take(&pool->runs, count);
+    if (first == NONE)
+        return STATUS_FULL;
+    struct pool_object_options one = *options;
+    for (uint32_t i = 0; i < count; i++) {
+        out[i] = pool__handle(pool, object_place(pool, &one, first + i, 1));
+        one.file_offset += pool->options.page_bytes;
+        one.tag++;
+    }
     return STATUS_OK;
 }
 

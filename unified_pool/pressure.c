@@ -8,6 +8,8 @@
 // would not suffice, nothing is touched.
 //
 // A kind that has a limit (pool_set_limit) keeps to it first, with its own offers alone.
+#include <math.h>
+
 #include "unified_pool/internal.h"
 
 // The cheapest of the kinds' offers; `known` caches those that were asked already.
@@ -40,7 +42,7 @@ static void take_offer(struct pool *pool, int kind, pool_object handle)
     CHECK(object->generation != generation || !object->device);
 }
 
-enum status pool__make_room(struct pool *pool, uint32_t pages)
+enum status pool__make_room(struct pool *pool, uint32_t pages, float price_max)
 {
     const struct tier *device = &pool->tiers[TIER_DEVICE];
     if (device->free >= pages)
@@ -51,7 +53,7 @@ enum status pool__make_room(struct pool *pool, uint32_t pages)
     bool known[PAGE_KINDS] = {false}, has[PAGE_KINDS] = {false};
     while (device->free + device->waiting < pages) {
         int kind;
-        if (!best_offer(pool, offers, known, has, &kind))
+        if (!best_offer(pool, offers, known, has, &kind) || offers[kind].price > price_max)
             break;
         take_offer(pool, kind, offers[kind].object);
         known[kind] = false;
@@ -61,11 +63,11 @@ enum status pool__make_room(struct pool *pool, uint32_t pages)
 
 enum status pool_make_room(struct pool *pool, uint32_t pages)
 {
-    return pool__make_room(pool, pages);
+    return pool__make_room(pool, pages, INFINITY);
 }
 
 // Its own kind gives back what `pages` more would take it above its limit.
-static enum status keep_limit(struct pool *pool, uint8_t kind, uint32_t pages)
+static enum status keep_limit(struct pool *pool, uint8_t kind, uint32_t pages, float price_max)
 {
     const uint32_t *held = &pool->tiers[TIER_DEVICE].by_kind[kind];
     const struct pool_pressure *pressure = &pool->pressure[kind];
@@ -74,18 +76,20 @@ static enum status keep_limit(struct pool *pool, uint8_t kind, uint32_t pages)
         return STATUS_FULL;
     while ((uint64_t)*held + pages > limit) {
         struct pool_offer offer;
-        if (!pressure->cheapest || !pressure->cheapest(pressure->context, &offer))
+        if (!pressure->cheapest || !pressure->cheapest(pressure->context, &offer) ||
+            offer.price > price_max)
             return STATUS_FULL;
         take_offer(pool, kind, offer.object);
     }
     return STATUS_OK;
 }
 
-enum status pool__reserve_pages(struct pool *pool, struct object *object, bool zero)
+enum status pool__reserve_pages(struct pool *pool, struct object *object, bool zero,
+                                float price_max)
 {
-    enum status status = keep_limit(pool, object->kind, object->slots - object->device);
+    enum status status = keep_limit(pool, object->kind, object->slots - object->device, price_max);
     if (!status)
-        status = pool__make_room(pool, object->slots - object->device);
+        status = pool__make_room(pool, object->slots - object->device, price_max);
     if (status)
         return status;
     for (uint32_t s = object->first; s < object->first + object->slots; s++) {
@@ -106,5 +110,5 @@ enum status pool_reserve(struct pool *pool, pool_object handle)
 {
     struct object *object = pool__object(pool, handle);
     CHECK(!object->is_fetching);
-    return pool__reserve_pages(pool, object, true);
+    return pool__reserve_pages(pool, object, true, INFINITY);
 }
