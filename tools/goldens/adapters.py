@@ -145,6 +145,26 @@ CASES = {
     # set, and without effect: nn.Linear is never fan_in_fan_out, and this base has no biases
     "no-effect": ("new", "base-dense", dict(r=2, lora_alpha=5, target_modules=["v_proj"], bias="lora_only",
                                             written=dict(fan_in_fan_out=True))),
+    # embed_tokens and lm_head, with patterns of their own; saved without the base's own matrices
+    "embed": ("new", "base-dense", dict(r=5, lora_alpha=8, target_modules=["embed_tokens", "v_proj"], use_rslora=True,
+                                        rank_pattern={"v_proj": 2}, embeddings=False)),
+    "head": ("new", "base-dense", dict(r=3, lora_alpha=6, target_modules=["lm_head"], alpha_pattern={"lm_head": 4},
+                                       embeddings=False)),
+    "embed-head-text": ("new", "base-dense", dict(
+        r=4, lora_alpha=5, target_modules=r".*(embed_tokens|q_proj)|lm_head", rank_pattern={"model.embed_tokens": 9},
+        embeddings=False)),
+    # as PEFT saves it when it is not asked: the base's embeddings and head stand beside their LoRA
+    "embed-head-base": ("new", "base-dense", dict(r=4, lora_alpha=8,
+                                                  target_modules=["embed_tokens", "lm_head", "down_proj"])),
+    # tied embeddings: each has its own LoRA and the shared matrix stays ...
+    "tied": ("new", "base-moe", dict(r=4, lora_alpha=8, target_modules=["embed_tokens", "lm_head", "o_proj"],
+                                     embeddings=False)),
+    "tied-embed": ("new", "base-moe", dict(r=6, lora_alpha=8, target_modules=["embed_tokens"], embeddings=False)),
+    # ... unless one is asked for both
+    "tied-both": ("new", "base-moe", dict(r=6, lora_alpha=9, target_modules=["embed_tokens", "q_proj"],
+                                          ensure_weight_tying=True)),
+    "tied-both-head": ("new", "base-moe", dict(r=3, lora_alpha=9, target_modules=["lm_head"],
+                                               ensure_weight_tying=True)),
 }
 
 
@@ -154,10 +174,8 @@ REFUSED = {
     "modules-to-save": ("base-dense", dict(target_modules=["q_proj"], modules_to_save=["lm_head"]), {}),
     "lora-bias": ("base-dense", dict(target_modules=["q_proj"], lora_bias=True), {}),
     "trained-tokens": ("base-dense", dict(target_modules=["q_proj"], trainable_token_indices=[1, 2]), {}),
-    "embeddings": ("base-dense", dict(target_modules=["q_proj", "embed_tokens"]), dict(save_embedding_layers=False)),
     "embeddings-base": ("base-dense", dict(target_modules=["q_proj", "embed_tokens"]), {}),
     "embeddings-whole": ("base-dense", dict(target_modules=["q_proj"]), dict(save_embedding_layers=True)),
-    "lm-head": ("base-dense", dict(target_modules=["q_proj", "lm_head"]), dict(save_embedding_layers=False)),
     "router": ("base-moe", dict(target_modules=["q_proj"], target_parameters=["gate.weight"]), {}),
     "shared-experts": ("shared", dict(target_modules=["q_proj", "shared_expert.up_proj"]), {}),
 }
@@ -221,10 +239,13 @@ def deltas(model):
     """Effective change of every matrix, (out, in), by its name in the checkpoint."""
     out = {}
     for name, module in model.named_modules():
-        if not hasattr(module, "lora_A") or "default" not in module.lora_A:
+        is_embedding = "default" in getattr(module, "lora_embedding_A", {})
+        if not is_embedding and "default" not in getattr(module, "lora_A", {}):
             continue
         name = name.removeprefix("base_model.model.").replace(".base_layer", "")
         delta = module.get_delta_weight("default").detach().float()
+        if is_embedding:
+            delta = delta.T
         if delta.dim() == 2:
             out[name] = delta
             continue
@@ -241,6 +262,8 @@ def deltas(model):
 
 def kept(name):
     """Which deltas are committed: all of them would be 10 times the size."""
+    if name in ("model.embed_tokens", "lm_head"):
+        return True
     layer = int(name.split(".")[2])
     expert = int(name.split(".")[5]) if ".experts." in name else 0
     return layer in (0, 2) and expert in (0, 3)
@@ -281,6 +304,7 @@ def make_case(name, seed):
     arguments = dict(arguments)
     torch.manual_seed(seed)
     written, stacked = arguments.pop("written", {}), arguments.pop("stacked", None)
+    embeddings = arguments.pop("embeddings", "auto")
     if arguments.pop("no_dense", False):
         arguments["exclude_modules"] = ["layers.1.mlp." + word for word in MLP]
     model = get_peft_model(load_base(base), LoraConfig(task_type="CAUSAL_LM", **arguments)).eval()
@@ -290,7 +314,7 @@ def make_case(name, seed):
                 parameter.copy_(torch.randn_like(parameter) * 0.2)
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
-    model.save_pretrained(path / "adapter")
+    model.save_pretrained(path / "adapter", save_embedding_layers=embeddings)
     (path / "adapter/README.md").unlink(missing_ok=True)
     settings = json.loads((path / "adapter/adapter_config.json").read_text())
     settings["base_model_name_or_path"] = base  # no path of this machine
