@@ -38,6 +38,9 @@ struct adapter_base {
     const uint8_t *is_moe;              // [layers]
     enum dtype dtype;
     struct digest digest;
+    // safetensors_digest of its tensors "model.embed_tokens.weight" and "lm_head.weight"; zero: not
+    // known, or there is none.
+    struct digest embedding_weights, head_weights;
 };
 
 struct adapter_report {

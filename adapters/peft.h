@@ -88,13 +88,14 @@ enum peft_form {
     PEFT_FUSED_OUTER, // mlp.experts.lora_*: the parameter that was wrapped last
     PEFT_FUSED_INNER, // mlp.experts.base_layer.lora_*: the parameter that was wrapped first
     PEFT_STACKED,     // mlp.experts.{gate_proj,up_proj,down_proj}.lora_*: 3-D over the experts
-    PEFT_STACKED_GATE_UP
+    PEFT_STACKED_GATE_UP,
+    PEFT_BASE_WEIGHTS // embed_tokens or lm_head as the base model has it
 };
 
 struct peft_key {
     enum peft_form form;
     uint32_t layer, expert;  // layer: not of LORA_EMBED and LORA_HEAD
-    enum lora_module module; // PEFT_PLAIN, PEFT_STACKED
+    enum lora_module module; // PEFT_PLAIN, PEFT_STACKED, PEFT_BASE_WEIGHTS
     bool is_expert;          // PEFT_PLAIN: mlp.experts.E.
     bool is_b;
 };

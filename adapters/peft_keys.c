@@ -11,6 +11,8 @@
 //   base_model.model.model.layers.N.mlp.experts.{gate,up,down,gate_up}_proj.lora_{A,B}.weight   3-D
 //   base_model.model.model.embed_tokens.lora_embedding_{A,B}
 //   base_model.model.lm_head.lora_{A,B}.weight
+//   base_model.model.{model.embed_tokens,lm_head}[.base_layer].weight
+//     the base model's own, which PEFT saves beside their LoRA unless it is told not to
 //
 // Numbers have no leading zeros, so that no two names mean the same matrix. Whether a tensor fits
 // the base is peft_weights.c's question.
@@ -33,15 +35,6 @@ static const struct {
     {"trainable_tokens", "trained tokens are not supported; train without trainable_token_indices"},
     {"modules_to_save", "whole modules are not supported; train without modules_to_save"},
     {"original_module", "whole modules are not supported; train without modules_to_save"},
-    {".embed_tokens.weight",
-     "PEFT saved the whole embeddings; if they were not trained, save again with "
-     "save_embedding_layers=False, else put them into the base model"},
-    {".lm_head.weight", "PEFT saved the whole lm_head; if it was not trained, save again with "
-                        "save_embedding_layers=False, else put it into the base model"},
-    {".embed_tokens.base_layer.weight", "PEFT saved the base model's embeddings beside their LoRA; "
-                                        "save again with save_embedding_layers=False"},
-    {".lm_head.base_layer.weight", "PEFT saved the base model's lm_head beside its LoRA; save "
-                                   "again with save_embedding_layers=False"},
     {".bias", "biases are not supported; train with bias=\"none\" and lora_bias=False"},
     {".mlp.gate.",
      "LoRA on the router is not supported; train without mlp.gate in target_modules and "
@@ -138,26 +131,34 @@ static bool experts_parse(const char **at, struct peft_key *out)
            module_word(at, LORA_GATE, LORA_DOWN, &out->module);
 }
 
-// lora_embedding_ is a parameter of its own, without ".weight".
-static bool embedding_parse(const char *at, struct peft_key *out)
+// What follows "embed_tokens" or "lm_head". lora_embedding_ is a parameter of its own, without
+// ".weight".
+static bool model_module_parse(const char *at, struct peft_key *out)
 {
-    out->module = LORA_EMBED;
-    out->is_b = strcmp(at, "B") == 0;
-    return out->is_b || strcmp(at, "A") == 0;
+    bool is_whole = strcmp(at, ".weight") == 0 || strcmp(at, ".base_layer.weight") == 0;
+    out->form = is_whole ? PEFT_BASE_WEIGHTS : PEFT_PLAIN;
+    if (is_whole)
+        return true;
+    const char *a = ".lora_embedding_A", *b = ".lora_embedding_B";
+    if (out->module == LORA_HEAD) {
+        a = ".lora_A.weight";
+        b = ".lora_B.weight";
+    }
+    out->is_b = strcmp(at, b) == 0;
+    return out->is_b || strcmp(at, a) == 0;
 }
 
 static bool grammar(const char *name, struct peft_key *out)
 {
     const char *at = name;
-    if (skip(&at, "base_model.model.model.embed_tokens.lora_embedding_"))
-        return embedding_parse(at, out);
-    if (skip(&at, "base_model.model.lm_head"))
-        out->module = LORA_HEAD;
-    else if (!skip(&at, "base_model.model.model.layers.") || !number(&at, &out->layer))
+    bool is_embed = skip(&at, "base_model.model.model.embed_tokens");
+    if (is_embed || skip(&at, "base_model.model.lm_head")) {
+        out->module = is_embed ? LORA_EMBED : LORA_HEAD;
+        return model_module_parse(at, out);
+    }
+    if (!skip(&at, "base_model.model.model.layers.") || !number(&at, &out->layer))
         return false;
-    if (out->module == LORA_HEAD) {
-        // nothing between it and the end
-    } else if (skip(&at, ".self_attn.")) {
+    if (skip(&at, ".self_attn.")) {
         if (!module_word(&at, LORA_Q, LORA_O, &out->module))
             return false;
     } else if (skip(&at, ".mlp.experts")) {

@@ -76,6 +76,40 @@ static enum status key_check(const struct adapter_base *base, const struct peft_
     return STATUS_OK;
 }
 
+static bool is_zero(const struct digest *digest)
+{
+    static const struct digest zero = {.bytes = {0}};
+    return digest_equal(digest, &zero);
+}
+
+// embed_tokens or lm_head beside its LoRA: served when it is what this base has, bit for bit (also
+// bf16 that was widened). Another would change the model for everybody.
+static enum status base_weights_check(const struct peft_reading *reading,
+                                      const struct safetensors *file, const struct tensor *tensor,
+                                      enum lora_module module, struct fault *fault)
+{
+    const struct adapter_base *base = reading->base;
+    bool is_head = module == LORA_HEAD && !base->tied;
+    const struct digest *want = is_head ? &base->head_weights : &base->embedding_weights;
+    const char *name = is_head ? "lm_head.weight" : "model.embed_tokens.weight";
+    struct digest got = {.bytes = {0}};
+    enum status status = STATUS_OK;
+    if (!is_zero(want))
+        status = safetensors_digest(file, tensor, name, tensor->type, NULL, NULL, &got, fault);
+    if (!status && !digest_equal(want, &got) && tensor->type == TENSOR_F32)
+        status = safetensors_digest(file, tensor, name, TENSOR_BF16, NULL, NULL, &got, fault);
+    if (status && status != STATUS_INVALID)
+        return status;
+    if (status || is_zero(want) || !digest_equal(want, &got))
+        return fault_set(fault, STATUS_UNSUPPORTED,
+                         "the tensor \"%.150s\" is a whole matrix that is not known to be the base "
+                         "model's own: if it was not trained, save the adapter again with "
+                         "save_embedding_layers=False, else put it into the base model.",
+                         tensor->name);
+    peft__config_ignore(reading->config, "tensor:", tensor->name + strlen("base_model.model."));
+    return STATUS_OK;
+}
+
 static enum status collect(struct peft_reading *reading, const struct safetensors *file,
                            struct fault *fault)
 {
@@ -86,10 +120,14 @@ static enum status collect(struct peft_reading *reading, const struct safetensor
         const struct tensor *tensor = safetensors_at(file, i);
         struct peft_key key;
         enum status status = peft__key_parse(tensor->name, &key, fault);
-        if (!status)
+        if (!status && key.form == PEFT_BASE_WEIGHTS)
+            status = base_weights_check(reading, file, tensor, key.module, fault);
+        else if (!status)
             status = key_check(reading->base, &key, tensor->name, fault);
         if (status)
             return status;
+        if (key.form == PEFT_BASE_WEIGHTS)
+            continue;
         const struct tensor *(*pair)[2];
         if (key.form == PEFT_PLAIN && key.module >= LORA_MODULES)
             key.layer = reading->base->layers;

@@ -86,7 +86,7 @@ static void fill_weights(struct sim_model *sim)
     m->final_norm = cell(sim, 2);
     m->inv_freq = cell(sim, 3);
     m->dtype = DTYPE_BF16;
-    m->digest.bytes[0] = (uint8_t)(sim->variant + 1);
+    m->digests.model.bytes[0] = (uint8_t)(sim->variant + 1);
 }
 
 static void fill_kv_shape(struct sim_model *sim, const struct variant *v)
@@ -363,7 +363,7 @@ void sim_model_make(struct sim_model *sim, uint32_t variant)
                                       .vocab = c->vocab,
                                       .is_moe = c->is_moe,
                                       .dtype = DTYPE_BF16,
-                                      .digest = sim->model.digest};
+                                      .digest = sim->model.digests.model};
     (void)snprintf(sim->directory, sizeof sim->directory, "/tmp/polder-sim-XXXXXX");
     CHECK(mkdtemp(sim->directory));
     for (uint32_t i = 0; i < SIM_CONTENTS; i++)

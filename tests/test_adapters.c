@@ -221,22 +221,20 @@ static const struct {
     {"model.norm.lora_embedding_B", STATUS_INVALID, "is not a LoRA matrix"},
     {"model.embed_tokens.base_layer.weight",
      STATUS_UNSUPPORTED, // PEFT saves it beside the LoRA
-     "PEFT saved the base model's embeddings beside their LoRA; save again with "
-     "save_embedding_layers=False"},
+     "embed_tokens.base_layer.weight\" is a whole matrix that is not known to be the base model's "
+     "own: if it was not trained, save the adapter again with save_embedding_layers=False, else "
+     "put it into the base model"},
     {"model.embed_tokens.weight", STATUS_UNSUPPORTED, // after the vocabulary was resized
-     "PEFT saved the whole embeddings; if they were not trained, save again with "
-     "save_embedding_layers=False, else put them into the base model"},
+     "model.embed_tokens.weight\" is a whole matrix that is not known to be"},
     {"model.embed_tokens.token_adapter.trainable_tokens_delta", STATUS_UNSUPPORTED,
      "trained tokens are not supported; train without trainable_token_indices"},
     {"lm_head.lora_B.weight", STATUS_INVALID, "lm_head has lora_B but no lora_A"},
     {"lm_head.lora_embedding_A", STATUS_INVALID, "is not a LoRA matrix"},
     {"lm_head.lora_B.bias", STATUS_UNSUPPORTED, "biases are not supported"},
     {"lm_head.base_layer.weight", STATUS_UNSUPPORTED,
-     "PEFT saved the base model's lm_head beside its LoRA; save again with "
-     "save_embedding_layers=False"},
+     "lm_head.base_layer.weight\" is a whole matrix"},
     {"lm_head.weight", STATUS_UNSUPPORTED,
-     "PEFT saved the whole lm_head; if it was not trained, save again with "
-     "save_embedding_layers=False, else put it into the base model"},
+     "lm_head.weight\" is a whole matrix that is not known to be the base model's own"},
     {"model.layers.1.mlp.gate.lora_A.weight", STATUS_UNSUPPORTED,
      "LoRA on the router is not supported; train without mlp.gate"},
     {"model.layers.1.mlp.shared_expert.up_proj.lora_A.weight", STATUS_UNSUPPORTED,

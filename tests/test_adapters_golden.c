@@ -65,6 +65,8 @@ static const struct {
     {"tied", "attention, embed, head"},
     {"tied-embed", "embed"},
     {"tied-both-head", "embed, head"},
+    {"embed-head-base", "dense, embed, head"},
+    {"tied-both", "attention, embed, head"},
 };
 
 struct golden {
@@ -88,6 +90,23 @@ static uint32_t field(const struct json *root, const char *key)
     uint32_t value = 0;
     (void)json_as_u32(json_find(root, key), &value);
     return value;
+}
+
+static struct digest weights_digest(const char *directory, const char *name)
+{
+    struct reader *reader;
+    struct safetensors *file;
+    struct digest out = {.bytes = {0}};
+    assert_int_equal(reader_open_in(directory, "model.safetensors", &reader, NULL), STATUS_OK);
+    assert_int_equal(safetensors_open(reader, directory, &file, NULL), STATUS_OK);
+    const struct tensor *tensor = safetensors_find(file, name);
+    if (tensor)
+        assert_int_equal(
+            safetensors_digest(file, tensor, name, tensor->type, NULL, NULL, &out, NULL),
+            STATUS_OK);
+    safetensors_close(file);
+    reader_close(reader);
+    return out;
 }
 
 static void base_read(struct golden *golden, const char *name, enum dtype dtype)
@@ -120,6 +139,8 @@ static void base_read(struct golden *golden, const char *name, enum dtype dtype)
     }
     json_free(root);
     free(text);
+    golden->base.embedding_weights = weights_digest(directory, "model.embed_tokens.weight");
+    golden->base.head_weights = weights_digest(directory, "lm_head.weight");
 }
 
 static void golden_open(struct golden *golden, const char *name, enum dtype dtype)
