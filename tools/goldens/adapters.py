@@ -16,8 +16,8 @@ tests/golden/adapters/NAME/:
                          delta:MATRIX (F32 [out, in]): the effective change of the matrix
                          applied (I32 [1]): matrices with LoRA; writer (U8): versions, as text
                          __metadata__: base = name of the base's directory
-../adapters_names.json: for 31 configurations and 84 names, what PEFT's own functions answer; ../adapters_names_old.json:
-the same of writer "old", for what changed since ("names" on the command line makes these).
+../adapters_names.json: for 36 configurations and 86 names, what PEFT's own functions answer; ../adapters_names_old.json:
+the same of writer "old" (84 names), for what changed since ("names" on the command line makes these).
 ../adapters_refused/NAME/ ("refused" on the command line): adapters that the server refuses by name, as PEFT wrote them.
 The bases are in tests/golden/adapters/base-*/ (config.json, model.safetensors, tokenizer.json), with a
 golden.safetensors of their own (tokens.I, logits.I); every writer's versions must agree with it.
@@ -397,6 +397,11 @@ MATCHING = [
     dict(target_modules=["q_proj"], rank_pattern={r"(.)_(\w+)$": 3}),
     dict(target_modules=["q_proj"], alpha_pattern={"q_proj": 1, "up_proj": 0.5, "gate_up_proj": -3}, use_rslora=True),
     dict(target_modules=["q_proj"], alpha_pattern={"down_proj": 64}, rank_pattern={"mlp.down_proj": 48}),
+    dict(target_modules=["embed_tokens", "lm_head"], layers_to_transform=[0]),
+    dict(target_modules=["model.embed_tokens", "head"], rank_pattern={"embed_tokens": 3, "lm_head": 2}),
+    dict(target_modules=r"(model\.)?embed_tokens|lm_.*", exclude_modules=["lm_head"], alpha_pattern={".*head": 5}),
+    dict(target_modules=["lm_head", "q_proj"], layers_to_transform=[1], layers_pattern="layers", exclude_modules=r"model\.e.*"),
+    dict(target_modules=r".*", alpha_pattern={"model": 2, "model.embed_tokens": 7}, use_rslora=True),
 ]
 # Before 0.20 layers_to_transform without layers_pattern took the last number of a name, not the first.
 MATCHING_OLD = [
@@ -418,6 +423,9 @@ def matching_names():
                 yield f"model.layers.{layer}.mlp.experts.{expert}.{word}", False
         for word in ("gate_up_proj", "down_proj"):
             yield f"model.layers.{layer}.mlp.experts.{word}", True
+    if WRITER == "new":
+        yield "model.embed_tokens", False
+        yield "lm_head", False
 
 
 def make_matching(file, cases):
