@@ -245,6 +245,24 @@ static int teardown(void **state)
     return 0;
 }
 
+// What a server of before, or of later, has registered.
+static void test_adapters_store_of_other_versions(void **state)
+{
+    struct made made;
+    struct fault fault;
+    make(&made, *state);
+    uint32_t mine = made.bytes[8];
+    for (uint32_t version = 0; version < mine + 2; version++) {
+        put_u32(made.bytes + 8, version);
+        seal(made.bytes);
+        enum status status = try_bytes(&made, made.bytes, made.count, &fault);
+        assert_int_equal(status, version == mine ? STATUS_OK : STATUS_CORRUPT);
+        if (status)
+            assert_non_null(strstr(fault.text, "register the adapter again"));
+    }
+    unmake(&made);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -254,6 +272,7 @@ int main(void)
         cmocka_unit_test(test_adapters_store_wrong_length),
         cmocka_unit_test(test_adapters_store_lies),
         cmocka_unit_test(test_adapters_store_lying_summary),
+        cmocka_unit_test(test_adapters_store_of_other_versions),
     };
     return cmocka_run_group_tests_name("adapters_store", tests, setup, teardown);
 }
