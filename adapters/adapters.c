@@ -16,22 +16,14 @@
 // becomes resident. Whether it is resident is the pool's fact and is asked there; `warm` only lists
 // those worth asking.
 //
-// What kernels read is device memory, which the host may not be able to touch:
-//   views       [adapters_max], a row written once, at registration
-//   pairs       one block per adapter, uploaded at registration, released with the slot
-//   page_table  [slots of the pool]: an adapter's page numbers stand where the pool keeps its slots
-// Only the page table changes while segments run, and only by adapters_flush, in the order of the
-// stream. What stands there of an adapter that is not resident is of no meaning. A slot is freed
-// when nothing pins it, so no segment in flight reads what is released or written anew.
-//
 // A NAMED adapter may have a keeper (keep.c), a tenant that pinned it: then it is not offered under
 // pressure, and its pages count as taken whether they are there yet or not.
 //
 // Invariants: 1. `order` holds the slots in state NAMED, by name. 2. users > 0 or pinned: the
 // object lives. 3. warm holds every adapter with device pages, no slot twice. 4. an id names one
 // registration: slot and generation. 5. a resident adapter is in `arriving` or its pages stand in
-// the page table. Does not decide who may use an adapter (runtime) nor who gives pages back (the
-// pool; the price is price.c).
+// the page table (tables.c). Does not decide who may use an adapter (runtime) nor who gives pages
+// back (the pool; the price is price.c).
 #include "adapters/internal.h"
 
 #include <sched.h>
@@ -40,8 +32,9 @@
 
 #include "base/check.h"
 
-// FLUSHES_ALIVE: as in experts.c, flushes whose arrays segments in flight may still read.
-enum { SLOTS_MAX = 0xffff, QUIET_TRIES = 1000000, FLUSHES_ALIVE = 8 };
+// A pool object's tag: the adapter's slot, and below TAG_SLOT 0 for the trunk, else which part.
+enum { SLOTS_MAX = 0xffff, QUIET_TRIES = 1000000, TAG_SLOT = 32 };
+#define TAG_PART 0xffffffffu
 
 bool adapter_name_is_valid(const char *name)
 {
@@ -127,9 +120,8 @@ static bool is_cheaper(const struct adapter *a, const struct adapter *b)
     return a->users < b->users || (a->users == b->users && a->heat.level < b->heat.level);
 }
 
-static bool cheapest(void *context, struct pool_offer *out)
+static bool cheapest_trunk(struct adapters *adapters, struct pool_offer *out)
 {
-    struct adapters *adapters = context;
     struct pool *pool = adapters->options.pool;
     const struct adapter *best = NULL;
     for (uint32_t i = adapters->warm_count; i-- > 0;) {
@@ -153,10 +145,27 @@ static bool cheapest(void *context, struct pool_offer *out)
     return true;
 }
 
+static bool cheapest(void *context, struct pool_offer *out)
+{
+    struct adapters *adapters = context;
+    struct pool_offer part;
+    bool has_trunk = cheapest_trunk(adapters, out);
+    if (!adapter__parts_cheapest(adapters, &part))
+        return has_trunk;
+    if (!has_trunk || part.price < out->price)
+        *out = part;
+    return true;
+}
+
 static void give_back(void *context, pool_object object)
 {
     struct adapters *adapters = context;
-    struct adapter *adapter = &adapters->slots[pool_tag(adapters->options.pool, object)];
+    uint64_t tag = pool_tag(adapters->options.pool, object);
+    struct adapter *adapter = &adapters->slots[tag >> TAG_SLOT];
+    if (tag & TAG_PART) {
+        adapter__part_give_back(adapters, object);
+        return;
+    }
     adapter__warm_remove(adapters, adapter);
     adapters->given_back++;
     pool_drop_device(adapters->options.pool, object);
@@ -188,7 +197,8 @@ static enum status allocate(struct adapters *adapters)
         return STATUS_NO_MEMORY;
     pool_stats(adapters->options.pool, &stats);
     adapters->page_bytes = stats.page_bytes;
-    adapters->flush_words = stats.device_total; // what is resident has pages of its own
+    // What is resident has pages of its own; of parts as many may have left, or are spoiled.
+    adapters->flush_words = stats.device_total * (adapters->options.base.experts ? 3 : 1);
     enum status status =
         device->table->alloc(device, slots * sizeof *adapters->views, (void **)&adapters->views);
     if (!status)
@@ -198,7 +208,7 @@ static enum status allocate(struct adapters *adapters)
         status = device->table->alloc_host(
             device, (size_t)FLUSHES_ALIVE * 2 * adapters->flush_words * sizeof(uint32_t),
             (void **)&adapters->flush);
-    return status;
+    return status ? status : adapter__parts_create(adapters, &stats);
 }
 
 enum status adapters_create(const struct adapter_options *options, struct adapters **out)
@@ -238,18 +248,10 @@ static bool pool_is_quiet(const struct pool *pool)
     return stats.host_free + held == stats.host_total;
 }
 
-static void pairs_release(struct adapters *adapters, struct adapter *adapter)
-{
-    struct device *device = adapters->options.device;
-    if (adapter->pairs)
-        device->table->release(device, adapter->pairs);
-    adapter->pairs = NULL;
-}
-
 static void slot_free(struct adapters *adapters, uint32_t slot)
 {
     struct adapter *adapter = &adapters->slots[slot];
-    pairs_release(adapters, adapter);
+    adapter__tables_release(adapters, adapter);
     reader_close(adapter->file);
     adapter__store_clear(&adapter->store);
     *adapter = (struct adapter){
@@ -273,6 +275,7 @@ static void bury(struct adapters *adapters, struct adapter *adapter)
     // After a fetch that failed a read of another page may still be under way.
     bool is_read = pool_is_fetching(pool, adapter->object) ||
                    pool_fetch_status(pool, adapter->object) != STATUS_OK;
+    is_read |= adapter__parts_end(adapters, adapter);
     adapter__warm_remove(adapters, adapter);
     arriving_remove(adapters, slot);
     pool_object_destroy(pool, adapter->object);
@@ -299,6 +302,7 @@ void adapters_destroy(struct adapters *adapters)
         return;
     struct pool *pool = adapters->options.pool;
     if (pool) {
+        adapters_gate_done(adapters); // of a step that the device did not survive
         for (uint32_t slot = 0; slot < adapters->options.adapters_max; slot++)
             if (adapters->slots[slot].state == STATE_NAMED ||
                 adapters->slots[slot].state == STATE_LEAVING)
@@ -310,9 +314,10 @@ void adapters_destroy(struct adapters *adapters)
         }
         pool_set_pressure(pool, PAGE_ADAPTER, &(struct pool_pressure){.cheapest = offers_nothing});
     }
+    adapter__parts_destroy(adapters);
     struct device *device = adapters->options.device;
     for (uint32_t slot = 0; adapters->slots && slot < adapters->options.adapters_max; slot++)
-        pairs_release(adapters, &adapters->slots[slot]); // of graves that stayed open
+        adapter__tables_release(adapters, &adapters->slots[slot]); // of graves that stayed open
     if (adapters->views)
         device->table->release(device, adapters->views);
     if (adapters->page_table)
@@ -356,14 +361,39 @@ static uint32_t order_place(const struct adapters *adapters, const char *name, b
     return low;
 }
 
+// The trunk's object, and one for each page behind it.
+static enum status objects_make(struct adapters *adapters, struct adapter *adapter, uint32_t slot)
+{
+    struct pool_object_options options = {.kind = PAGE_ADAPTER,
+                                          .owner = adapter->owner,
+                                          .slots = adapter->store.trunk_pages,
+                                          .file = adapter->file,
+                                          .file_offset = adapter->store.header_bytes,
+                                          .tag = (uint64_t)slot << TAG_SLOT};
+    adapter->part_count = adapter->store.pages - adapter->store.trunk_pages;
+    pool_object *objects = calloc((size_t)adapter->part_count + 1, sizeof *objects);
+    if (!objects)
+        return STATUS_NO_MEMORY;
+    enum status status =
+        pool_objects_create(adapters->options.pool, &options, adapter->part_count, objects);
+    if (!status) {
+        adapter->object = objects[0];
+        adapter__parts_begin(adapters, adapter, objects + 1);
+    }
+    free(objects);
+    return status;
+}
+
 static enum status object_create(struct adapters *adapters, struct adapter *adapter, uint32_t slot,
                                  struct fault *fault)
 {
     struct pool_stats stats;
+    uint32_t needed = adapter__step_pages(adapter);
     pool_stats(adapters->options.pool, &stats);
-    if (adapter->store.pages > stats.device_total)
-        return fault_set(fault, STATUS_LIMIT, "adapter \"%s\" needs %u pages; the pool has %u.",
-                         adapter->name, adapter->store.pages, stats.device_total);
+    if (needed > stats.device_total)
+        return fault_set(fault, STATUS_LIMIT,
+                         "adapter \"%s\" needs %u pages at once; the pool has %u.", adapter->name,
+                         needed, stats.device_total);
     uint64_t wanted = adapters->pool_slots + adapter->store.pages;
     if (adapters->options.slots_max && wanted > adapters->options.slots_max)
         return fault_set(
@@ -372,42 +402,12 @@ static enum status object_create(struct adapters *adapters, struct adapter *adap
             "%llu: remove some or raise --pool-bytes.",
             adapter->name, adapter->store.pages, (unsigned long long)adapters->pool_slots,
             (unsigned long long)adapters->options.slots_max);
-    struct pool_object_options object = {.kind = PAGE_ADAPTER,
-                                         .owner = adapter->owner,
-                                         .slots = adapter->store.pages,
-                                         .file = adapter->file,
-                                         .file_offset = adapter->store.header_bytes,
-                                         .tag = slot};
-    if (pool_object_create(adapters->options.pool, &object, &adapter->object))
-        return fault_set(fault, STATUS_FULL,
+    enum status status = objects_make(adapters, adapter, slot);
+    if (status)
+        return fault_set(fault, status,
                          "the pool's tables have no room for adapter \"%s\" (%u pages).",
                          adapter->name, adapter->store.pages);
     adapters->pool_slots = wanted;
-    return STATUS_OK;
-}
-
-// What kernels read of this adapter, but for the page numbers: its pairs and its row of views.
-static enum status tables_upload(struct adapters *adapters, struct adapter *adapter, uint32_t slot,
-                                 struct fault *fault)
-{
-    struct device *device = adapters->options.device;
-    size_t bytes = lora_pair_rows(adapters->options.base.layers) * adapter->store.experts *
-                   sizeof *adapter->pairs;
-    enum status status = device->table->alloc(device, bytes, (void **)&adapter->pairs);
-    if (status)
-        return fault_set(fault, status, "no device memory for the table of adapter \"%s\".",
-                         adapter->name);
-    struct lora_adapter_view view = {
-        .pages = adapters->page_table + pool_first_slot(adapters->options.pool, adapter->object),
-        .pairs = adapter->pairs,
-        .experts = adapter->store.experts};
-    status = device->table->upload(device, adapter->pairs, adapter->store.pairs, bytes);
-    if (!status)
-        status = device->table->upload(device, &adapters->views[slot], &view, sizeof view);
-    if (status)
-        return fault_set(fault, status, "the table of adapter \"%s\" did not reach the device.",
-                         adapter->name);
-    adapter__store_clear(&adapter->store); // 36 bytes for every (layer, module, expert)
     return STATUS_OK;
 }
 
@@ -429,8 +429,9 @@ static enum status slot_fill(struct adapters *adapters, struct adapter *adapter,
         status = object_create(adapters, adapter, slot, fault);
     if (status)
         return status;
-    status = tables_upload(adapters, adapter, slot, fault);
+    status = adapter__tables_upload(adapters, adapter, slot, fault);
     if (status) {
+        (void)adapter__parts_end(adapters, adapter); // nothing was fetched
         pool_object_destroy(adapters->options.pool, adapter->object);
         adapters->pool_slots -= adapter->store.pages;
     }
@@ -474,7 +475,7 @@ static enum status register_as(struct adapters *adapters, const char *name, cons
     adapter->owner = found ? adapters->slots[adapters->order[place]].owner : owner;
     enum status status = slot_fill(adapters, adapter, slot, store_path, fault);
     if (status) {
-        pairs_release(adapters, adapter);
+        adapter__tables_release(adapters, adapter);
         adapter__store_clear(&adapter->store);
         reader_close(adapter->file);
         *adapter = (struct adapter){
@@ -548,7 +549,8 @@ void adapter_release(struct adapters *adapters, adapter_id id)
 {
     struct adapter *adapter = adapter__of(adapters, id);
     CHECK(adapter->users);
-    adapter->users--;
+    if (!--adapter->users)
+        adapter__parts_mend(adapters, adapter);
     bury_if_done(adapters, adapter);
 }
 
@@ -591,11 +593,28 @@ bool adapter_is_resident(const struct adapters *adapters, adapter_id id)
 enum status adapter_fetch_status(const struct adapters *adapters, adapter_id id)
 {
     const struct adapter *adapter = adapter__of(adapters, id);
-    return adapter->forgiven ? STATUS_OK
-                             : pool_fetch_status(adapters->options.pool, adapter->object);
+    if (adapter->forgiven)
+        return STATUS_OK;
+    return adapter->part_status ? adapter->part_status
+                                : pool_fetch_status(adapters->options.pool, adapter->object);
+}
+
+bool adapter_is_broken(const struct adapters *adapters, adapter_id id)
+{
+    return adapter__of(adapters, id)->broken;
+}
+
+uint32_t adapter__step_pages(const struct adapter *adapter)
+{
+    return adapter->store.trunk_pages + adapter->store.part_pages_max;
 }
 
 uint32_t adapter_page_count(const struct adapters *adapters, adapter_id id)
+{
+    return adapter__step_pages(adapter__of(adapters, id));
+}
+
+uint32_t adapter_pages_whole(const struct adapters *adapters, adapter_id id)
 {
     return adapter__of(adapters, id)->store.pages;
 }
@@ -603,14 +622,14 @@ uint32_t adapter_page_count(const struct adapters *adapters, adapter_id id)
 void adapter_run(struct adapters *adapters, adapter_id id)
 {
     struct adapter *adapter = adapter__of(adapters, id);
-    adapters->running_pages += adapter->runs++ ? 0 : adapter->store.pages;
+    adapters->running_pages += adapter->runs++ ? 0 : adapter__step_pages(adapter);
 }
 
 void adapter_rest(struct adapters *adapters, adapter_id id)
 {
     struct adapter *adapter = adapter__of(adapters, id);
     CHECK(adapter->runs);
-    adapters->running_pages -= --adapter->runs ? 0 : adapter->store.pages;
+    adapters->running_pages -= --adapter->runs ? 0 : adapter__step_pages(adapter);
 }
 
 uint32_t adapters_running_pages(const struct adapters *adapters, adapter_id except)
@@ -618,13 +637,13 @@ uint32_t adapters_running_pages(const struct adapters *adapters, adapter_id exce
     uint32_t pages = adapters->running_pages;
     for (uint32_t i = 0; i < adapters->kept_count; i++) {
         const struct adapter *kept = &adapters->slots[adapters->kept[i]];
-        pages -= kept->runs ? kept->store.pages : 0;
+        pages -= kept->runs ? adapter__step_pages(kept) : 0;
     }
     if (!except.bits)
         return pages;
     const struct adapter *adapter = &adapters->slots[slot_of(adapters, except)];
     bool counted = adapter->runs && adapter->keeper == NO_PLACE;
-    return pages - (counted ? adapter->store.pages : 0);
+    return pages - (counted ? adapter__step_pages(adapter) : 0);
 }
 
 void adapter_pin(struct adapters *adapters, adapter_id id)
@@ -643,54 +662,6 @@ void adapter_used(struct adapters *adapters, adapter_id id)
 {
     struct adapter *adapter = adapter__of(adapters, id);
     adapter__heat_keep(&adapter->heat, clock_now_us(&adapters->options.clock));
-}
-
-// ---- what kernels read ----
-
-static void loads_add(struct adapter_loads *loads, uint64_t us)
-{
-    loads->loads++;
-    loads->load_us += us;
-    loads->load_us_max = us > loads->load_us_max ? us : loads->load_us_max;
-}
-
-void adapters_flush(struct adapters *adapters, struct stream *stream)
-{
-    struct pool *pool = adapters->options.pool;
-    uint32_t *index = adapters->flush + (size_t)adapters->flush_next * 2 * adapters->flush_words;
-    uint32_t *value = index + adapters->flush_words, count = 0;
-    for (uint32_t i = 0; i < adapters->arriving_count;) {
-        struct adapter *adapter = &adapters->slots[adapters->arriving[i]];
-        if (pool_is_fetching(pool, adapter->object)) {
-            i++;
-            continue;
-        }
-        adapter->arriving = false;
-        adapters->arriving[i] = adapters->arriving[--adapters->arriving_count];
-        if (!pool_is_resident(pool, adapter->object))
-            continue; // the fetch failed, or its pages were given back
-        uint64_t us = clock_now_us(&adapters->options.clock) - adapter->fetch_us;
-        loads_add(&adapter->loads, us);
-        loads_add(&adapters->loads, us);
-        uint32_t first = pool_first_slot(pool, adapter->object);
-        const uint32_t *pages = pool_device_pages(pool, adapter->object);
-        CHECK(adapter->store.pages <= adapters->flush_words - count);
-        for (uint32_t slot = 0; slot < adapter->store.pages; slot++, count++) {
-            index[count] = first + slot;
-            value[count] = pages[slot];
-        }
-    }
-    if (!count)
-        return;
-    adapters->flush_next = (adapters->flush_next + 1) % FLUSHES_ALIVE;
-    stream->device->table->scatter(
-        stream, &(struct scatter_args){
-                    .table = adapters->page_table, .index = index, .value = value, .count = count});
-}
-
-const struct lora_adapter_view *adapters_views(const struct adapters *adapters)
-{
-    return adapters->views;
 }
 
 uint32_t adapter_view_index(const struct adapters *adapters, adapter_id id)

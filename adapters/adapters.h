@@ -149,12 +149,46 @@ bool adapter_is_resident(const struct adapters *adapters, adapter_id id);
 // Why the last fetch failed; forgotten when an idle adapter is acquired, so that a new request
 // tries again.
 enum status adapter_fetch_status(const struct adapters *adapters, adapter_id id);
+// Pages that a step needs of it at once: those of attention and dense MLPs, and with expert LoRA
+// what one expert needs of it. All its pages: adapter_pages_whole.
 uint32_t adapter_page_count(const struct adapters *adapters, adapter_id id);
+uint32_t adapter_pages_whole(const struct adapters *adapters, adapter_id id);
 // A sequence that runs on it, between its steps too: whoever lets one more run looks at what all
 // that run need. Pages of distinct adapters, without `except` and those that tenants have pinned.
 void adapter_run(struct adapters *adapters, adapter_id id);
 void adapter_rest(struct adapters *adapters, adapter_id id);
 uint32_t adapters_running_pages(const struct adapters *adapters, adapter_id except);
+
+// Expert LoRA, page by page. adapter_fetch, adapter_is_resident and the pins are about the trunk:
+// what every row needs. The parts of single experts come and go one by one; the map of a MoE layer
+// (kernels/moe.h) finds out which are missing, and a gate brings them.
+//
+// Begins to fetch its absent parts, in the order of layers, as far as free pages last and pages
+// that are offered for less than they are worth: likely is the probability that a part will be
+// used.
+void adapter_fetch_parts(struct adapters *adapters, adapter_id id, enum copy_class class,
+                         float likely);
+uint32_t adapter_parts_coming(struct adapters *adapters, adapter_id id); // being fetched
+bool adapter_is_whole(const struct adapters *adapters, adapter_id id);   // all parts are there
+bool adapter_has_parts(const struct adapters *adapters, adapter_id id);
+// A gate fired: the part of (layer of the model, expert) is missing for the adapter with this row
+// of the view table. Fetches and holds its pages; *started counts those that were not there. FULL
+// when one finds no room now; what was held stays held.
+MUST_USE enum status adapters_gate_bring(struct adapters *adapters, uint32_t view_index,
+                                         uint32_t layer, uint32_t expert, enum copy_class class,
+                                         uint32_t *started);
+// True when everything that is held has arrived, or will not. FULL: nothing of it arrived for want
+// of host pages. A page that cannot be read is zeros from then on, and its adapter is broken: what
+// is computed with it must not be used; the last user that releases it makes it whole again.
+bool adapters_gate_ready(struct adapters *adapters, enum status *status);
+void adapters_gate_done(struct adapters *adapters); // lets go what is held
+bool adapter_is_broken(const struct adapters *adapters, adapter_id id);
+// moe_map_args.page_used. Once a step the marks are recorded into the stream, to be taken when that
+// segment has retired: who is used stays.
+uint8_t *adapters_page_used(const struct adapters *adapters);
+void adapters_record_used(struct adapters *adapters, struct stream *stream);
+void adapters_take_used(struct adapters *adapters);
+
 void adapter_pin(struct adapters *adapters, adapter_id id); // while a step uses it
 void adapter_unpin(struct adapters *adapters, adapter_id id);
 void adapter_used(struct adapters *adapters, adapter_id id); // recency, popularity
@@ -192,14 +226,15 @@ bool adapter_has_module(const struct adapters *adapters, adapter_id id, enum lor
 struct adapter_loads {
     uint64_t hits, misses;
     uint64_t loads, load_us, load_us_max;
+    uint64_t part_pages, part_misses; // pages of parts that arrived; of them, asked for by gates
 };
 
 struct adapter_info {
     char name[ADAPTER_NAME_MAX];
     uint32_t owner;
     bool resident;
-    uint32_t pages, host_pages, users; // host_pages: of its pages, those in the host tier
-    uint32_t keeper;                   // ADAPTER_NO_KEEPER: not pinned
+    uint32_t pages, device_pages, host_pages, users; // of its pages, those on the device, the host
+    uint32_t keeper;                                 // ADAPTER_NO_KEEPER: not pinned
     struct adapter_report report;
     struct adapter_loads loads;
 };
@@ -213,6 +248,8 @@ struct adapters_stats {
     uint32_t kept; // pinned by tenants
     uint64_t kept_pages;
     uint64_t fetches, given_back;
+    uint32_t parts_resident; // pages
+    uint64_t parts_given_back;
     struct adapter_loads loads; // since the start, of removed adapters too
 };
 void adapters_stats(const struct adapters *adapters, struct adapters_stats *out);

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The registry's state, shared by adapters.c (life, residency), keep.c (load, unload, pin) and
-// numbers.c (folder-internal). The states and invariants are drawn in adapters.c. Engine thread.
+// The registry's state, shared by adapters.c (life, residency), tables.c (what
+// kernels read), parts.c (the pages of single
+// experts), keep.c (load, unload, pin) and numbers.c (folder-internal). The states and invariants
+// are drawn in adapters.c. Engine thread.
 #ifndef POLDER_ADAPTERS_INTERNAL_H
 #define POLDER_ADAPTERS_INTERNAL_H
 
@@ -9,6 +11,8 @@
 #include "adapters/store.h"
 
 enum { NO_PLACE = 0xffffffff };
+// FLUSHES_ALIVE: as in experts.c, flushes whose arrays segments in flight may still read.
+enum { FLUSHES_ALIVE = 8 };
 
 enum state { STATE_FREE, STATE_NAMED, STATE_LEAVING, STATE_BURIED };
 
@@ -24,10 +28,44 @@ struct adapter {
     struct adapter_store store; // without the pairs
     struct lora_pair *pairs;    // device memory
     pool_object object;
+    uint32_t part_count, first_part; // pages behind the trunk; the first one's slot in the pool
+    uint32_t parts_resident, parts_coming;
+    struct lora_part *ranges;        // [layers][experts], as the store says, or NULL
+    struct lora_part *ranges_device; // the same, for kernels
+    bool broken;                     // a gate went on without one of its parts
+    enum status part_status;         // why a part could not be fetched
     struct adapter_heat heat;
     struct adapter_loads loads;
     uint64_t fetch_us; // when the fetch under way began
     uint32_t keeper;   // tenant that pinned it, or NO_PLACE
+};
+
+// A page of an adapter behind its trunk; see parts.c.
+struct part {
+    pool_object object; // 0: none
+    uint64_t used_us;
+    uint32_t adapter;        // slot
+    uint32_t next, previous; // in the list
+    uint8_t state;
+    bool listed, dirty, held, pinned;
+    bool shown; // the device's page table names a page
+};
+
+struct parts {
+    struct part *part; // [slots of the pool]
+    uint32_t *fetching, fetching_count;
+    uint32_t *dirty, dirty_count;
+    uint32_t *held, held_count; // what the gate waits for
+    uint32_t gate_arrived;      // of those, since it began
+    uint32_t head, tail;        // the list: unused for longest first
+    uint32_t pages, resident;   // of the device arena; parts
+    uint32_t *of_page;          // [pages] the part that had it last
+    uint8_t *used;              // device memory, [pages]: marks of moe_map
+    uint8_t *used_host;         // alloc_host
+    bool marks_asked;           // copies of them are recorded
+    pool_object spare;
+    uint32_t spare_page; // NO_PLACE: not made yet
+    uint64_t given_back;
 };
 
 struct adapters {
@@ -48,6 +86,7 @@ struct adapters {
     uint32_t *graves, graves_count; // slots in state BURIED
     uint32_t *kept, kept_count;     // slots whose keeper is a tenant
     uint64_t kept_pages;
+    struct parts parts;
     uint64_t fetches, given_back;
     struct adapter_loads loads; // of all adapters, removed ones too
 };
@@ -58,5 +97,37 @@ struct adapter *adapter__of(const struct adapters *adapters, adapter_id id);
 void adapter__warm_remove(struct adapters *adapters, struct adapter *adapter);
 // Whoever pinned it: no longer. Also for one that nobody did.
 void adapter__let_go(struct adapters *adapters, struct adapter *adapter);
+
+// What a step that uses it needs at once: the trunk, and room for one expert's part.
+uint32_t adapter__step_pages(const struct adapter *adapter);
+
+// ---- tables.c ----
+
+// The row of views and the tables of an adapter that has its objects.
+MUST_USE enum status adapter__tables_upload(struct adapters *adapters, struct adapter *adapter,
+                                            uint32_t slot, struct fault *fault);
+void adapter__tables_release(struct adapters *adapters, struct adapter *adapter);
+
+// ---- parts.c ----
+
+MUST_USE enum status adapter__parts_create(struct adapters *adapters,
+                                           const struct pool_stats *pool);
+void adapter__parts_destroy(struct adapters *adapters); // while the pool lives
+// objects: its part_count pages behind the trunk.
+void adapter__parts_begin(struct adapters *adapters, struct adapter *adapter,
+                          const pool_object *objects);
+// Destroys them; true when a read of one may still be under way.
+bool adapter__parts_end(struct adapters *adapters, struct adapter *adapter);
+bool adapter__parts_cheapest(struct adapters *adapters, struct pool_offer *out);
+void adapter__part_give_back(struct adapters *adapters, pool_object object);
+// Gives all device pages back; false when some are on their way or held.
+bool adapter__parts_unload(struct adapters *adapters, struct adapter *adapter);
+// Its keeper has changed.
+void adapter__parts_relist(struct adapters *adapters, const struct adapter *adapter);
+uint32_t adapter__parts_on_host(const struct adapters *adapters, const struct adapter *adapter);
+void adapter__parts_mend(struct adapters *adapters, struct adapter *adapter);
+// Pairs for the page table; at most `room`. Returns how many.
+uint32_t adapter__parts_flush(struct adapters *adapters, uint32_t *index, uint32_t *value,
+                              uint32_t room);
 
 #endif

@@ -7,18 +7,22 @@
 // pool can spare is the engine's business, what a tenant may have its quota's. A pinned adapter
 // whose pages are not there (no room at that moment) is fetched by adapters_fetch_kept at every
 // turn; one whose file cannot be read is not tried again until somebody asks for it.
+#include <math.h>
+
 #include "adapters/internal.h"
 #include "base/check.h"
 
 enum status adapter_load(struct adapters *adapters, adapter_id id)
 {
     const struct adapter *adapter = adapter__of(adapters, id);
-    if (pool_is_resident(adapters->options.pool, adapter->object))
+    if (pool_is_resident(adapters->options.pool, adapter->object) && adapter_is_whole(adapters, id))
         return STATUS_OK;
     enum status status = adapter_fetch(adapters, id, COPY_STANDARD, COPY_ADAPTER);
-    if (!status)
-        adapter_used(adapters, id);
-    return status;
+    if (status)
+        return status;
+    adapter_used(adapters, id);
+    adapter_fetch_parts(adapters, id, COPY_STANDARD, 1);
+    return STATUS_OK;
 }
 
 enum status adapter_unload(struct adapters *adapters, adapter_id id, struct fault *fault)
@@ -29,7 +33,7 @@ enum status adapter_unload(struct adapters *adapters, adapter_id id, struct faul
         return fault_set(fault, STATUS_BUSY, "adapter \"%s\" is pinned: unpin it first.",
                          adapter->name);
     if (adapter->users || pool_pins(pool, adapter->object) ||
-        pool_is_fetching(pool, adapter->object))
+        pool_is_fetching(pool, adapter->object) || !adapter__parts_unload(adapters, adapter))
         return fault_set(fault, STATUS_BUSY,
                          "adapter \"%s\" is in use by %u requests or on its way: try again later.",
                          adapter->name, adapter->users);
@@ -48,6 +52,7 @@ void adapter_keep(struct adapters *adapters, adapter_id id, uint32_t keeper)
     adapter->forgiven = true;
     adapters->kept[adapters->kept_count++] = (uint32_t)(adapter - adapters->slots);
     adapters->kept_pages += adapter->store.pages;
+    adapter__parts_relist(adapters, adapter);
 }
 
 void adapter__let_go(struct adapters *adapters, struct adapter *adapter)
@@ -60,6 +65,7 @@ void adapter__let_go(struct adapters *adapters, struct adapter *adapter)
     adapters->kept[at] = adapters->kept[--adapters->kept_count];
     adapters->kept_pages -= adapter->store.pages;
     adapter->keeper = NO_PLACE;
+    adapter__parts_relist(adapters, adapter);
 }
 
 void adapter_let_go(struct adapters *adapters, adapter_id id)
@@ -92,12 +98,15 @@ void adapters_fetch_kept(struct adapters *adapters)
     struct pool *pool = adapters->options.pool;
     for (uint32_t i = 0; i < adapters->kept_count; i++) {
         const struct adapter *adapter = &adapters->slots[adapters->kept[i]];
-        if (pool_is_resident(pool, adapter->object) || pool_is_fetching(pool, adapter->object))
+        adapter_id id = adapter__id(adapters, adapters->kept[i]);
+        bool is_trunk_here =
+            pool_is_resident(pool, adapter->object) || pool_is_fetching(pool, adapter->object);
+        bool is_here =
+            is_trunk_here && adapter->parts_resident + adapter->parts_coming == adapter->part_count;
+        if (is_here || adapter_fetch_status(adapters, id) == STATUS_IO)
             continue;
-        if (!adapter->forgiven && pool_fetch_status(pool, adapter->object) == STATUS_IO)
-            continue;
-        if (adapter_fetch(adapters, adapter__id(adapters, adapters->kept[i]), COPY_STANDARD,
-                          COPY_ADAPTER))
+        if (!is_trunk_here && adapter_fetch(adapters, id, COPY_STANDARD, COPY_ADAPTER))
             return; // no room: the next turn tries again
+        adapter_fetch_parts(adapters, id, COPY_STANDARD, INFINITY);
     }
 }

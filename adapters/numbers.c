@@ -14,11 +14,14 @@ bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_
     if (index >= adapters->count)
         return false;
     const struct adapter *adapter = &adapters->slots[adapters->order[index]];
+    bool resident = pool_is_resident(adapters->options.pool, adapter->object);
     *out = (struct adapter_info){
         .owner = adapter->owner,
-        .resident = pool_is_resident(adapters->options.pool, adapter->object),
+        .resident = resident,
         .pages = adapter->store.pages,
-        .host_pages = pool_host_pages(adapters->options.pool, adapter->object),
+        .device_pages = (resident ? adapter->store.trunk_pages : 0) + adapter->parts_resident,
+        .host_pages = pool_host_pages(adapters->options.pool, adapter->object) +
+                      adapter__parts_on_host(adapters, adapter),
         .users = adapter->users,
         .keeper = adapter->keeper,
         .report = adapter->store.report,
@@ -38,13 +41,16 @@ void adapters_stats(const struct adapters *adapters, struct adapters_stats *out)
                                 .kept_pages = adapters->kept_pages,
                                 .fetches = adapters->fetches,
                                 .given_back = adapters->given_back,
+                                .parts_resident = adapters->parts.resident,
+                                .parts_given_back = adapters->parts.given_back,
                                 .loads = adapters->loads};
     for (uint32_t i = 0; i < adapters->warm_count; i++) {
         const struct adapter *adapter = &adapters->slots[adapters->warm[i]];
         out->fetching += pool_is_fetching(adapters->options.pool, adapter->object);
         if (pool_is_resident(adapters->options.pool, adapter->object)) {
             out->resident++;
-            out->resident_pages += adapter->store.pages;
+            out->resident_pages += adapter->store.trunk_pages;
         }
     }
+    out->resident_pages += adapters->parts.resident;
 }

@@ -37,3 +37,8 @@ float adapter__price(const struct adapter_heat *heat, uint32_t users, float fetc
     double idle = 1 - exp(-rate * POOL_HORIZON_US); // Poisson: at least one use
     return (float)((idle + users) * fetch_us_per_byte);
 }
+
+float adapter__part_price(uint64_t idle_us, float fetch_us_per_byte)
+{
+    return (float)POOL_HORIZON_US / ((float)POOL_HORIZON_US + (float)idle_us) * fetch_us_per_byte;
+}

@@ -65,6 +65,11 @@ struct moe_work {
 // state 3 alone when `resume`. need[e] = number of pairs, host-visible (activation history, what to
 // bring). When an expert is missing: the miss state of the stream is set with `layer`. Experts of
 // other ranks keep their place in begin and order and get state 0 and need 0.
+//
+// With expert LoRA an expert is missing also when a page of the part (lora.h) of one of its pairs'
+// adapters is. part_wanted[segment][expert] becomes 1 for every missing expert and the segments
+// with pairs of it whose adapter has a part there: all of these have to be there at once (who reads
+// it clears it). page_used becomes 1 for the pages that were found.
 struct moe_map_args {
     struct moe_work work;
     struct expert_view view;
@@ -73,6 +78,9 @@ struct moe_map_args {
     uint32_t rows, top_k, layer;
     bool resume; // false: state is rebuilt
     struct expert_range mine;
+    const struct lora_batch *lora; // NULL: no adapter of this step has parts
+    uint8_t *part_wanted;          // [segments][experts], host-visible
+    uint8_t *page_used;            // [pages of the arena], or NULL
 };
 
 // moe_gate_up: hidden[pair] = silu(Wg x[row] + LoRA) * (Wu x[row] + LoRA) for experts in state 1.

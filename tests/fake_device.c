@@ -11,8 +11,8 @@
 #include <stdlib.h>
 
 #include "base/check.h"
+#include "fake_lora.h"
 #include "kernels/plain.h"
-#include "sim_fingerprint.h"
 
 enum command_kind {
     DO_COPY,
@@ -88,25 +88,6 @@ static struct fake_device *device_of(struct fake_stream *s)
     return (struct fake_device *)s->base.device;
 }
 
-// ---- rows ----
-
-static void put(void *rows, size_t stride_bytes, size_t row, uint64_t word)
-{
-    memcpy((uint8_t *)rows + row * stride_bytes, &word, sizeof word);
-}
-
-static uint64_t get(const void *rows, size_t stride_bytes, size_t row)
-{
-    return print_word((const uint8_t *)rows + row * stride_bytes);
-}
-
-enum { ACT = sizeof(uint64_t) }; // bytes of a row of an activation
-
-static size_t f32(size_t columns)
-{
-    return columns * sizeof(float);
-}
-
 // ---- dense ----
 
 static void run_scatter(const struct scatter_args *a)
@@ -177,98 +158,6 @@ static void run_sample(const struct sample_args *a)
             a->top_logprob[(size_t)r * a->tops + i] = -(float)i;
         }
     }
-}
-
-// ---- adapters ----
-
-static uint64_t lora_word(const struct lora_batch *b, const struct lora_adapter_view *view,
-                          const struct lora_slice *slice, uint32_t row)
-{
-    size_t in_first = (b->page_bytes - slice->first_byte) / slice->row_bytes;
-    if (row >= in_first)
-        CHECK(view->pages[slice->first_slot + 1] != PAGE_NONE);
-    else
-        CHECK(view->pages[slice->first_slot] != PAGE_NONE);
-    return print_word(lora_row_at(b->arena, b->page_bytes, view->pages, slice, row));
-}
-
-static void run_shrink(const struct lora_shrink_args *a)
-{
-    const struct lora_batch *b = a->batch;
-    for (uint32_t s = 0; s < b->segments; s++) {
-        if (b->adapter[s] == 0xffffffff)
-            continue;
-        const struct lora_adapter_view *view = &b->adapters[b->adapter[s]];
-        const struct lora_pair *pair = lora_pair_at(view, a->layer, a->module, 0);
-        CHECK(pair->a.rank <= b->rank_max);
-        for (uint32_t j = 0; j < pair->a.rank; j++) {
-            uint64_t weight = lora_word(b, view, &pair->a, j);
-            for (uint32_t r = b->row_begin[s]; r < b->row_begin[s + 1]; r++) {
-                uint32_t h = print_shrink(get(a->x, ACT, r), weight, j);
-                memcpy(a->hidden + (size_t)r * b->rank_max + j, &h, sizeof h);
-            }
-        }
-    }
-}
-
-// A by token: a row of A stands for what shrink makes of x.
-static void run_lora_gather(const struct lora_gather_args *a)
-{
-    const struct lora_batch *b = a->batch;
-    for (uint32_t s = 0; s < b->segments; s++) {
-        if (b->adapter[s] == 0xffffffff)
-            continue;
-        const struct lora_adapter_view *view = &b->adapters[b->adapter[s]];
-        const struct lora_pair *pair = lora_pair_at(view, a->layer, a->module, 0);
-        for (uint32_t r = b->row_begin[s]; pair->a.rank && r < b->row_begin[s + 1]; r++) {
-            bool lost = a->token[r] < 0 || (uint32_t)a->token[r] >= a->vocab;
-            uint64_t word = lost ? 0 : lora_word(b, view, &pair->a, (uint32_t)a->token[r]);
-            for (uint32_t j = 0; j < pair->a.rank; j++) {
-                uint32_t h = print_shrink(1, word, j);
-                memcpy(a->hidden + (size_t)r * b->rank_max + j, &h, sizeof h);
-            }
-        }
-    }
-}
-
-static void run_expand(const struct lora_expand_args *a)
-{
-    const struct lora_batch *b = a->batch;
-    float *y = a->interleave_half == 1 ? a->y + 8 : a->y;
-    for (uint32_t s = 0; s < b->segments; s++) {
-        if (b->adapter[s] == 0xffffffff)
-            continue;
-        const struct lora_adapter_view *view = &b->adapters[b->adapter[s]];
-        const struct lora_pair *pair = lora_pair_at(view, a->layer, a->module, 0);
-        for (uint32_t r = b->row_begin[s]; pair->b.rank && r < b->row_begin[s + 1]; r++) {
-            uint64_t sum = 0;
-            for (uint32_t j = 0; j < pair->b.rank; j++) {
-                uint32_t h;
-                memcpy(&h, a->hidden + (size_t)r * b->rank_max + j, sizeof h);
-                sum += print_expand(h, lora_word(b, view, &pair->b, j), j);
-            }
-            put(y, f32(a->y_stride), r,
-                get(y, f32(a->y_stride), r) + print_scaled(sum, pair->scale));
-        }
-    }
-}
-
-// What the adapter of a row adds to an expert's product; 0 without one.
-static uint64_t expert_lora(const struct lora_batch *b, uint32_t row, uint32_t layer,
-                            enum lora_module module, uint32_t expert, uint64_t x)
-{
-    uint32_t s = 0;
-    while (b && s < b->segments && row >= b->row_begin[s + 1])
-        s++;
-    if (!b || s == b->segments || b->adapter[s] == 0xffffffff)
-        return 0;
-    const struct lora_adapter_view *view = &b->adapters[b->adapter[s]];
-    const struct lora_pair *pair = lora_pair_at(view, layer, module, expert);
-    uint64_t sum = 0;
-    for (uint32_t j = 0; j < pair->a.rank; j++)
-        sum += print_expand(print_shrink(x, lora_word(b, view, &pair->a, j), j),
-                            lora_word(b, view, &pair->b, j), j);
-    return pair->a.rank ? print_scaled(sum, pair->scale) : 0;
 }
 
 // ---- attention ----
@@ -349,6 +238,31 @@ static bool expert_is_here(const struct fake_device *d, const struct expert_view
     return true;
 }
 
+// Experts whose pairs lack a part of their adapter are missing; mark: what missing experts want.
+static void look_for_parts(const struct moe_map_args *a, bool mark)
+{
+    const struct lora_batch *b = a->lora;
+    for (uint32_t s = 0; b && s < b->segments; s++) {
+        const struct lora_adapter_view *view =
+            b->adapter[s] == 0xffffffff ? NULL : &b->adapters[b->adapter[s]];
+        if (!view || !view->parts)
+            continue;
+        for (uint32_t p = b->row_begin[s] * a->top_k; p < b->row_begin[s + 1] * a->top_k; p++) {
+            uint32_t e = a->work.expert[p];
+            const struct lora_part *part = &view->parts[a->layer * view->experts + e];
+            if (mark && a->work.state[e] == 2 && part->count)
+                a->part_wanted[s * a->view.experts + e] = 1;
+            for (uint32_t i = 0; !mark && a->work.state[e] != 3 && i < part->count; i++) {
+                uint32_t page = view->pages[part->first + i];
+                if (page == PAGE_NONE)
+                    a->work.state[e] = 2;
+                else
+                    a->page_used[page] = 1;
+            }
+        }
+    }
+}
+
 static void run_map(struct fake_stream *s, const struct moe_map_args *a)
 {
     const struct moe_work *w = &a->work;
@@ -367,10 +281,14 @@ static void run_map(struct fake_stream *s, const struct moe_map_args *a)
             if (a->need[e])
                 w->state[e] = expert_is_here(device_of(s), &a->view, e) ? 1 : 2;
         }
+    }
+    look_for_parts(a, false);
+    for (uint32_t e = 0; e < a->view.experts; e++) {
         a->host_state[e] = w->state[e];
         if (w->state[e] == 2 && !s->result.missed)
             s->result = (struct segment_result){.missed = true, .miss_layer = a->layer};
     }
+    look_for_parts(a, true);
     CHECK(at == pairs);
     w->begin[a->view.experts] = at;
 }
@@ -399,8 +317,8 @@ static void run_gate_up(const struct moe_gemm_args *a)
             uint32_t pair = w->order[i], row = pair / a->top_k;
             uint64_t x = get(a->x, ACT, row), gate = print_mix(x, weight);
             uint64_t up = print_column(gate, 8);
-            gate += expert_lora(a->lora, row, a->layer, LORA_GATE, e, x);
-            up += expert_lora(a->lora, row, a->layer, LORA_UP, e, x);
+            gate += fake_expert_lora(a->lora, row, a->layer, LORA_GATE, e, x);
+            up += fake_expert_lora(a->lora, row, a->layer, LORA_UP, e, x);
             put(w->hidden, ACT, pair, print_mix(gate, up));
         }
     }
@@ -419,7 +337,7 @@ static void run_down(const struct moe_gemm_args *a)
             uint64_t x = get(w->hidden, ACT, pair);
             put(w->out, f32(a->dim), pair,
                 print_mix(x, weight) +
-                    expert_lora(a->lora, pair / a->top_k, a->layer, LORA_DOWN, e, x));
+                    fake_expert_lora(a->lora, pair / a->top_k, a->layer, LORA_DOWN, e, x));
         }
         w->state[e] = 3;
     }
@@ -495,13 +413,13 @@ static void run_one(struct fake_stream *s, const struct command *c)
         count_half(d, c->a.swiglu.rows);
         break;
     case DO_LORA_GATHER:
-        run_lora_gather(&c->a.lora_gather);
+        fake_run_lora_gather(&c->a.lora_gather);
         break;
     case DO_SHRINK:
-        run_shrink(&c->a.shrink);
+        fake_run_shrink(&c->a.shrink);
         break;
     case DO_EXPAND:
-        run_expand(&c->a.expand);
+        fake_run_expand(&c->a.expand);
         break;
     case DO_QK:
         run_qk(d, &c->a.qk);

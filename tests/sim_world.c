@@ -115,18 +115,19 @@ static enum status make_pool(struct sim_world *w)
                                   .owners_max = SIM_TENANTS + 1,
                                   .chunk_bytes = o->chunk_bytes};
     enum status status = copy_create(&copies, &w->copies);
-    struct pool_options pool = {
-        .page_bytes = SIM_PAGE_BYTES,
-        .device_pages = o->device_pages,
-        .host_pages = o->host_pages,
-        .objects_max = experts + ADAPTERS_MAX + o->device_pages + o->host_pages + 64,
-        .slots_max = experts * shape->pages_per_expert + ADAPTERS_MAX * ADAPTER_PAGES_MAX +
-                     17 * o->device_pages + o->host_pages + 64,
-        .owners_max = SIM_TENANTS + 1,
-        .device_arena = w->arena,
-        .host_arena = w->host_arena,
-        .copies = w->copies,
-        .zero = zero_pages};
+    struct pool_options pool = {.page_bytes = SIM_PAGE_BYTES,
+                                .device_pages = o->device_pages,
+                                .host_pages = o->host_pages,
+                                .objects_max = experts + ADAPTERS_MAX * (1 + ADAPTER_PAGES_MAX) +
+                                               o->device_pages + o->host_pages + 64,
+                                .slots_max = experts * shape->pages_per_expert +
+                                             ADAPTERS_MAX * ADAPTER_PAGES_MAX +
+                                             17 * o->device_pages + o->host_pages + 64,
+                                .owners_max = SIM_TENANTS + 1,
+                                .device_arena = w->arena,
+                                .host_arena = w->host_arena,
+                                .copies = w->copies,
+                                .zero = zero_pages};
     return status ? status : pool_create(&pool, &w->pool, NULL);
 }
 

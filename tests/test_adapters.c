@@ -485,8 +485,7 @@ static void test_adapters_stacked(void **state)
                      STATUS_OK);
     tool_rig_make(&rig, &base, 32768, 8, 8, 2);
     assert_int_equal(adapter_register(rig.adapters, "s", store_path, 0, &id, &fault), STATUS_OK);
-    assert_int_equal(adapter_fetch(rig.adapters, id, COPY_BATCH, COPY_PREFETCH), STATUS_OK);
-    tool_rig_settle(&rig);
+    tool_rig_bring(&rig, id);
     const struct lora_adapter_view *view = adapters_views(rig.adapters);
     const struct lora_pair *up = lora_pair_at(view, 1, LORA_UP, 3);
     // The generator's element n is rng_uniform(seed, 1, n) - 0.5: up of expert 3 is rows 24.. of B.

@@ -414,8 +414,7 @@ static void stacked_compare(const struct tool_adapter *adapter, const struct ada
                      STATUS_OK);
     tool_rig_make(&rig, base, 32768, 8, 8, 2);
     assert_int_equal(adapter_register(rig.adapters, "s", store_path, 0, &id, &fault), STATUS_OK);
-    assert_int_equal(adapter_fetch(rig.adapters, id, COPY_BATCH, COPY_PREFETCH), STATUS_OK);
-    tool_rig_settle(&rig);
+    tool_rig_bring(&rig, id);
     const struct lora_adapter_view *view =
         &adapters_views(rig.adapters)[adapter_view_index(rig.adapters, id)];
     const struct lora_pair *up = lora_pair_at(view, 0, LORA_UP, 3);

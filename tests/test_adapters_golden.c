@@ -250,8 +250,7 @@ static void case_run(const char *name, const char *layout, enum dtype dtype, con
     tool_rig_make(&rig, &golden.base, 32768, 64, 64, 4);
     if (adapter_register(rig.adapters, name, store, 1, &id, &fault))
         fail_msg("%s: %s", name, fault.text);
-    assert_int_equal(adapter_fetch(rig.adapters, id, COPY_STANDARD, COPY_ADAPTER), STATUS_OK);
-    tool_rig_settle(&rig);
+    tool_rig_bring(&rig, id);
     assert_true(adapter_is_resident(rig.adapters, id));
     const struct lora_adapter_view *view =
         &adapters_views(rig.adapters)[adapter_view_index(rig.adapters, id)];

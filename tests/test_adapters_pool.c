@@ -280,7 +280,7 @@ static void test_adapters_larger_than_the_pool(void **state)
     begin(&world, *state, 1, 4);
     assert_int_equal(adapter_register(world.rig.adapters, "big", world.large, 0, &id, &fault),
                      STATUS_LIMIT);
-    assert_non_null(strstr(fault.text, "adapter \"big\" needs 2 pages; the pool has 1"));
+    assert_non_null(strstr(fault.text, "adapter \"big\" needs 2 pages at once; the pool has 1"));
     assert_int_equal(adapter_register(world.rig.adapters, "a b", world.large, 0, &id, &fault),
                      STATUS_INVALID);
     assert_int_equal(adapter_register(world.rig.adapters, "none", "/nowhere", 0, &id, &fault),

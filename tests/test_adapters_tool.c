@@ -6,6 +6,7 @@
 #include <setjmp.h>
 #include <cmocka.h>
 #include <stdio.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -290,4 +291,14 @@ float tool_element(const struct tool_rig *rig, const struct adapter_base *base,
     }
     memcpy(&half, at + 2 * (size_t)i, 2);
     return bf16_to_f32(half);
+}
+
+void tool_rig_bring(struct tool_rig *rig, adapter_id id)
+{
+    assert_int_equal(adapter_fetch(rig->adapters, id, COPY_STANDARD, COPY_ADAPTER), STATUS_OK);
+    adapter_fetch_parts(rig->adapters, id, COPY_STANDARD, INFINITY);
+    for (int i = 0; i < 1000 && adapter_parts_coming(rig->adapters, id); i++)
+        tool_rig_settle(rig);
+    tool_rig_settle(rig);
+    assert_true(adapter_is_resident(rig->adapters, id) && adapter_is_whole(rig->adapters, id));
 }

@@ -78,4 +78,7 @@ float tool_element(const struct tool_rig *rig, const struct adapter_base *base,
                    const struct lora_adapter_view *view, const struct lora_slice *slice,
                    uint32_t row, uint32_t i);
 
+// Fetches all of an adapter, parts too, and waits for it; the page table knows it then.
+void tool_rig_bring(struct tool_rig *rig, adapter_id id);
+
 #endif

@@ -138,6 +138,28 @@ void adapters_make(struct adapters *l, struct rig *rig, const uint32_t *ranks, u
     }
 }
 
+void adapters_parts(struct adapters *l)
+{
+    for (uint32_t n = 0; n < l->count; n++) {
+        struct lora_part *parts = rig_alloc(l->rig, l->layers * l->experts * sizeof *parts);
+        for (uint32_t i = 0; i < l->layers * l->experts; i++)
+            for (uint32_t m = LORA_GATE; m <= LORA_DOWN; m++) {
+                const struct lora_pair *pair =
+                    lora_pair_at(&l->view[n], i / l->experts, (enum lora_module)m, i % l->experts);
+                size_t bytes = (size_t)pair->b.rank * pair->b.row_bytes + pair->b.first_byte;
+                // Generous: a page more than the last row may need.
+                uint32_t end = pair->b.first_slot + 2 + (uint32_t)(bytes / l->batch.page_bytes);
+                uint32_t slots = (uint32_t)(l->slots + l->slot_count - l->view[n].pages);
+                if (!pair->a.rank)
+                    continue;
+                if (!parts[i].count || pair->a.first_slot < parts[i].first)
+                    parts[i] = (struct lora_part){pair->a.first_slot, 0};
+                parts[i].count = (end < slots ? end : slots) - parts[i].first;
+            }
+        l->view[n].parts = parts;
+    }
+}
+
 void adapters_batch(struct adapters *l, uint32_t rows)
 {
     uint32_t n = 0;

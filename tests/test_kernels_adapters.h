@@ -36,6 +36,8 @@ void adapters_make(struct adapters *l, struct rig *rig, const uint32_t *ranks, u
 // Random segments over rows, base rows and empty segments among them.
 void adapters_batch(struct adapters *l, uint32_t rows);
 uint32_t adapters_of(const struct adapters *l, uint32_t row); // 0xffffffff: base
+// Tells the views which pages each (layer, expert) needs: all that its slices stand in.
+void adapters_parts(struct adapters *l);
 // NULL: base row.
 const struct plain_pair *adapters_pair(const struct adapters *l, uint32_t row, uint32_t layer,
                                        enum lora_module module, uint32_t expert);

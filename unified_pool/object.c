@@ -78,20 +78,22 @@ enum status pool_object_create(struct pool *pool, const struct pool_object_optio
 }
 
 enum status pool_objects_create(struct pool *pool, const struct pool_object_options *options,
-                                uint32_t count, pool_object *out)
+                                uint32_t pages, pool_object *out)
 {
-    CHECK((unsigned)options->kind < PAGE_KINDS && count);
+    CHECK((unsigned)options->kind < PAGE_KINDS && options->slots);
     CHECK(options->owner < pool->options.owners_max);
-    if (pool->options.objects_max - pool->objects_live < count)
+    if (pool->options.objects_max - pool->objects_live <= pages)
         return STATUS_FULL;
-    uint32_t first = pool__runs_take(&pool->runs, count);
+    uint32_t first = pool__runs_take(&pool->runs, options->slots + pages);
     if (first == NONE)
         return STATUS_FULL;
-    struct pool_object_options one = *options;
-    for (uint32_t i = 0; i < count; i++) {
-        out[i] = pool__handle(pool, object_place(pool, &one, first + i, 1));
-        one.file_offset += pool->options.page_bytes;
-        one.tag++;
+    struct pool_object_options page = *options;
+    page.file_offset += (uint64_t)options->slots * pool->options.page_bytes;
+    out[0] = pool__handle(pool, object_place(pool, options, first, options->slots));
+    for (uint32_t i = 1; i <= pages; i++) {
+        page.tag++;
+        out[i] = pool__handle(pool, object_place(pool, &page, first + options->slots + i - 1, 1));
+        page.file_offset += pool->options.page_bytes;
     }
     return STATUS_OK;
 }

@@ -116,11 +116,11 @@ struct pool_object_options {
 // FULL when objects_max is reached or no run of `slots` free slots is left.
 MUST_USE enum status
 pool_object_create(struct pool *pool, const struct pool_object_options *options, pool_object *out);
-// `count` objects of one slot each: out[i] has slot first + i of a run of slots, page i of the file
-// from file_offset on, and tag + i. options->slots is not looked at. All or none; destroyed one by
-// one.
+// out[0] as pool_object_create makes it, and out[1 .. pages]: objects of one page each, which come
+// and go one by one. Their slots follow each other in one run, their places in the file and their
+// tags too. All or none; destroyed one by one.
 MUST_USE enum status pool_objects_create(struct pool *pool,
-                                         const struct pool_object_options *options, uint32_t count,
+                                         const struct pool_object_options *options, uint32_t pages,
                                          pool_object *out);
 // Gives back every page (device pages after their epochs). CHECKs that it is not pinned. Copies in
 // flight are cancelled or awaited internally; the handle is dead at once.
@@ -162,11 +162,11 @@ MUST_USE enum status pool_make_room(struct pool *pool, uint32_t pages);
 // under way and after success).
 MUST_USE enum status pool_fetch(struct pool *pool, pool_object object, enum copy_class class,
                                 enum copy_need need);
-// The same, but nothing that is offered above price_max is given back for it: for what may be needed
-// soon, which should not push out what is needed now. FULL then, though some pages may have gone.
-MUST_USE enum status pool_fetch_within(struct pool *pool, pool_object object,
-                                       enum copy_class class, enum copy_need need,
-                                       float price_max);
+// The same, but nothing that is offered above price_max is given back for it: for what may be
+// needed soon, which should not push out what is needed now. FULL then, though some pages may have
+// gone.
+MUST_USE enum status pool_fetch_within(struct pool *pool, pool_object object, enum copy_class class,
+                                       enum copy_need need, float price_max);
 enum status pool_fetch_status(const struct pool *pool, pool_object object);
 void pool_fetch_cancel(struct pool *pool,
                        pool_object object); // prefetches that are no longer wanted

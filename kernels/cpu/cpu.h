@@ -238,6 +238,8 @@ void cpu__act_store(struct cpu_stream *s, void *act, size_t row, size_t cols, si
 // lora.c: the adapter of a row (NULL: base) and where its run of rows ends.
 const struct lora_adapter_view *cpu__lora_view(const struct lora_batch *b, uint32_t row,
                                                uint32_t *last);
+// The segment of a row that has an adapter.
+uint32_t cpu__lora_segment(const struct lora_batch *b, uint32_t row);
 // Pointers to rows [first, first + count) of a slice.
 void cpu__lora_rows(const struct lora_batch *b, const struct lora_adapter_view *view,
                     const struct lora_slice *slice, uint32_t first, uint32_t count,

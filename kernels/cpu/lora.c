@@ -26,6 +26,11 @@ static uint32_t lora_segment(const struct lora_batch *b, uint32_t row)
     return low;
 }
 
+uint32_t cpu__lora_segment(const struct lora_batch *b, uint32_t row)
+{
+    return lora_segment(b, row) - 1;
+}
+
 const struct lora_adapter_view *cpu__lora_view(const struct lora_batch *b, uint32_t row,
                                                uint32_t *last)
 {

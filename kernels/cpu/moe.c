@@ -38,6 +38,44 @@ static bool expert_resident(const struct expert_view *view, uint32_t e)
     return true;
 }
 
+// The part of (adapter, layer, expert): are all its pages there?
+static bool part_resident(const struct moe_map_args *a, const struct lora_adapter_view *view,
+                          uint32_t e)
+{
+    struct lora_part part = view->parts[(size_t)a->layer * view->experts + e];
+    bool resident = true;
+    for (uint32_t i = 0; i < part.count; i++) {
+        uint32_t page = view->pages[part.first + i];
+        if (page == PAGE_NONE)
+            resident = false;
+        else if (a->page_used)
+            a->page_used[page] = 1;
+    }
+    return resident;
+}
+
+// Experts whose pairs want parts that are not there: state 2 too. mark: what the experts in state 2
+// want.
+static void parts_look(const struct moe_map_args *a, bool mark)
+{
+    const struct moe_work *w = &a->work;
+    const struct lora_batch *b = a->lora;
+    for (uint32_t row = 0, last; row < a->rows; row = last) {
+        const struct lora_adapter_view *view = cpu__lora_view(b, row, &last);
+        last = last < a->rows ? last : a->rows;
+        if (!view || !view->parts)
+            continue;
+        size_t segment = cpu__lora_segment(b, row);
+        for (uint32_t p = row * a->top_k; p < last * a->top_k; p++) {
+            uint32_t e = w->expert[p];
+            if (mark && w->state[e] == 2 && view->parts[a->layer * view->experts + e].count)
+                a->part_wanted[segment * a->view.experts + e] = 1;
+            else if (!mark && w->state[e] != 3 && w->state[e] && !part_resident(a, view, e))
+                w->state[e] = 2;
+        }
+    }
+}
+
 static void map_task(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task)
 {
     (void)slot;
@@ -53,6 +91,10 @@ static void map_task(struct cpu_stream *s, struct slot *slot, struct command *c,
             a->need[e] = pairs;
         if (pairs && w->state[e] != 3)
             w->state[e] = expert_resident(&a->view, e) ? 1 : 2;
+    }
+    if (a->lora && a->lora->segments)
+        parts_look(a, false);
+    for (uint32_t e = 0; e < a->view.experts; e++) {
         if (w->state[e] == 2) {
             s->missed = true;
             s->miss_layer = a->layer;
@@ -60,6 +102,8 @@ static void map_task(struct cpu_stream *s, struct slot *slot, struct command *c,
         if (a->host_state)
             a->host_state[e] = w->state[e];
     }
+    if (a->lora && a->lora->segments && s->missed)
+        parts_look(a, true);
 }
 
 static const struct operation map_operation = {.task = map_task, .fence = true};
@@ -68,6 +112,7 @@ void cpu__moe_map(struct stream *s, const struct moe_map_args *a)
 {
     CHECK(a->view.experts && a->view.experts <= EXPERTS_MAX);
     CHECK((uint64_t)a->rows * a->top_k < UINT32_MAX);
+    CHECK(!a->lora || a->part_wanted);
     struct command *c = cpu__record(s, &map_operation, 1);
     c->a.map = *a;
     cpu__record_end(s, c);

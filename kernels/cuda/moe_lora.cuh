@@ -18,21 +18,30 @@ struct moe_lora {
     uint32_t first, end; // positions whose hidden vectors fit
 };
 
-// The adapter of a row, or NULL; by binary search over the segments.
-__device__ __forceinline__ const struct lora_adapter_view *
-moe_lora_view(const struct moe_lora &b, uint32_t segments, uint32_t row)
+// The segment of a row, or NO_SEGMENT; by binary search.
+enum : uint32_t { NO_SEGMENT = 0xffffffff };
+__device__ __forceinline__ uint32_t moe_lora_segment(const uint32_t *row_begin, uint32_t segments,
+                                                     uint32_t row)
 {
-    if (!segments || row < b.row_begin[0] || row >= b.row_begin[segments])
-        return NULL;
+    if (!segments || row < row_begin[0] || row >= row_begin[segments])
+        return NO_SEGMENT;
     uint32_t low = 0, high = segments; // row_begin[low] <= row < row_begin[high]
     while (high - low > 1) {
         uint32_t middle = (low + high) / 2;
-        if (b.row_begin[middle] <= row)
+        if (row_begin[middle] <= row)
             low = middle;
         else
             high = middle;
     }
-    uint32_t adapter = b.adapter[low];
+    return low;
+}
+
+// The adapter of a row, or NULL.
+__device__ __forceinline__ const struct lora_adapter_view *
+moe_lora_view(const struct moe_lora &b, uint32_t segments, uint32_t row)
+{
+    uint32_t segment = moe_lora_segment(b.row_begin, segments, row);
+    uint32_t adapter = segment == NO_SEGMENT ? 0xffffffff : b.adapter[segment];
     return adapter == 0xffffffff ? NULL : b.adapters + adapter;
 }
 

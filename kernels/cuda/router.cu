@@ -18,7 +18,7 @@
 // state 1 are listed in l->work (moe.cuh).
 //
 // Combine: y[row] += sum over slots ascending of gate * out; bound by bytes.
-#include "kernels/cuda/moe.cuh"
+#include "kernels/cuda/moe_lora.cuh"
 
 enum { MAP_THREADS = 1024, MAP_WARPS = 32, COMBINE_THREADS = 256, ROUTER_FEW = 16 };
 
@@ -268,10 +268,67 @@ __device__ __forceinline__ void pages_look(const struct expert_view &view, uint8
             missing[i / view.pages_per_expert] = 1;
 }
 
+// What the map reads of the step's adapters.
+struct map_lora {
+    const uint32_t *row_begin, *adapter;
+    const struct lora_adapter_view *adapters; // NULL: none has parts
+};
+
+// The part of a pair's adapter for its expert, and its pages; count 0 when there is none.
+__device__ __forceinline__ struct lora_part part_of(const struct moe_map_args &a,
+                                                    const struct map_lora &b, uint32_t expert,
+                                                    uint32_t segment, const uint32_t **pages)
+{
+    uint32_t adapter = segment == NO_SEGMENT ? 0xffffffff : b.adapter[segment];
+    if (adapter == 0xffffffff)
+        return {0, 0};
+    struct lora_adapter_view view = b.adapters[adapter];
+    *pages = view.pages;
+    return view.parts ? view.parts[(uint64_t)a.layer * view.experts + expert] : lora_part{0, 0};
+}
+
+// Pairs whose adapter has a part for their expert that is not all there; a thread per pair. In a
+// resumed map only pairs of experts that still wait.
+__device__ __forceinline__ void parts_look(const struct moe_map_args &a, const struct map_lora &b,
+                                           uint32_t segments, uint32_t rows, uint8_t *missing)
+{
+    const uint32_t *pages = NULL;
+    for (uint32_t p = threadIdx.x; p < rows * a.top_k; p += MAP_THREADS) {
+        uint32_t e = a.work.expert[p];
+        if (a.resume && a.work.state[e] != 2)
+            continue;
+        uint32_t segment = moe_lora_segment(b.row_begin, segments, p / a.top_k);
+        struct lora_part part = part_of(a, b, e, segment, &pages);
+        for (uint32_t i = 0; i < part.count; i++) {
+            uint32_t page = pages[part.first + i];
+            if (page == PAGE_NONE)
+                missing[e] = 1;
+            else if (a.page_used)
+                a.page_used[page] = 1;
+        }
+    }
+}
+
+// Which parts the missing experts want; after the states were written.
+__device__ __forceinline__ void parts_mark(const struct moe_map_args &a, const struct map_lora &b,
+                                           uint32_t segments, uint32_t rows)
+{
+    const uint32_t *pages = NULL;
+    for (uint32_t p = threadIdx.x; p < rows * a.top_k; p += MAP_THREADS) {
+        uint32_t e = a.work.expert[p];
+        if (a.work.state[e] != 2)
+            continue;
+        uint32_t segment = moe_lora_segment(b.row_begin, segments, p / a.top_k);
+        if (part_of(a, b, e, segment, &pages).count)
+            a.part_wanted[(uint64_t)segment * a.view.experts + e] = 1;
+    }
+}
+
 // Shared memory: count[MAP_WARPS][experts].
+template <bool LORA>
 __global__ void __launch_bounds__(MAP_THREADS)
     map_kernel(struct cuda_control *control, uint32_t slot, struct moe_map_args a,
-               struct moe_list *list)
+               struct moe_list *list, struct map_lora lora)
 {
     extern __shared__ uint32_t count[];
     __shared__ uint32_t sums[2][MAP_WARPS];
@@ -285,6 +342,8 @@ __global__ void __launch_bounds__(MAP_THREADS)
         return;
     uint32_t begin = 0, pairs = 0, total = 0, state = 0;
     pages_look(a.view, missing);
+    if (LORA)
+        parts_look(a, lora, control_lora_segments(control), rows, missing);
     if (!a.resume) {
         uint32_t all = rows * a.top_k, per = ((all + MAP_WARPS - 1) / MAP_WARPS + 31) / 32 * 32;
         struct map_walk walk = {min(warp * per, all), min((warp + 1) * per, all),
@@ -322,6 +381,8 @@ __global__ void __launch_bounds__(MAP_THREADS)
     bool missed = __syncthreads_or(state == 2);
     if (missed && e == 0)
         control->miss_layer = a.layer;
+    if (LORA && missed)
+        parts_mark(a, lora, control_lora_segments(control), rows);
 }
 
 // ---- combine ----
@@ -410,9 +471,13 @@ extern "C" void cuda__moe_map(const struct cuda_launch *l, const struct moe_map_
     CHECK(!a->mine.count); // expert-parallel ranks run on the CPU backend so far
     CHECK((uint64_t)l->rows_max * a->top_k < UINT32_MAX / 2);
     CHECK((uint64_t)a->view.experts * a->view.pages_per_expert < UINT32_MAX / 2);
-    launch_kernel(l, map_kernel, dim3(1), dim3(MAP_THREADS),
+    CHECK(!a->lora || a->part_wanted);
+    struct map_lora lora = {};
+    if (a->lora)
+        lora = {a->lora->row_begin, a->lora->adapter, a->lora->adapters};
+    launch_kernel(l, a->lora ? map_kernel<true> : map_kernel<false>, dim3(1), dim3(MAP_THREADS),
                   MAP_WARPS * a->view.experts * sizeof(uint32_t), l->control, l->slot, *a,
-                  (struct moe_list *)l->work);
+                  (struct moe_list *)l->work, lora);
 }
 
 extern "C" void cuda__moe_combine(const struct cuda_launch *l, const struct moe_combine_args *a)
@@ -428,7 +493,10 @@ extern "C" void cuda__moe_combine(const struct cuda_launch *l, const struct moe_
 
 extern "C" enum status cuda__moe_prepare(struct cuda_device *device)
 {
-    CUDA_TRY(device, cudaFuncSetAttribute(map_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          MAP_WARPS * EXPERTS_MAX * (int)sizeof(uint32_t)));
+    int bytes = MAP_WARPS * EXPERTS_MAX * (int)sizeof(uint32_t);
+    CUDA_TRY(device, cudaFuncSetAttribute(map_kernel<false>,
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+    CUDA_TRY(device, cudaFuncSetAttribute(map_kernel<true>,
+                                          cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
     return cuda__moe_wide_prepare(device);
 }

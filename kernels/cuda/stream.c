@@ -169,7 +169,7 @@ void cuda__record_scatter(struct stream *stream, const struct scatter_args *a)
     void cuda__record_##name(struct stream *stream, const struct args *a)                          \
     {                                                                                              \
         struct cuda_stream *s = (struct cuda_stream *)stream;                                      \
-        if (!a->rows && OP_##name != OP_moe_map) /* a map of no rows clears */                     \
+        if (!a->rows)                                                                              \
             return;                                                                                \
         struct command *c = record(s, OP_##name);                                                  \
         c->a.name = *a;                                                                            \
@@ -234,6 +234,20 @@ static void record_moe(struct cuda_stream *s, uint32_t op, const struct moe_gemm
     c->a.moe_gate_up.lora = NULL;
     if (a->lora && a->lora->segments && a->lora->rank_max)
         record_batch(s, c, a->lora); // page_bytes is not 0: how a launch knows
+}
+
+// A map of no rows clears.
+void cuda__record_moe_map(struct stream *stream, const struct moe_map_args *a)
+{
+    struct cuda_stream *s = (struct cuda_stream *)stream;
+    struct command *c = record(s, OP_moe_map);
+    c->a.moe_map = *a;
+    CLEAR_PADDING(&c->a.moe_map);
+    record_rows(s, c, a->rows, false);
+    c->a.moe_map.rows = c->rows_max;
+    c->a.moe_map.lora = NULL;
+    if (a->lora && a->lora->segments && a->lora->rank_max)
+        record_batch(s, c, a->lora);
 }
 
 void cuda__record_moe_gate_up(struct stream *stream, const struct moe_gemm_args *a)
@@ -316,6 +330,13 @@ static void launch_moe(const struct cuda_launch *l, const struct command *c)
         cuda__moe_gate_up(l, &a);
 }
 
+static void launch_map(const struct cuda_launch *l, const struct command *c)
+{
+    struct moe_map_args a = c->a.moe_map;
+    a.lora = c->batch.page_bytes ? &c->batch : NULL;
+    cuda__moe_map(l, &a);
+}
+
 static void launch_copy(struct cuda_stream *s, const struct copy_args *a, cudaStream_t stream)
 {
     cudaError_t error = a->from
@@ -347,6 +368,9 @@ static void launch_commands(struct cuda_stream *s, uint32_t begin, uint32_t end,
         case OP_lora_shrink:
         case OP_lora_expand:
             n = launch_lora(&l, c, end - i);
+            break;
+        case OP_moe_map:
+            launch_map(&l, c);
             break;
         case OP_moe_gate_up:
         case OP_moe_down:

@@ -15,7 +15,6 @@
     X(qk_norm_rope_kv, qk_args, false)                                                             \
     X(attention, attention_args, false)                                                            \
     X(router, router_args, false)                                                                  \
-    X(moe_map, moe_map_args, false)                                                                \
     X(moe_combine, moe_combine_args, false)                                                        \
     X(sample, sample_args, false)                                                                  \
     X(all_reduce, all_reduce_args, false)
@@ -25,6 +24,7 @@
     X(lora_gather, lora_gather_args, batch)                                                        \
     X(lora_shrink, lora_shrink_args, batch)                                                        \
     X(lora_expand, lora_expand_args, batch)                                                        \
+    X(moe_map, moe_map_args, lora)                                                                 \
     X(moe_gate_up, moe_gemm_args, lora)                                                            \
     X(moe_down, moe_gemm_args, lora)
 

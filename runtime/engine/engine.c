@@ -62,9 +62,11 @@ static enum status make_moe_scratch(struct engine *e)
         act_area(e, &w->hidden, pairs, c->moe_intermediate) ||
         device_area(e, &w->out, pairs * c->hidden * f) ||
         host_area(e, &e->scratch.need, moe_layers * c->experts * sizeof(uint32_t)) ||
-        host_area(e, &e->scratch.expert_state, c->experts))
+        host_area(e, &e->scratch.expert_state, c->experts) ||
+        host_area(e, &e->scratch.part_wanted, (size_t)e->options.sequences_max * c->experts))
         return STATUS_NO_MEMORY;
-    return STATUS_OK;
+    e->scratch.gate_state = calloc(c->experts, 1);
+    return e->scratch.gate_state ? STATUS_OK : STATUS_NO_MEMORY;
 }
 
 static enum status make_results(struct engine *e, struct result_set *set)
@@ -341,9 +343,9 @@ static void release_scratch(struct engine *e)
             e->table->release(e->options.device, areas[i]);
     }
     const struct result_set *a = &s->results[0], *b = &s->results[1];
-    void *host[] = {a->token, a->logprob,      a->top_token, a->top_logprob,
-                    b->token, b->logprob,      b->top_token, b->top_logprob,
-                    s->need,  s->expert_state, e->logits};
+    void *host[] = {a->token, a->logprob,      a->top_token,   a->top_logprob,
+                    b->token, b->logprob,      b->top_token,   b->top_logprob,
+                    s->need,  s->expert_state, s->part_wanted, e->logits};
     for (size_t i = 0; i < ARRAY_COUNT(host); i++) {
         if (host[i])
             e->table->release_host(e->options.device, host[i]);
@@ -376,6 +378,7 @@ void engine_destroy(struct engine *engine)
     if (engine->stream)
         engine->table->stream_destroy(engine->stream);
     free(engine->moe_index);
+    free(engine->scratch.gate_state);
     free(engine->salts);
     free(engine->line);
     free(engine->record);

@@ -225,6 +225,11 @@ static void moe_half(struct engine *e, struct step *step, uint32_t layer, bool f
                                .layer = layer,
                                .resume = from_gate,
                                .mine = e->options.model->share.experts};
+    if (step->has_parts) {
+        map.lora = &step->lora;
+        map.part_wanted = s->part_wanted;
+        map.page_used = adapters_page_used(e->options.adapters);
+    }
     e->table->moe_map(e->stream, &map);
     bool lora = has(step, LORA_GATE) || has(step, LORA_UP) || has(step, LORA_DOWN);
     struct moe_gemm_args g = {.work = s->moe,

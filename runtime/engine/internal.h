@@ -3,9 +3,9 @@
 //
 // Files: engine.c (life, the turn), commands.c (the port's commands), residents.c (those on
 // adapters), sequence.c (slots, lists, admission, swapping), plan.c (pure policy), step.c (planning
-// and the step's state machine), ahead.c (planning the next step while one runs), forward.c
-// (recording the model's half-layers into the stream), output.c (sampled tokens to text and
-// events), report.c (stats).
+// and the step's state machine), gate.c (missing experts and parts of adapters), ahead.c (planning
+// the next step while one runs), forward.c (recording the model's half-layers into the stream),
+// output.c (sampled tokens to text and events), report.c (stats).
 #ifndef POLDER_RUNTIME_ENGINE_INTERNAL_H
 #define POLDER_RUNTIME_ENGINE_INTERNAL_H
 
@@ -65,6 +65,7 @@ struct sequence {
     int32_t stop_token[ENGINE_STOPS_MAX];
     struct text_output text;
     uint64_t deadline_us, arrived_us, admitted_us, first_token_us;
+    uint64_t parts_asked_us;               // its adapter's parts were asked for; 0: not yet
     uint64_t adapter_since_us, adapter_us; // waits for its adapter since (0: does not); has waited
     // the end
     enum status end_status;
@@ -113,6 +114,7 @@ struct step {
     float *x; // [rows_max][hidden] residual rows: with the KV, all that a paused step keeps
     struct lora_batch lora, lora_head; // of all rows; of the sampled ones
     uint32_t lora_modules;             // bit m: some adapter of the step has module m
+    bool has_parts;                    // some adapter has parts that come expert by expert
     uint32_t tops;                     // top_logprobs asked for by the step's samples
     uint32_t half;                     // next half-layer, 2 * layers: the head
     uint32_t segment_end;              // halves [half, segment_end) are in flight
@@ -169,7 +171,11 @@ struct scratch {
     struct moe_work moe;
     uint32_t *need;        // [moe layers][experts], host-visible
     uint8_t *expert_state; // [experts] of the gate that fired, host-visible
-    float *last;           // [sequences_max][hidden]
+    uint8_t *gate_state;   // [experts] which of them are brought in this round
+    // [sequences_max][experts], host-visible: 1 where the step's i-th run of rows with one adapter
+    // needs its part for an expert that is missing
+    uint8_t *part_wanted;
+    float *last; // [sequences_max][hidden]
     void *last_act;
     float *logits;
     struct result_set results[2];
@@ -187,6 +193,7 @@ struct engine {
     struct step next;
     uint32_t next_queued; // sequences that were left waiting when it was planned
     bool plans_ahead;     // while planning: the current step is running
+    bool gate_alone;      // the last gate found no room: the first expert that waits, and no other
     bool short_of_room;   // somebody found no room in the last planning
     struct results results;
     struct block_copies copies;
@@ -252,6 +259,15 @@ struct step *step_paused_most_urgent(struct engine *engine);
 void step_release_rows(struct engine *engine, struct step *step);
 void step_release_runs(struct engine *engine, const struct plan_run *runs, uint32_t count);
 void step_run_copies(struct engine *engine); // when no segment will take them along
+// A step that cannot go on ends its requests; others are not touched.
+void step_fail(struct engine *engine, struct step *step, enum status status, const char *message);
+
+// gate.c
+void gate_bring(struct engine *engine, struct step *step);   // what the map found missing
+bool gate_advance(struct engine *engine, struct step *step); // false: it is on its way
+void gate_let_go(struct engine *engine, uint32_t moe);       // what the gate of a layer holds
+// The MoE layers among the halves [from, to) are done: their pairs count as uses.
+void gate_done(struct engine *engine, uint32_t from, uint32_t to);
 
 // ahead.c
 void ahead_plan(struct engine *engine, struct step *running);

@@ -149,6 +149,18 @@ static void take_rows(struct engine *e, const struct results *r)
     }
 }
 
+// What was computed with an adapter of which a page could not be read is worth nothing.
+static void end_broken(struct engine *e, const struct results *r)
+{
+    for (uint32_t i = 0; i < r->plan.runs; i++) {
+        const struct sequence *s = &e->sequences[r->runs[i].slot];
+        if (s->state == SEQUENCE_RUNNING && s->has_adapter &&
+            adapter_is_broken(e->options.adapters, s->adapter))
+            sequence_end(e, r->runs[i].slot, STATUS_IO, ENGINE_FINISH_ERROR,
+                         "Reading the adapter from its store failed; ask the operator.");
+    }
+}
+
 void output_drop(struct engine *engine)
 {
     struct results *r = &engine->results;
@@ -162,6 +174,7 @@ bool output_results(struct engine *engine)
     struct results *r = &engine->results;
     if (ring_free(engine->options.port->events) < output_room_needed(engine, r->plan.samples))
         return false;
+    end_broken(engine, r);
     take_rows(engine, r);
     // Releasing the rows first lets a sequence end at once, unless the next step has rows of it.
     step_release_runs(engine, r->runs, r->plan.runs);

@@ -85,9 +85,12 @@ static void put_experts(struct writer *w, struct engine *e)
 
 static void put_loads(struct writer *w, const struct adapter_loads *l)
 {
-    put(w, "\"hits\":%llu,\"misses\":%llu,\"loads\":%llu,\"load_us\":%llu,\"load_us_max\":%llu",
+    put(w,
+        "\"hits\":%llu,\"misses\":%llu,\"loads\":%llu,\"load_us\":%llu,\"load_us_max\":%llu,"
+        "\"part_pages\":%llu,\"part_misses\":%llu",
         (unsigned long long)l->hits, (unsigned long long)l->misses, (unsigned long long)l->loads,
-        (unsigned long long)l->load_us, (unsigned long long)l->load_us_max);
+        (unsigned long long)l->load_us, (unsigned long long)l->load_us_max,
+        (unsigned long long)l->part_pages, (unsigned long long)l->part_misses);
 }
 
 static void put_adapters(struct writer *w, struct engine *e)
@@ -100,10 +103,11 @@ static void put_adapters(struct writer *w, struct engine *e)
     put(w,
         ",\"adapters\":{\"registered\":%u,\"leaving\":%u,\"pinned\":%u,\"pinned_bytes\":%llu,"
         "\"resident\":%u,\"fetching\":%u,"
-        "\"resident_bytes\":%llu,\"fetches\":%llu,\"given_back\":%llu,",
+        "\"resident_bytes\":%llu,\"fetches\":%llu,\"given_back\":%llu,\"parts_given_back\":%llu,",
         a.registered, a.leaving, a.kept, (unsigned long long)a.kept_pages * p.page_bytes,
         a.resident, a.fetching, (unsigned long long)a.resident_pages * p.page_bytes,
-        (unsigned long long)a.fetches, (unsigned long long)a.given_back);
+        (unsigned long long)a.fetches, (unsigned long long)a.given_back,
+        (unsigned long long)a.parts_given_back);
     put_loads(w, &a.loads);
     put(w, "}");
 }
@@ -166,7 +170,7 @@ size_t report_adapters(struct engine *engine, char *out, size_t room)
             i ? "," : "", info.name, info.owner,
             info.keeper == ADAPTER_NO_KEEPER ? -1ll : (long long)info.keeper,
             info.resident ? "true" : "false", info.pages, info.users,
-            info.resident ? (unsigned long long)info.pages * p.page_bytes : 0,
+            (unsigned long long)info.device_pages * p.page_bytes,
             (unsigned long long)info.host_pages * p.page_bytes,
             (unsigned long long)info.pages * p.page_bytes, info.report.rank_min,
             info.report.rank_max, (unsigned long long)info.report.bytes,

@@ -134,7 +134,7 @@ static enum status pin(struct engine *e, const struct engine_adapter_command *c,
     pool_stats(e->options.pool, &pool);
     if (adapter_keeper(adapters, id) != ADAPTER_NO_KEEPER)
         return STATUS_OK; // by whom does not matter to a request
-    uint32_t pages = adapter_page_count(adapters, id);
+    uint32_t pages = adapter_pages_whole(adapters, id);
     uint64_t mine = adapters_kept_pages_of(adapters, c->owner) * pool.page_bytes;
     uint64_t bytes = (uint64_t)pages * pool.page_bytes;
     if (mine + bytes > c->pinned_bytes_max)

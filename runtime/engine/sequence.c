@@ -6,11 +6,14 @@
 // ordered by (class, arrival). 3. a sequence in a step is RUNNING, or ENDED with surplus rows, and
 // is neither swapped nor dropped. 4. every sequence that left FREE gives one DONE event and then
 // returns to FREE, when no step holds it any more.
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "base/check.h"
 #include "runtime/engine/internal.h"
+
+enum { PARTS_WAIT_US = 2000000 };
 
 static bool goes_before(const struct sequence *a, const struct sequence *b)
 {
@@ -442,9 +445,20 @@ void sequence_bring_back(struct engine *engine)
 
 // ---- admission ----
 
+// Its trunk is there, and of its parts what could be had when it came: so the batch does not wait
+// at gates for one sequence's adapter. After PARTS_WAIT_US they have to bring the rest.
 static bool adapter_ready(const struct engine *e, const struct sequence *s)
 {
-    return !s->has_adapter || adapter_is_resident(e->options.adapters, s->adapter);
+    struct adapters *adapters = e->options.adapters;
+    if (!s->has_adapter)
+        return true;
+    if (!adapter_is_resident(adapters, s->adapter))
+        return false;
+    if (adapter_is_whole(adapters, s->adapter))
+        return true;
+    return s->parts_asked_us &&
+           (!adapter_parts_coming(adapters, s->adapter) ||
+            clock_now_us(&e->options.clock) - s->parts_asked_us >= PARTS_WAIT_US);
 }
 
 void sequence_adapter_lacks(struct engine *engine, struct sequence *sequence)
@@ -460,11 +474,23 @@ void sequence_adapter_came(struct engine *engine, struct sequence *sequence)
     sequence->adapter_since_us = 0;
 }
 
-static void fetch_adapter(struct engine *e, const struct sequence *s)
+// That some token of a prompt of this length goes to an expert, if they are chosen evenly.
+static float expert_likely(const struct engine *e, uint32_t tokens)
 {
+    const struct model_config *c = &e->options.model->config;
+    return 1.0f - powf(1.0f - (float)c->top_k / (float)c->experts, (float)tokens);
+}
+
+static void fetch_adapter(struct engine *e, struct sequence *s)
+{
+    struct adapters *adapters = e->options.adapters;
     enum status status =
-        adapter_fetch(e->options.adapters, s->adapter, (enum copy_class)s->class, COPY_ADAPTER);
-    (void)status; // no room now: the next turn tries again; a failed read ends the request there
+        adapter_fetch(adapters, s->adapter, (enum copy_class)s->class, COPY_ADAPTER);
+    if (status || s->parts_asked_us || adapter_is_whole(adapters, s->adapter))
+        return; // no room now: the next turn tries again; a failed read ends the request there
+    s->parts_asked_us = clock_now_us(&e->options.clock) | 1;
+    adapter_fetch_parts(adapters, s->adapter, (enum copy_class)s->class,
+                        expert_likely(e, s->length));
 }
 
 static struct digest prefix_root(const struct engine *e, const struct sequence *s)
@@ -600,7 +626,9 @@ uint32_t sequence_waiting_class(const struct engine *engine)
             const struct sequence *s = &engine->sequences[slot];
             if (s->in_steps || s->paused || s->cancelled)
                 continue;
-            if (s->has_adapter && !adapter_is_resident(engine->options.adapters, s->adapter))
+            if (s->state == SEQUENCE_QUEUED
+                    ? !adapter_ready(engine, s)
+                    : s->has_adapter && !adapter_is_resident(engine->options.adapters, s->adapter))
                 continue;
             if (s->class < class)
                 class = s->class;

@@ -174,14 +174,16 @@ static enum status make_pool(struct stack *s, struct fault *fault)
         return fault_set(fault, status, "the copy queues could not be made.");
     }
     // KV objects: every device and host page could be a block of its own.
-    uint32_t objects = experts + o->adapters_max + s->device_pages + s->host_pages + 64;
+    uint64_t objects = (uint64_t)experts + o->adapters_max + s->device_pages + s->host_pages + 64;
+    if (experts) // pages of expert LoRA are objects of their own
+        objects += adapter_slots(s);
     // Every kind has its own: registered adapters cannot use up what KV needs.
     uint64_t slots = (uint64_t)experts * shape->pages_per_expert + s->host_pages + s->device_pages +
                      adapter_slots(s);
     struct pool_options pool = {.page_bytes = s->page_bytes,
                                 .device_pages = s->device_pages,
                                 .host_pages = s->host_pages,
-                                .objects_max = objects,
+                                .objects_max = (uint32_t)objects,
                                 .slots_max = (uint32_t)slots,
                                 .owners_max = owners,
                                 .device_arena = s->device_arena,

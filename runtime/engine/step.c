@@ -255,6 +255,7 @@ static void fill_places(struct engine *e, struct step *step)
     const struct engine_options *o = &e->options;
     uint32_t blocks = (uint32_t)div_up(o->context_max, o->kv_shape.block_tokens), segment = 0;
     uint32_t modules = 0, rank_max = 0, samples = 0;
+    step->has_parts = false;
     for (uint32_t i = 0; i < step->plan.runs; i++) {
         const struct plan_run *run = &step->runs[i];
         const struct sequence *s = &e->sequences[run->slot];
@@ -270,6 +271,7 @@ static void fill_places(struct engine *e, struct step *step)
             continue;
         for (uint32_t m = 0; m < LORA_MODULES_ALL; m++)
             modules |= (uint32_t)adapter_has_module(o->adapters, s->adapter, m) << m;
+        step->has_parts |= adapter_has_parts(o->adapters, s->adapter);
         uint32_t rank = adapter_rank_max(o->adapters, s->adapter);
         rank_max = rank > rank_max ? rank : rank_max;
     }
@@ -422,14 +424,15 @@ void step_release_runs(struct engine *engine, const struct plan_run *runs, uint3
 
 void step_release_rows(struct engine *engine, struct step *step)
 {
+    if (engine->options.adapters)
+        adapters_gate_done(engine->options.adapters);
     step_release_runs(engine, step->runs, step->plan.runs);
     step->state = STEP_NONE;
     if (engine->current == step)
         engine->current = NULL;
 }
 
-// A step that cannot go on ends its requests; others are not touched.
-static void fail_step(struct engine *e, struct step *step, enum status status, const char *message)
+void step_fail(struct engine *e, struct step *step, enum status status, const char *message)
 {
     log_line(LOG_ERROR, "step %llu failed: %s", (unsigned long long)step->plan.step, message);
     ahead_drop(e);
@@ -446,7 +449,7 @@ static void fail_step(struct engine *e, struct step *step, enum status status, c
 static void device_failed(struct engine *e, struct step *step, enum status status,
                           const char *message)
 {
-    fail_step(e, step, status, message);
+    step_fail(e, step, status, message);
     e->broken = e->quit = e->draining = true;
 }
 
@@ -475,7 +478,7 @@ static bool resume(struct engine *e, struct step *step)
         }
         ready = false;
         if (adapter_fetch_status(adapters, s->adapter) == STATUS_IO) {
-            fail_step(e, step, STATUS_IO, "Reading an adapter from its store failed.");
+            step_fail(e, step, STATUS_IO, "Reading an adapter from its store failed.");
             return true;
         }
         if (adapter_fetch(adapters, s->adapter, (enum copy_class)step->plan.class, COPY_GATE))
@@ -491,10 +494,16 @@ static bool resume(struct engine *e, struct step *step)
 
 // ---- running ----
 
-// All experts are on the device: no gate will fire, so that several units may be sent at once.
-static bool nothing_can_miss(const struct engine *e)
+// All experts and all parts of the step's adapters are on the device: no gate will fire, so that
+// several units may be sent at once.
+static bool nothing_can_miss(const struct engine *e, const struct step *step)
 {
     struct expert_stats stats = {0};
+    for (uint32_t i = 0; step->has_parts && i < step->plan.runs; i++) {
+        const struct sequence *s = &e->sequences[step->runs[i].slot];
+        if (s->has_adapter && !adapter_is_whole(e->options.adapters, s->adapter))
+            return false;
+    }
     if (e->options.experts)
         experts_stats(e->options.experts, &stats);
     return stats.resident == stats.total;
@@ -505,8 +514,8 @@ static uint32_t segment_length(const struct engine *e, const struct step *step)
     if (e->options.force_leave)
         return 1;
     if (step->plan.class == ENGINE_INTERACTIVE) // nobody may overtake it
-        return nothing_can_miss(e) ? 2 * e->options.model->config.layers
-                                   : e->options.segment_halves_max;
+        return nothing_can_miss(e, step) ? 2 * e->options.model->config.layers
+                                         : e->options.segment_halves_max;
     if (sequence_waiting_class(e) < step->plan.class)
         return 1; // it is left at the next preemption point
     float half_us = e->half_us_per_row * (float)step->plan.rows;
@@ -536,6 +545,8 @@ static enum status submit(struct engine *e, struct step *step)
         experts_flush(e->options.experts, e->stream);
     if (e->options.adapters)
         adapters_flush(e->options.adapters, e->stream);
+    if (step->has_parts && step->half == 0 && !step->resume_gate)
+        adapters_record_used(e->options.adapters, e->stream);
     forward_begin(e, step);
     for (uint32_t h = step->half, unit_end = h; h < step->segment_end; h++) {
         if (h == unit_end) {
@@ -569,30 +580,6 @@ void step_submit(struct engine *engine, struct step *step)
     if (engine->results.waiting)
         (void)output_results(engine); // the step before was sound
     device_failed(engine, step, STATUS_DEVICE, "The device refused a segment.");
-}
-
-static void account_experts(struct engine *e, uint32_t from, uint32_t to)
-{
-    const struct model_config *c = &e->options.model->config;
-    for (uint32_t half = from | 1; half < to; half += 2) {
-        uint32_t moe = e->moe_index[half / 2];
-        if (moe == NO_SLOT)
-            continue;
-        experts_gate_done(e->options.experts, moe);
-        experts_used(e->options.experts, moe, e->scratch.need + (size_t)moe * c->experts);
-    }
-}
-
-static void gate_bring(struct engine *e, struct step *step)
-{
-    uint32_t started = 0, moe = e->moe_index[step->half / 2];
-    enum status status = experts_gate_bring(e->options.experts, moe, e->scratch.expert_state,
-                                            (enum copy_class)step->plan.class, &started);
-    if (status == STATUS_FULL && !started && copy_is_idle(e->options.copies))
-        fail_step(e, step, STATUS_FULL,
-                  "No pool pages are left for an expert; raise --pool-bytes.");
-    else if (status && status != STATUS_FULL)
-        fail_step(e, step, status, "An expert could not be brought in.");
 }
 
 static void at_preemption_point(struct engine *e, struct step *step)
@@ -655,11 +642,13 @@ static void retired(struct engine *e, struct step *step, const struct segment_re
 {
     pool_epoch_retire(e->options.pool, step->epoch);
     copies_retired(e);
+    if (e->options.adapters)
+        adapters_take_used(e->options.adapters);
     if (result->missed) {
         uint32_t half = 2 * result->miss_layer + 1;
-        account_experts(e, step->half, half);
+        gate_done(e, step->half, half);
         step->halves_run += half - step->half;
-        experts_gate_done(e->options.experts, e->moe_index[result->miss_layer]);
+        gate_let_go(e, e->moe_index[result->miss_layer]);
         step->half = half;
         step->state = STEP_GATE;
         e->counters.gate_misses++;
@@ -670,7 +659,7 @@ static void retired(struct engine *e, struct step *step, const struct segment_re
     }
     if (!step->resume_gate)
         measure(e, step);
-    account_experts(e, step->half, step->segment_end);
+    gate_done(e, step->half, step->segment_end);
     step->halves_run += step->segment_end - step->half;
     step->half = step->segment_end;
     step->resume_gate = false;
@@ -697,21 +686,6 @@ static bool advance_flight(struct engine *e, struct step *step)
         return true;
     }
     retired(e, step, &result);
-    return true;
-}
-
-static bool advance_gate(struct engine *e, struct step *step)
-{
-    enum status status = STATUS_OK;
-    if (!experts_gate_ready(e->options.experts, e->moe_index[step->half / 2], &status))
-        return false;
-    if (status) {
-        experts_gate_done(e->options.experts, e->moe_index[step->half / 2]);
-        fail_step(e, step, status, "Reading an expert from its store failed.");
-        return true;
-    }
-    step->resume_gate = true;
-    step->state = STEP_READY;
     return true;
 }
 
@@ -745,7 +719,7 @@ bool step_advance(struct engine *engine)
             ahead_plan(engine, step);
         return advance_flight(engine, step);
     case STEP_GATE:
-        return advance_gate(engine, step);
+        return gate_advance(engine, step);
     default:
         CHECK(false);
     }
