@@ -622,6 +622,7 @@ uint32_t adapter_pages_whole(const struct adapters *adapters, adapter_id id)
 void adapter_run(struct adapters *adapters, adapter_id id)
 {
     struct adapter *adapter = adapter__of(adapters, id);
+    adapters->running_whole += adapter->runs ? 0 : adapter->store.pages;
     adapters->running_pages += adapter->runs++ ? 0 : adapter__step_pages(adapter);
 }
 
@@ -630,6 +631,13 @@ void adapter_rest(struct adapters *adapters, adapter_id id)
     struct adapter *adapter = adapter__of(adapters, id);
     CHECK(adapter->runs);
     adapters->running_pages -= --adapter->runs ? 0 : adapter__step_pages(adapter);
+    adapters->running_whole -= adapter->runs ? 0 : adapter->store.pages;
+}
+
+uint64_t adapters_running_whole(const struct adapters *adapters, adapter_id except)
+{
+    const struct adapter *adapter = &adapters->slots[slot_of(adapters, except)];
+    return adapters->running_whole - (adapter->runs ? adapter->store.pages : 0);
 }
 
 uint32_t adapters_running_pages(const struct adapters *adapters, adapter_id except)

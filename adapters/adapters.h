@@ -158,6 +158,8 @@ uint32_t adapter_pages_whole(const struct adapters *adapters, adapter_id id);
 void adapter_run(struct adapters *adapters, adapter_id id);
 void adapter_rest(struct adapters *adapters, adapter_id id);
 uint32_t adapters_running_pages(const struct adapters *adapters, adapter_id except);
+// The same with all their parts, those of tenants too.
+uint64_t adapters_running_whole(const struct adapters *adapters, adapter_id except);
 
 // Expert LoRA, page by page. adapter_fetch, adapter_is_resident and the pins are about the trunk:
 // what every row needs. The parts of single experts come and go one by one; the map of a MoE layer
@@ -183,6 +185,7 @@ MUST_USE enum status adapters_gate_bring(struct adapters *adapters, uint32_t vie
 bool adapters_gate_ready(struct adapters *adapters, enum status *status);
 void adapters_gate_done(struct adapters *adapters); // lets go what is held
 bool adapter_is_broken(const struct adapters *adapters, adapter_id id);
+void adapters_step(struct adapters *adapters); // a step is done: what it did not use grows older
 // moe_map_args.page_used. Once a step the marks are recorded into the stream, to be taken when that
 // segment has retired: who is used stays.
 uint8_t *adapters_page_used(const struct adapters *adapters);
@@ -233,8 +236,9 @@ struct adapter_info {
     char name[ADAPTER_NAME_MAX];
     uint32_t owner;
     bool resident;
-    uint32_t pages, device_pages, host_pages, users; // of its pages, those on the device, the host
-    uint32_t keeper;                                 // ADAPTER_NO_KEEPER: not pinned
+    uint32_t pages, trunk_pages;              // all; what comes before its first step
+    uint32_t device_pages, host_pages, users; // of its pages, those on the device, in the host tier
+    uint32_t keeper;                          // ADAPTER_NO_KEEPER: not pinned
     struct adapter_report report;
     struct adapter_loads loads;
 };

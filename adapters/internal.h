@@ -43,7 +43,7 @@ struct adapter {
 // A page of an adapter behind its trunk; see parts.c.
 struct part {
     pool_object object; // 0: none
-    uint64_t used_us;
+    uint64_t used_step;
     uint32_t adapter;        // slot
     uint32_t next, previous; // in the list
     uint8_t state;
@@ -57,6 +57,7 @@ struct parts {
     uint32_t *dirty, dirty_count;
     uint32_t *held, held_count; // what the gate waits for
     uint32_t gate_arrived;      // of those, since it began
+    uint64_t step;              // steps so far
     uint32_t head, tail;        // the list: unused for longest first
     uint32_t pages, resident;   // of the device arena; parts
     uint32_t *of_page;          // [pages] the part that had it last
@@ -82,6 +83,7 @@ struct adapters {
     uint32_t *order, count; // slots by name
     uint64_t pool_slots;    // of all pool objects that live
     uint32_t running_pages; // of adapters with runs
+    uint64_t running_whole; // the same, all their pages
     uint32_t *warm, warm_count;
     uint32_t *graves, graves_count; // slots in state BURIED
     uint32_t *kept, kept_count;     // slots whose keeper is a tenant

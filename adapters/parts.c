@@ -14,9 +14,10 @@
 //
 // Who goes first under pressure: the part that was not used for longest. Kernels mark the pages
 // that they find (moe.h), in device memory; once a step the marks are copied to the host and
-// cleared (adapters_record_used, adapters_take_used), so they lag by a step. Unused for t, the
-// probability of a use within the horizon H is H / (H + t): a Poisson process of unknown rate, with
-// the prior 1 / rate, of which nothing was seen for t since its last event.
+// cleared (adapters_record_used, adapters_take_used), so they lag by a step. Unused for n steps,
+// the probability of a use within the next H is H / (H + n): a Poisson process of unknown rate,
+// with the prior 1 / rate, of which nothing was seen for n since its last event. Steps, not
+// seconds, as for experts (experts/policy.c), so that the two compare at any speed of the machine.
 //
 // Invariants: 1. `fetching` lists exactly the parts in state FETCHING; settle alone reads how a
 // fetch ended. 2. a part that is RESIDENT, not held and of no kept adapter stands in the list, by
@@ -135,7 +136,7 @@ static void arrived(struct adapters *adapters, uint32_t at)
     struct parts *p = &adapters->parts;
     struct part *part = &p->part[at];
     part->state = PART_RESIDENT;
-    part->used_us = clock_now_us(&adapters->options.clock);
+    part->used_step = p->step;
     p->of_page[*pool_device_pages(adapters->options.pool, part->object)] = at;
     p->resident++;
     adapters->slots[part->adapter].parts_resident++;
@@ -248,11 +249,9 @@ bool adapter__parts_cheapest(struct adapters *adapters, struct pool_offer *out)
     if (p->head == NO_PLACE)
         return false;
     const struct part *part = &p->part[p->head];
-    uint64_t now = clock_now_us(&adapters->options.clock);
-    *out = (struct pool_offer){
-        .object = part->object,
-        .price = adapter__part_price(now > part->used_us ? now - part->used_us : 0,
-                                     adapters->options.fetch_us_per_byte)};
+    *out = (struct pool_offer){.object = part->object,
+                               .price = adapter__part_price(p->step - part->used_step,
+                                                            adapters->options.fetch_us_per_byte)};
     return true;
 }
 
@@ -458,13 +457,18 @@ void adapters_gate_done(struct adapters *adapters)
         if (part->pinned)
             pool_unpin(adapters->options.pool, part->object);
         part->held = part->pinned = false;
-        part->used_us = clock_now_us(&adapters->options.clock);
+        part->used_step = p->step;
         list_add(adapters, p->held[i]);
     }
     p->held_count = p->gate_arrived = 0;
 }
 
 // ---- use ----
+
+void adapters_step(struct adapters *adapters)
+{
+    adapters->parts.step++;
+}
 
 uint8_t *adapters_page_used(const struct adapters *adapters)
 {
@@ -487,7 +491,7 @@ void adapters_take_used(struct adapters *adapters)
     if (!p->marks_asked)
         return;
     p->marks_asked = false;
-    uint64_t now = clock_now_us(&adapters->options.clock), word;
+    uint64_t word;
     for (uint32_t page = 0; page < p->pages; page++) {
         if (page % 8 == 0 && page + 8 <= p->pages) {
             memcpy(&word, p->used_host + page, sizeof word);
@@ -501,7 +505,7 @@ void adapters_take_used(struct adapters *adapters)
         if (!p->used_host[page] || part->state != PART_RESIDENT ||
             *pool_device_pages(adapters->options.pool, part->object) != page)
             continue; // it went to somebody else meanwhile
-        part->used_us = now;
+        part->used_step = p->step;
         list_add(adapters, at);
     }
 }

@@ -5,6 +5,8 @@
 
 #include "unified_pool/pool.h"
 
+static const float HORIZON_STEPS = 16; // as experts look ahead (experts/policy.c)
+
 double adapter__heat_at(const struct adapter_heat *heat, uint64_t now_us)
 {
     double age = now_us > heat->at_us ? (double)(now_us - heat->at_us) : 0;
@@ -38,7 +40,7 @@ float adapter__price(const struct adapter_heat *heat, uint32_t users, float fetc
     return (float)((idle + users) * fetch_us_per_byte);
 }
 
-float adapter__part_price(uint64_t idle_us, float fetch_us_per_byte)
+float adapter__part_price(uint64_t idle_steps, float fetch_us_per_byte)
 {
-    return (float)POOL_HORIZON_US / ((float)POOL_HORIZON_US + (float)idle_us) * fetch_us_per_byte;
+    return HORIZON_STEPS / (HORIZON_STEPS + (float)idle_steps) * fetch_us_per_byte;
 }

@@ -28,7 +28,7 @@ double adapter__heat_at(const struct adapter_heat *heat, uint64_t now_us);
 float adapter__price(const struct adapter_heat *heat, uint32_t users, float fetch_us_per_byte,
                      uint64_t now_us);
 
-// Of a page that was last used idle_us ago (parts.c).
-float adapter__part_price(uint64_t idle_us, float fetch_us_per_byte);
+// Of a page that no step has used for so many (parts.c).
+float adapter__part_price(uint64_t idle_steps, float fetch_us_per_byte);
 
 #endif

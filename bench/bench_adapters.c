@@ -36,6 +36,7 @@
 //
 // live: adapters that requests choose from; used: those that some request has chosen.
 // store_s: making the store files that were not there yet; register_s: registering from them.
+// part_pages: pages of expert LoRA that came, part_misses those that a gate waited for.
 // times: ttft from the time in the workload (open) or the sending (closed) to the first token; tpot
 // per output token after the first; adapter_wait as the engine measures it. bytes: all copies of
 // the case, and of them what adapters and experts were fetched. over_first: this case's number over
@@ -474,7 +475,8 @@ static double adapter_bytes(const struct bench *b)
     struct adapter_info info;
     double bytes = 0;
     for (uint32_t i = 0; adapter_at(stack_adapters(b->stack), i, &info); i++)
-        bytes += (double)info.loads.loads * info.pages * (double)stack_page_bytes(b->stack);
+        bytes += ((double)info.loads.loads * info.trunk_pages + (double)info.loads.part_pages) *
+                 (double)stack_page_bytes(b->stack);
     return bytes;
 }
 
@@ -489,12 +491,16 @@ static void print_moved(const struct bench *b, const struct serve_result *r, dou
     (void)printf(
         ",\"adapter_hits\":%llu,\"adapter_misses\":%llu,\"adapter_hit_rate\":%.4f,"
         "\"adapter_loads\":%llu,\"adapter_load_mean_ms\":%.3f,\"adapters_given_back\":%llu,"
-        "\"adapters_resident\":%u",
+        "\"adapters_resident\":%u,\"part_pages\":%llu,\"part_misses\":%llu,"
+        "\"parts_given_back\":%llu,\"parts_resident\":%u",
         (unsigned long long)hits, (unsigned long long)misses,
         hits + misses ? (double)hits / (double)(hits + misses) : 0.0, (unsigned long long)loads,
         loads ? (double)load_us * 1e-3 / (double)loads : 0.0,
-        (unsigned long long)(t->adapters.given_back - f->adapters.given_back),
-        t->adapters.resident);
+        (unsigned long long)(t->adapters.given_back - f->adapters.given_back), t->adapters.resident,
+        (unsigned long long)(t->adapters.loads.part_pages - f->adapters.loads.part_pages),
+        (unsigned long long)(t->adapters.loads.part_misses - f->adapters.loads.part_misses),
+        (unsigned long long)(t->adapters.parts_given_back - f->adapters.parts_given_back),
+        t->adapters.parts_resident);
     (void)printf(",\"expert_hits\":%llu,\"expert_misses\":%llu,\"experts_resident\":%llu,"
                  "\"experts_total\":%llu",
                  (unsigned long long)(t->experts.hits - f->experts.hits),

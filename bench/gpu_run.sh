@@ -123,7 +123,7 @@ adapters_of() {
 
 # show_adapters FILE: of each case the numbers that the targets are about.
 show_adapters() {
-    grep '"bench":"adapters"' "$1" | grep -o '"case":"[^"]*"\|"\(live\|registered\|finished\|failed\|requests_per_s\|output_tokens_per_s\|ttft_p50_ms\|ttft_p99_ms\|tpot_p50_ms\|adapter_wait_p50_ms\|adapter_hit_rate\|adapter_loads\|adapters_given_back\|adapter_bytes\|expert_bytes\|file_read_bytes\|h2d_bytes\|expert_misses\|requests_per_s_over_first\|ttft_p50_over_first\|kv_drops\|swaps_out\|running_mean\|captures\)":[-0-9.]*' |
+    grep '"bench":"adapters"' "$1" | grep -o '"case":"[^"]*"\|"\(live\|registered\|finished\|failed\|requests_per_s\|output_tokens_per_s\|ttft_p50_ms\|ttft_p99_ms\|tpot_p50_ms\|adapter_wait_p50_ms\|adapter_hit_rate\|adapter_loads\|adapters_given_back\|part_pages\|part_misses\|parts_given_back\|gate_misses\|adapter_bytes\|expert_bytes\|file_read_bytes\|h2d_bytes\|expert_misses\|requests_per_s_over_first\|ttft_p50_over_first\|kv_drops\|swaps_out\|running_mean\|captures\)":[-0-9.]*' |
         tr '\n' ' ' | sed 's/"case"/\n     &/g'
     echo
 }

@@ -533,6 +533,28 @@ static uint32_t first_out(const struct engine *e)
     return slot;
 }
 
+// May its adapter run beside those that run (and `awaited` pages) without that their parts drive
+// each other and the experts out, step by step? Within half a second a sequence touches most parts
+// of its adapter, so they are counted whole; experts as far as they could all be there, else half
+// the pool. Too tight is slow, not wrong: somebody may always run.
+static bool parts_have_room(const struct engine *e, const struct sequence *s, uint64_t awaited)
+{
+    struct pool_stats pool;
+    struct expert_stats experts;
+    struct adapters *adapters = e->options.adapters;
+    if (!s->has_adapter || !adapter_has_parts(adapters, s->adapter))
+        return true;
+    pool_stats(e->options.pool, &pool);
+    experts_stats(e->options.experts, &experts);
+    uint64_t all = experts.total * e->options.model->expert_shape.pages_per_expert;
+    uint64_t others = adapters_running_whole(adapters, s->adapter) + awaited;
+    uint64_t held = pool.device_by_kind[PAGE_KV] -
+                    (uint64_t)kv_cached_blocks(e->options.kv) * e->options.kv_shape.pages_per_block;
+    held += all < pool.device_total ? all : pool.device_total / 2;
+    return !others ||
+           held + others + adapter_pages_whole(adapters, s->adapter) <= pool.device_total;
+}
+
 // Queued sequences in order, as long as seats and pages last. A sequence whose adapter is on its
 // way waits alone; one that finds no pages stops those behind it, so that big requests are not
 // starved.
@@ -540,6 +562,7 @@ void sequence_admit(struct engine *engine)
 {
     const struct engine_options *o = &engine->options;
     uint32_t awaited = 0, awaited_kv = 0; // pages of those whose adapter is on its way
+    uint64_t awaited_whole = 0;
     for (uint32_t slot = engine->lists[SEQUENCE_QUEUED].head; slot != NO_SLOT;) {
         struct sequence *s = &engine->sequences[slot];
         uint32_t next = s->next, out = first_out(engine);
@@ -562,12 +585,15 @@ void sequence_admit(struct engine *engine)
                     (void)sequence_make_room(engine, slot, pages);
                 return;
             }
+            if (!parts_have_room(engine, s, awaited_whole))
+                return;
             if (!adapter_ready(engine, s)) {
                 sequence_adapter_lacks(engine, s);
                 fetch_adapter(engine, s);
                 sequence_want(engine, slot, pages);
                 awaited += pages;
                 awaited_kv += kv;
+                awaited_whole += s->has_adapter ? adapter_pages_whole(o->adapters, s->adapter) : 0;
             } else if (!start(engine, slot)) {
                 return;
             }

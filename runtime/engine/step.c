@@ -620,6 +620,8 @@ static void finished(struct engine *e, struct step *step)
 {
     struct plan_run *runs = e->results.runs;
     CHECK(!e->results.waiting);
+    if (e->options.adapters)
+        adapters_step(e->options.adapters);
     e->results = (struct results){.waiting = true,
                                   .plan = step->plan,
                                   .runs = step->runs,
