@@ -112,18 +112,19 @@ struct step {
     struct step_block block;
     struct step_arrays host, device;
     float *x; // [rows_max][hidden] residual rows: with the KV, all that a paused step keeps
-    struct lora_batch lora, lora_head; // of all rows; of the sampled ones
-    uint32_t lora_modules;             // bit m: some adapter of the step has module m
-    bool has_parts;                    // some adapter has parts that come expert by expert
-    uint32_t tops;                     // top_logprobs asked for by the step's samples
-    uint32_t half;                     // next half-layer, 2 * layers: the head
-    uint32_t segment_end;              // halves [half, segment_end) are in flight
-    bool resume_gate;                  // the first half of the next segment starts at its gate
-    bool segment_head;                 // the segment in flight ends with the head
-    bool places_changed; // the block must be copied to the device before the next segment
-    bool ahead_tried;    // the next step was planned, or could not be, while this one runs
-    uint32_t followed;   // samples of the step before, whose tokens are this one's input; 0: none
-    uint32_t result_set; // of scratch.results
+    // Of all rows; of the sampled ones, in the same segments.
+    struct lora_batch lora, lora_head;
+    uint32_t lora_modules; // bit m: some adapter of the step has module m
+    bool has_parts;        // some adapter has parts that come expert by expert
+    uint32_t tops;         // top_logprobs asked for by the step's samples
+    uint32_t half;         // next half-layer, 2 * layers: the head
+    uint32_t segment_end;  // halves [half, segment_end) are in flight
+    bool resume_gate;      // the first half of the next segment starts at its gate
+    bool segment_head;     // the segment in flight ends with the head
+    bool places_changed;   // the block must be copied to the device before the next segment
+    bool ahead_tried;      // the next step was planned, or could not be, while this one runs
+    uint32_t followed;     // samples of the step before, whose tokens are this one's input; 0: none
+    uint32_t result_set;   // of scratch.results
     uint32_t halves_run;
     uint32_t adapter_pages; // of its adapters, kept free for it while it is paused
     uint64_t epoch;

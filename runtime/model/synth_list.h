@@ -19,9 +19,8 @@ enum { SYNTH_NAME_BYTES = 96, SYNTH_CONFIG_BYTES = 2048 };
     X(heads)                                                                                       \
     X(kv_heads)                                                                                    \
     X(head_dim)                                                                                    \
-    X(vocab)                                                                                       \
-    X(max_positions) X(intermediate) X(experts) X(top_k) X(moe_intermediate) X(sparse_step)        \
-        X(tied) X(rope_theta) X(shard_mib)
+    X(vocab) X(max_positions) X(intermediate) X(experts) X(top_k) X(moe_intermediate)              \
+        X(sparse_step) X(tied) X(rope_theta) X(shard_mib)
 
 struct synth_shape {
     const char *name;
