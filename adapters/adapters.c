@@ -541,6 +541,7 @@ void adapter_acquire(struct adapters *adapters, adapter_id id)
     adapter->loads.misses += !is_hit;
     adapters->loads.hits += is_hit;
     adapters->loads.misses += !is_hit;
+    adapter->likely_step = UINT64_MAX;
     if (!adapter->users++)
         adapter->forgiven = true;
 }
@@ -549,6 +550,7 @@ void adapter_release(struct adapters *adapters, adapter_id id)
 {
     struct adapter *adapter = adapter__of(adapters, id);
     CHECK(adapter->users);
+    adapter->likely_step = UINT64_MAX;
     if (!--adapter->users)
         adapter__parts_mend(adapters, adapter);
     bury_if_done(adapters, adapter);

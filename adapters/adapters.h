@@ -167,9 +167,9 @@ uint64_t adapters_running_whole(const struct adapters *adapters, adapter_id exce
 //
 // Begins to fetch its absent parts, in the order of layers, as far as free pages last and pages
 // that are offered for less than they are worth: likely is the probability that a part will be
-// used.
-void adapter_fetch_parts(struct adapters *adapters, adapter_id id, enum copy_class class,
-                         float likely);
+// used. *next, 0 at first, says how far it came; false: ask again, room is on its way.
+bool adapter_fetch_parts(struct adapters *adapters, adapter_id id, enum copy_class class,
+                         float likely, uint32_t *next);
 uint32_t adapter_parts_coming(struct adapters *adapters, adapter_id id); // being fetched
 bool adapter_is_whole(const struct adapters *adapters, adapter_id id);   // all parts are there
 bool adapter_has_parts(const struct adapters *adapters, adapter_id id);

@@ -30,6 +30,10 @@ struct adapter {
     pool_object object;
     uint32_t part_count, first_part; // pages behind the trunk; the first one's slot in the pool
     uint32_t parts_resident, parts_coming;
+    uint32_t head, tail; // of its parts, those that may be offered: unused for longest first
+    uint32_t rich;       // its place among those that have such parts, or NO_PLACE
+    float likely;        // that it is used within the horizon, as of likely_step; 1 with users
+    uint64_t likely_step;
     struct lora_part *ranges;        // [layers][experts], as the store says, or NULL
     struct lora_part *ranges_device; // the same, for kernels
     bool broken;                     // a gate went on without one of its parts
@@ -45,7 +49,7 @@ struct part {
     pool_object object; // 0: none
     uint64_t used_step;
     uint32_t adapter;        // slot
-    uint32_t next, previous; // in the list
+    uint32_t next, previous; // in its adapter's list
     uint8_t state;
     bool listed, dirty, held, pinned;
     bool shown; // the device's page table names a page
@@ -58,7 +62,7 @@ struct parts {
     uint32_t *held, held_count; // what the gate waits for
     uint32_t gate_arrived;      // of those, since it began
     uint64_t step;              // steps so far
-    uint32_t head, tail;        // the list: unused for longest first
+    uint32_t *rich, rich_count; // slots of adapters that have parts to offer
     uint32_t pages, resident;   // of the device arena; parts
     uint32_t *of_page;          // [pages] the part that had it last
     uint8_t *used;              // device memory, [pages]: marks of moe_map

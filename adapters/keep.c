@@ -21,7 +21,8 @@ enum status adapter_load(struct adapters *adapters, adapter_id id)
     if (status)
         return status;
     adapter_used(adapters, id);
-    adapter_fetch_parts(adapters, id, COPY_STANDARD, 1);
+    uint32_t next = 0;
+    (void)adapter_fetch_parts(adapters, id, COPY_STANDARD, 1, &next); // as far as it goes now
     return STATUS_OK;
 }
 
@@ -107,6 +108,7 @@ void adapters_fetch_kept(struct adapters *adapters)
             continue;
         if (!is_trunk_here && adapter_fetch(adapters, id, COPY_STANDARD, COPY_ADAPTER))
             return; // no room: the next turn tries again
-        adapter_fetch_parts(adapters, id, COPY_STANDARD, INFINITY);
+        uint32_t next = 0;
+        (void)adapter_fetch_parts(adapters, id, COPY_STANDARD, INFINITY, &next);
     }
 }

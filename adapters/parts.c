@@ -20,9 +20,10 @@
 // seconds, as for experts (experts/policy.c), so that the two compare at any speed of the machine.
 //
 // Invariants: 1. `fetching` lists exactly the parts in state FETCHING; settle alone reads how a
-// fetch ended. 2. a part that is RESIDENT, not held and of no kept adapter stands in the list, by
-// last use. 3. the device's page table agrees with the states, but for the parts in `dirty`; the
-// flush writes those. 4. held parts are pinned from when they are resident to adapters_gate_done.
+// fetch ended. 2. a part that is RESIDENT, not held and of no kept adapter stands in its adapter's
+// list, by last use. 3. the device's page table agrees with the states, but for the parts in
+// `dirty`; the flush writes those. 4. held parts are pinned from when they are resident to
+// adapters_gate_done.
 #include "adapters/internal.h"
 
 #include <math.h>
@@ -32,6 +33,7 @@
 #include "base/check.h"
 
 enum { PART_ABSENT, PART_FETCHING, PART_RESIDENT, PART_SPOILED };
+enum { ROOM_AT_ONCE = 64 };
 
 // ---- life ----
 
@@ -39,7 +41,7 @@ enum status adapter__parts_create(struct adapters *adapters, const struct pool_s
 {
     struct parts *p = &adapters->parts;
     struct device *device = adapters->options.device;
-    p->head = p->tail = p->spare_page = NO_PLACE;
+    p->spare_page = NO_PLACE;
     if (!adapters->options.base.experts)
         return STATUS_OK;
     p->part = calloc(pool->slots_max, sizeof *p->part);
@@ -47,7 +49,8 @@ enum status adapter__parts_create(struct adapters *adapters, const struct pool_s
     p->fetching = calloc(pool->device_total, sizeof *p->fetching);
     p->held = calloc(pool->device_total, sizeof *p->held);
     p->of_page = calloc(pool->device_total, sizeof *p->of_page);
-    if (!p->part || !p->dirty || !p->fetching || !p->held || !p->of_page)
+    p->rich = calloc(adapters->options.adapters_max, sizeof *p->rich);
+    if (!p->part || !p->dirty || !p->fetching || !p->held || !p->of_page || !p->rich)
         return STATUS_NO_MEMORY;
     p->pages = pool->device_total;
     enum status status = device->table->alloc(device, p->pages, (void **)&p->used);
@@ -71,43 +74,63 @@ void adapter__parts_destroy(struct adapters *adapters)
     free(p->fetching);
     free(p->held);
     free(p->of_page);
+    free(p->rich);
 }
 
-// ---- the list: what may be offered, the longest unused first ----
+// ---- the lists: what may be offered, of each adapter the longest unused first ----
 
-static void list_remove(struct parts *p, uint32_t at)
+static void rich_change(struct adapters *adapters, struct adapter *adapter)
 {
-    struct part *part = &p->part[at];
+    struct parts *p = &adapters->parts;
+    bool has = adapter->head != NO_PLACE;
+    if (has == (adapter->rich != NO_PLACE))
+        return;
+    if (has) {
+        adapter->rich = p->rich_count;
+        p->rich[p->rich_count++] = (uint32_t)(adapter - adapters->slots);
+    } else {
+        uint32_t last = p->rich[--p->rich_count];
+        p->rich[adapter->rich] = last;
+        adapters->slots[last].rich = adapter->rich;
+        adapter->rich = NO_PLACE;
+    }
+}
+
+static void list_remove(struct adapters *adapters, uint32_t at)
+{
+    struct part *part = &adapters->parts.part[at];
+    struct adapter *adapter = &adapters->slots[part->adapter];
     if (!part->listed)
         return;
     if (part->previous != NO_PLACE)
-        p->part[part->previous].next = part->next;
+        adapters->parts.part[part->previous].next = part->next;
     else
-        p->head = part->next;
+        adapter->head = part->next;
     if (part->next != NO_PLACE)
-        p->part[part->next].previous = part->previous;
+        adapters->parts.part[part->next].previous = part->previous;
     else
-        p->tail = part->previous;
+        adapter->tail = part->previous;
     part->listed = false;
+    rich_change(adapters, adapter);
 }
 
 // To the end that was used last, if it may be offered at all.
 static void list_add(struct adapters *adapters, uint32_t at)
 {
-    struct parts *p = &adapters->parts;
-    struct part *part = &p->part[at];
-    list_remove(p, at);
-    if (part->state != PART_RESIDENT || part->held ||
-        adapters->slots[part->adapter].keeper != NO_PLACE)
+    struct part *part = &adapters->parts.part[at];
+    struct adapter *adapter = &adapters->slots[part->adapter];
+    list_remove(adapters, at);
+    if (part->state != PART_RESIDENT || part->held || adapter->keeper != NO_PLACE)
         return;
-    part->previous = p->tail;
+    part->previous = adapter->tail;
     part->next = NO_PLACE;
-    if (p->tail != NO_PLACE)
-        p->part[p->tail].next = at;
+    if (adapter->tail != NO_PLACE)
+        adapters->parts.part[adapter->tail].next = at;
     else
-        p->head = at;
-    p->tail = at;
+        adapter->head = at;
+    adapter->tail = at;
     part->listed = true;
+    rich_change(adapters, adapter);
 }
 
 // ---- states ----
@@ -188,7 +211,7 @@ static void leave(struct adapters *adapters, uint32_t at)
     struct parts *p = &adapters->parts;
     struct part *part = &p->part[at];
     CHECK(part->state == PART_RESIDENT && !part->held);
-    list_remove(p, at);
+    list_remove(adapters, at);
     part->state = PART_ABSENT;
     p->resident--;
     adapters->slots[part->adapter].parts_resident--;
@@ -203,6 +226,8 @@ void adapter__parts_begin(struct adapters *adapters, struct adapter *adapter,
 {
     struct parts *p = &adapters->parts;
     uint32_t slot = (uint32_t)(adapter - adapters->slots);
+    adapter->head = adapter->tail = adapter->rich = NO_PLACE;
+    adapter->likely_step = UINT64_MAX;
     adapter->first_part =
         adapter->part_count ? pool_first_slot(adapters->options.pool, objects[0]) : NO_PLACE;
     for (uint32_t i = 0; i < adapter->part_count; i++)
@@ -221,7 +246,7 @@ bool adapter__parts_end(struct adapters *adapters, struct adapter *adapter)
         CHECK(!part->held);
         // After a fetch that failed or was cancelled a read may still be under way.
         is_read |= part->state == PART_FETCHING || pool_fetch_status(pool, part->object);
-        list_remove(p, at);
+        list_remove(adapters, at);
         p->resident -= part->state == PART_RESIDENT;
         pool_object_destroy(pool, part->object);
         part->object.bits = 0;
@@ -242,17 +267,29 @@ bool adapter__parts_end(struct adapters *adapters, struct adapter *adapter)
 
 // ---- pressure ----
 
+// Once a step, and when the first user comes or the last one goes (likely_step is forgotten then).
+static float likely(struct adapters *adapters, struct adapter *adapter)
+{
+    uint64_t now = clock_now_us(&adapters->options.clock), step = adapters->parts.step;
+    if (adapter->likely_step != step)
+        adapter->likely = adapter->users ? 1.0f : (float)adapter__idle_likely(&adapter->heat, now);
+    adapter->likely_step = step;
+    return adapter->likely;
+}
+
 bool adapter__parts_cheapest(struct adapters *adapters, struct pool_offer *out)
 {
     struct parts *p = &adapters->parts;
     settle(adapters);
-    if (p->head == NO_PLACE)
-        return false;
-    const struct part *part = &p->part[p->head];
-    *out = (struct pool_offer){.object = part->object,
-                               .price = adapter__part_price(p->step - part->used_step,
-                                                            adapters->options.fetch_us_per_byte)};
-    return true;
+    for (uint32_t i = 0; i < p->rich_count; i++) {
+        struct adapter *adapter = &adapters->slots[p->rich[i]];
+        const struct part *part = &p->part[adapter->head];
+        float price = likely(adapters, adapter) * adapters->options.fetch_us_per_byte *
+                      adapter__part_likely(p->step - part->used_step);
+        if (!i || price < out->price)
+            *out = (struct pool_offer){.object = part->object, .price = price};
+    }
+    return p->rich_count;
 }
 
 void adapter__part_give_back(struct adapters *adapters, pool_object object)
@@ -278,19 +315,41 @@ static enum status fetch(struct adapters *adapters, uint32_t at, enum copy_class
     return STATUS_OK;
 }
 
-void adapter_fetch_parts(struct adapters *adapters, adapter_id id, enum copy_class class,
-                         float likely)
+// Room for some of `pages` more; false when there is none. *later: but there will be, when segments
+// have retired.
+static bool room(struct adapters *adapters, uint32_t pages, float price_max, bool *later)
+{
+    struct pool *pool = adapters->options.pool;
+    struct pool_stats stats;
+    pool_stats(pool, &stats);
+    if (stats.device_free)
+        return true;
+    if (pool_make_room_within(pool, pages < ROOM_AT_ONCE ? pages : ROOM_AT_ONCE, price_max))
+        pool_stats(pool, &stats);
+    else
+        return true;
+    *later = stats.device_waiting;
+    return stats.device_free;
+}
+
+bool adapter_fetch_parts(struct adapters *adapters, adapter_id id, enum copy_class class,
+                         float likely, uint32_t *next)
 {
     struct adapter *adapter = adapter__of(adapters, id);
-    // Half of what it is worth: pages that were used within the horizon stay.
+    // Half of what it is worth: what running adapters have used a moment ago stays.
     float price_max = 0.5f * likely * adapters->options.fetch_us_per_byte;
     settle(adapters);
-    for (uint32_t i = 0; i < adapter->part_count; i++) {
-        uint32_t at = adapter->first_part + i, state = adapters->parts.part[at].state;
-        if ((state == PART_ABSENT || state == PART_FETCHING) &&
-            fetch(adapters, at, class, COPY_ADAPTER, price_max))
-            return;
+    for (; *next < adapter->part_count; ++*next) {
+        uint32_t at = adapter->first_part + *next, state = adapters->parts.part[at].state;
+        bool later = false;
+        if (state != PART_ABSENT && state != PART_FETCHING)
+            continue;
+        if (state == PART_ABSENT && !room(adapters, adapter->part_count - *next, price_max, &later))
+            return !later;
+        if (fetch(adapters, at, class, COPY_ADAPTER, price_max))
+            return true;
     }
+    return true;
 }
 
 uint32_t adapter_parts_coming(struct adapters *adapters, adapter_id id)
@@ -363,7 +422,7 @@ static void hold(struct adapters *adapters, uint32_t at)
         part->held = true;
         p->held[p->held_count++] = at;
     }
-    list_remove(p, at);
+    list_remove(adapters, at);
     pin_if_held(adapters, part);
 }
 

@@ -31,16 +31,20 @@ void adapter__heat_keep(struct adapter_heat *heat, uint64_t now_us)
     level_set(heat);
 }
 
-float adapter__price(const struct adapter_heat *heat, uint32_t users, float fetch_us_per_byte,
-                     uint64_t now_us)
+double adapter__idle_likely(const struct adapter_heat *heat, uint64_t now_us)
 {
     // A steady rate of x uses per microsecond settles at x * half_life / ln 2 decayed uses.
     double rate = adapter__heat_at(heat, now_us) * log(2) / ADAPTER_HALF_LIFE_US;
-    double idle = 1 - exp(-rate * POOL_HORIZON_US); // Poisson: at least one use
-    return (float)((idle + users) * fetch_us_per_byte);
+    return 1 - exp(-rate * POOL_HORIZON_US); // Poisson: at least one use
 }
 
-float adapter__part_price(uint64_t idle_steps, float fetch_us_per_byte)
+float adapter__price(const struct adapter_heat *heat, uint32_t users, float fetch_us_per_byte,
+                     uint64_t now_us)
 {
-    return HORIZON_STEPS / (HORIZON_STEPS + (float)idle_steps) * fetch_us_per_byte;
+    return (float)((adapter__idle_likely(heat, now_us) + users) * fetch_us_per_byte);
+}
+
+float adapter__part_likely(uint64_t idle_steps)
+{
+    return HORIZON_STEPS / (HORIZON_STEPS + (float)idle_steps);
 }

@@ -28,7 +28,9 @@ double adapter__heat_at(const struct adapter_heat *heat, uint64_t now_us);
 float adapter__price(const struct adapter_heat *heat, uint32_t users, float fetch_us_per_byte,
                      uint64_t now_us);
 
-// Of a page that no step has used for so many (parts.c).
-float adapter__part_price(uint64_t idle_steps, float fetch_us_per_byte);
+// That an adapter without users gets one within the horizon.
+double adapter__idle_likely(const struct adapter_heat *heat, uint64_t now_us);
+// That a part which no step has used for so many is used within the horizon, if its adapter is.
+float adapter__part_likely(uint64_t idle_steps);
 
 #endif

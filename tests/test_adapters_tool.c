@@ -296,7 +296,8 @@ float tool_element(const struct tool_rig *rig, const struct adapter_base *base,
 void tool_rig_bring(struct tool_rig *rig, adapter_id id)
 {
     assert_int_equal(adapter_fetch(rig->adapters, id, COPY_STANDARD, COPY_ADAPTER), STATUS_OK);
-    adapter_fetch_parts(rig->adapters, id, COPY_STANDARD, INFINITY);
+    uint32_t next = 0;
+    assert_true(adapter_fetch_parts(rig->adapters, id, COPY_STANDARD, INFINITY, &next));
     for (int i = 0; i < 1000 && adapter_parts_coming(rig->adapters, id); i++)
         tool_rig_settle(rig);
     tool_rig_settle(rig);

@@ -154,6 +154,9 @@ MUST_USE enum status pool_reserve(struct pool *pool, pool_object object);
 // The same without an object: OK when `pages` device pages are free, so that several reservations
 // that follow at once cannot fail half way.
 MUST_USE enum status pool_make_room(struct pool *pool, uint32_t pages);
+// Likewise, from what is offered up to price_max; some may have gone when it is FULL. Asking once
+// for many pages costs less than once for each.
+MUST_USE enum status pool_make_room_within(struct pool *pool, uint32_t pages, float price_max);
 // Reserves and starts copies from the highest tier that holds each slot (host, else file through a
 // host page, which stays as a host copy while there is room). OK when started or already there or
 // under way; a repeated call with a more urgent (class, need) promotes. FULL as pool_reserve, or

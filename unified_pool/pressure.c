@@ -66,6 +66,11 @@ enum status pool_make_room(struct pool *pool, uint32_t pages)
     return pool__make_room(pool, pages, INFINITY);
 }
 
+enum status pool_make_room_within(struct pool *pool, uint32_t pages, float price_max)
+{
+    return pool__make_room(pool, pages, price_max);
+}
+
 // Its own kind gives back what `pages` more would take it above its limit.
 static enum status keep_limit(struct pool *pool, uint8_t kind, uint32_t pages, float price_max)
 {

@@ -65,7 +65,11 @@ struct sequence {
     int32_t stop_token[ENGINE_STOPS_MAX];
     struct text_output text;
     uint64_t deadline_us, arrived_us, admitted_us, first_token_us;
-    uint64_t parts_asked_us;               // its adapter's parts were asked for; 0: not yet
+    // Of its adapter's parts: the first time they were asked for (0: not yet), how far that came,
+    // and whether to the end.
+    uint64_t parts_asked_us;
+    uint32_t parts_next;
+    bool parts_begun;
     uint64_t adapter_since_us, adapter_us; // waits for its adapter since (0: does not); has waited
     // the end
     enum status end_status;

@@ -456,8 +456,8 @@ static bool adapter_ready(const struct engine *e, const struct sequence *s)
         return false;
     if (adapter_is_whole(adapters, s->adapter))
         return true;
-    return s->parts_asked_us &&
-           (!adapter_parts_coming(adapters, s->adapter) ||
+    return (s->parts_begun && !adapter_parts_coming(adapters, s->adapter)) ||
+           (s->parts_asked_us &&
             clock_now_us(&e->options.clock) - s->parts_asked_us >= PARTS_WAIT_US);
 }
 
@@ -486,11 +486,12 @@ static void fetch_adapter(struct engine *e, struct sequence *s)
     struct adapters *adapters = e->options.adapters;
     enum status status =
         adapter_fetch(adapters, s->adapter, (enum copy_class)s->class, COPY_ADAPTER);
-    if (status || s->parts_asked_us || adapter_is_whole(adapters, s->adapter))
+    if (status || s->parts_begun)
         return; // no room now: the next turn tries again; a failed read ends the request there
-    s->parts_asked_us = clock_now_us(&e->options.clock) | 1;
-    adapter_fetch_parts(adapters, s->adapter, (enum copy_class)s->class,
-                        expert_likely(e, s->length));
+    if (!s->parts_asked_us)
+        s->parts_asked_us = clock_now_us(&e->options.clock) | 1;
+    s->parts_begun = adapter_fetch_parts(adapters, s->adapter, (enum copy_class)s->class,
+                                         expert_likely(e, s->length), &s->parts_next);
 }
 
 static struct digest prefix_root(const struct engine *e, const struct sequence *s)
