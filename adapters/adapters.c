@@ -16,7 +16,7 @@
 // becomes resident. Whether it is resident is the pool's fact and is asked there; `warm` only lists
 // those worth asking.
 //
-// A NAMED adapter may have a keeper (keep.c), a tenant that pinned it: then it is not offered under
+// A NAMED adapter may have keepers (keep.c), tenants that pinned it: then it is not offered under
 // pressure, and its pages count as taken whether they are there yet or not.
 //
 // Invariants: 1. `order` holds the slots in state NAMED, by name. 2. users > 0 or pinned: the
@@ -192,8 +192,10 @@ static enum status allocate(struct adapters *adapters)
     adapters->warm = calloc(slots, sizeof *adapters->warm);
     adapters->graves = calloc(slots, sizeof *adapters->graves);
     adapters->kept = calloc(slots, sizeof *adapters->kept);
+    adapters->claims_max = (uint32_t)(CLAIMS_EACH * slots);
+    adapters->claims = calloc(adapters->claims_max, sizeof *adapters->claims);
     if (!adapters->slots || !adapters->arriving || !adapters->free_slots || !adapters->order ||
-        !adapters->warm || !adapters->graves || !adapters->kept)
+        !adapters->warm || !adapters->graves || !adapters->kept || !adapters->claims)
         return STATUS_NO_MEMORY;
     pool_stats(adapters->options.pool, &stats);
     adapters->page_bytes = stats.page_bytes;
@@ -326,6 +328,7 @@ void adapters_destroy(struct adapters *adapters)
         device->table->release_host(device, adapters->flush);
     free(adapters->graves);
     free(adapters->kept);
+    free(adapters->claims);
     free(adapters->slots);
     free(adapters->arriving);
     free(adapters->free_slots);

@@ -71,6 +71,9 @@ MUST_USE enum status adapter_convert_version(const char *directory, const struct
                                              struct fault *fault);
 // Digest of the two files, as adapter_convert puts it into report->source.
 MUST_USE enum status adapter_source(const char *directory, struct digest *out, struct fault *fault);
+// Another one of the same files: what adapters.upload announces.
+MUST_USE enum status adapter_upload_digest(const char *directory, struct digest *out,
+                                           struct fault *fault);
 
 // The version of the store file at this path, 0 when there is none that can be read. *same (may be
 // NULL): converting the directory for this base and page size would give the same content.
@@ -200,13 +203,16 @@ void adapter_used(struct adapters *adapters, adapter_id id); // recency, popular
 MUST_USE enum status adapter_load(struct adapters *adapters, adapter_id id);
 // Gives its device pages back. BUSY when it is used, on its way or kept.
 MUST_USE enum status adapter_unload(struct adapters *adapters, adapter_id id, struct fault *fault);
-// Pins it for a tenant: never given back under pressure until it is let go, removed or replaced.
-// Not for one that is kept already. Its pages count from here on, and are fetched by
-// adapters_fetch_kept: at every turn of the engine.
+// Pins it for a tenant: never given back under pressure until every tenant that has pinned it has
+// let it go, or it is removed or replaced. Its pages count from here on, once however many pin it,
+// and are fetched by adapters_fetch_kept: at every turn of the engine. LIMIT: too many are pinned.
 enum { ADAPTER_NO_KEEPER = 0xffffffff };
-void adapter_keep(struct adapters *adapters, adapter_id id, uint32_t keeper);
-void adapter_let_go(struct adapters *adapters, adapter_id id);
-uint32_t adapter_keeper(const struct adapters *adapters, adapter_id id); // or ADAPTER_NO_KEEPER
+MUST_USE enum status adapter_keep(struct adapters *adapters, adapter_id id, uint32_t keeper);
+void adapter_let_go(struct adapters *adapters, adapter_id id, uint32_t keeper);
+bool adapter_is_kept(const struct adapters *adapters, adapter_id id);
+// The n-th tenant that has pinned it, or ADAPTER_NO_KEEPER.
+uint32_t adapter_keeper(const struct adapters *adapters, adapter_id id, uint32_t n);
+bool adapter_is_kept_by(const struct adapters *adapters, adapter_id id, uint32_t keeper);
 uint64_t adapters_kept_pages(const struct adapters *adapters);
 uint64_t adapters_kept_pages_of(const struct adapters *adapters, uint32_t keeper);
 void adapters_fetch_kept(struct adapters *adapters);
@@ -236,13 +242,15 @@ struct adapter_info {
     char name[ADAPTER_NAME_MAX];
     uint32_t owner;
     bool resident;
+    adapter_id id;
     uint32_t pages, trunk_pages;              // all; what comes before its first step
     uint32_t device_pages, host_pages, users; // of its pages, those on the device, in the host tier
-    uint32_t keeper;                          // ADAPTER_NO_KEEPER: not pinned
     struct adapter_report report;
     struct adapter_loads loads;
 };
 uint32_t adapters_count(const struct adapters *adapters);
+// The place in name order of the first adapter behind `name` (of any text).
+uint32_t adapters_behind(const struct adapters *adapters, const char *name);
 // The i-th registered adapter in name order; false past the end.
 bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_info *out);
 

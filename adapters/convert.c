@@ -6,64 +6,58 @@
 // store: first what every row of a step needs by (layer, module), embed_tokens and lm_head last,
 // then what experts need by (layer, expert, module), A before B. The tensors of one layer are held
 // in memory at a time, already in the compute dtype; a value that is not finite is refused while it
-// is read.
+// is read. Its bytes are read once: source.c hashes them as they come.
 //
 // Does not decide what is accepted (peft_*.c) nor how it is stored (store.c).
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "adapters/peft.h"
+#include "adapters/source.h"
 #include "adapters/store.h"
 #include "base/arith.h"
 #include "base/check.h"
 
-enum { CONFIG_BYTES_MAX = 4 << 20, HASH_CHUNK = 256 << 10 };
+enum { CONFIG_BYTES_MAX = 4 << 20 };
 
-#define CONFIG_NAME "adapter_config.json"
-#define WEIGHTS_NAME "adapter_model.safetensors"
-#define PICKLE_NAME "adapter_model.bin"
-
-// The tensors of the layer being written.
+// A tensor of the layer being written. The memory is kept for the layers after it.
 struct loaded {
     const struct tensor *tensor;
     void *data;
+    size_t room;
 };
 
 struct conversion {
     const struct adapter_base *base;
-    const struct safetensors *file;
+    const char *directory;
+    struct source source;
     struct peft_plan plan;
     struct adapter_writer *writer;
     struct loaded *loaded;
-    uint32_t loaded_count, loaded_room;
+    uint32_t loaded_count, loaded_room; // count: in use; all of room have memory or NULL
     struct adapter_report *report;
 };
 
-static void layer_forget(struct conversion *conversion)
-{
-    for (uint32_t i = 0; i < conversion->loaded_count; i++)
-        free(conversion->loaded[i].data);
-    conversion->loaded_count = 0;
-}
-
 static enum status tensor_read(struct conversion *conversion, const struct tensor *tensor,
-                               void **out, struct fault *fault)
+                               struct loaded *into, struct fault *fault)
 {
     size_t bytes;
     if (!mul_size(tensor->elements, dtype_bytes(conversion->base->dtype), &bytes))
         return fault_set(fault, STATUS_LIMIT, "\"%.150s\" is too large.", tensor->name);
-    void *data = malloc(bytes);
-    if (!data)
+    if (into->room < bytes) {
+        free(into->data);
+        into->data = malloc(bytes);
+        into->room = into->data ? bytes : 0;
+    }
+    if (into->room < bytes)
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory for \"%.150s\".", tensor->name);
+    const struct safetensors *file = conversion->source.container;
+    source__tensor_begin(&conversion->source);
     enum status status =
         conversion->base->dtype == DTYPE_BF16
-            ? safetensors_read_bf16(conversion->file, tensor, 0, data, tensor->elements, fault)
-            : safetensors_read_f32(conversion->file, tensor, 0, data, tensor->elements, fault);
-    if (status)
-        free(data);
-    else
-        *out = data;
+            ? safetensors_read_bf16(file, tensor, 0, into->data, tensor->elements, fault)
+            : safetensors_read_f32(file, tensor, 0, into->data, tensor->elements, fault);
+    source__tensor_end(&conversion->source, tensor, !status);
     return status;
 }
 
@@ -80,45 +74,110 @@ static enum status tensor_load(struct conversion *conversion, const struct tenso
         struct loaded *more = realloc(conversion->loaded, room * sizeof *more);
         if (!more)
             return fault_set(fault, STATUS_NO_MEMORY, "out of memory while converting an adapter.");
+        memset(more + conversion->loaded_room, 0, (room - conversion->loaded_room) * sizeof *more);
         conversion->loaded = more;
         conversion->loaded_room = room;
     }
-    void *data = NULL;
-    enum status status = tensor_read(conversion, tensor, &data, fault);
+    struct loaded *into = &conversion->loaded[conversion->loaded_count];
+    enum status status = tensor_read(conversion, tensor, into, fault);
     if (status)
         return status;
-    conversion->loaded[conversion->loaded_count++] = (struct loaded){tensor, data};
-    *out = data;
+    into->tensor = tensor;
+    conversion->loaded_count++;
+    *out = into->data;
     return STATUS_OK;
 }
 
+static void loaded_free(struct conversion *conversion)
+{
+    for (uint32_t i = 0; i < conversion->loaded_room; i++)
+        free(conversion->loaded[i].data);
+    free(conversion->loaded);
+}
+
+// Row r, element i of a slice (of its first block) is element first + r * row_step + i * step.
 struct gather {
-    const struct peft_source *source;
     const void *data;
+    size_t first, row_step, step;
     enum dtype dtype;
 };
 
-static void gather_row(const void *context, const struct adapter_side *side, uint32_t row,
-                       void *out)
+typedef uint16_t eight __attribute__((vector_size(16)));
+
+#define ZIP(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define ZIP_LOW(a, b) ZIP(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define ZIP_HIGH(a, b) ZIP(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+
+// Eight rows of eight, transposed: three times interleaving with the row four further on.
+static void transpose_eight(const uint16_t *from, size_t from_step, uint8_t *out, size_t out_bytes)
+{
+    eight row[8], mixed[8];
+    for (size_t i = 0; i < 8; i++)
+        memcpy(&row[i], from + i * from_step, sizeof row[i]);
+    for (int turn = 0; turn < 3; turn++) {
+        for (size_t i = 0; i < 4; i++) {
+            mixed[2 * i] = ZIP_LOW(row[i], row[i + 4]);
+            mixed[2 * i + 1] = ZIP_HIGH(row[i], row[i + 4]);
+        }
+        memcpy(row, mixed, sizeof row);
+    }
+    for (size_t i = 0; i < 8; i++)
+        memcpy(out + i * out_bytes, &row[i], sizeof row[i]);
+}
+
+// A band of up to eight rows: what is read of a line of the source is used at once.
+static void gather_band(const struct gather *gather, size_t at, uint32_t rows, uint32_t dim,
+                        uint8_t *out, size_t row_bytes)
+{
+    uint32_t i = 0;
+    if (gather->dtype == DTYPE_BF16) {
+        const uint16_t *from = (const uint16_t *)gather->data + at;
+        if (rows == 8 && gather->row_step == 1)
+            for (; i + 8 <= dim; i += 8)
+                transpose_eight(from + i * gather->step, gather->step, out + i * sizeof *from,
+                                row_bytes);
+        for (; i < dim; i++)
+            for (uint32_t j = 0; j < rows; j++)
+                memcpy(out + j * row_bytes + i * sizeof *from,
+                       &from[i * gather->step + j * gather->row_step], sizeof *from);
+    } else {
+        const float *from = (const float *)gather->data + at;
+        for (; i < dim; i++)
+            for (uint32_t j = 0; j < rows; j++)
+                memcpy(out + j * row_bytes + i * sizeof *from,
+                       &from[i * gather->step + j * gather->row_step], sizeof *from);
+    }
+}
+
+// `rows` rows of `count` elements, all of one block.
+static void gather_run(const struct gather *gather, size_t at, uint32_t rows, uint32_t count,
+                       uint8_t *out, size_t row_bytes)
+{
+    enum { BAND = 8 };
+    size_t element = dtype_bytes(gather->dtype), done;
+    for (uint32_t row = 0; row < rows; row += (uint32_t)done, out += done * row_bytes) {
+        if (gather->step == 1) {
+            memcpy(out, (const uint8_t *)gather->data + at * element, count * element);
+            done = 1;
+        } else {
+            done = min_size(rows - row, BAND);
+            gather_band(gather, at, (uint32_t)done, count, out, row_bytes);
+        }
+        at += done * gather->row_step;
+    }
+}
+
+static void gather_rows(const void *context, const struct adapter_side *side, uint32_t first,
+                        uint32_t rows, uint8_t *out)
 {
     const struct gather *gather = context;
-    const struct peft_source *source = gather->source;
-    size_t rank = side->by_token ? 0 : row % side->rank;
-    size_t dim = side->by_token ? row : (size_t)(row / side->rank) * side->columns;
-    size_t at = source->first + rank * source->rank_step + dim * source->dim_step;
-    size_t step = side->by_token ? source->rank_step : source->dim_step;
-    size_t count = side->by_token ? side->rank : min_size(side->columns, side->dim - dim);
-    if (step == 1) {
-        size_t element = dtype_bytes(gather->dtype);
-        memcpy(out, (const uint8_t *)gather->data + at * element, count * element);
-    } else if (gather->dtype == DTYPE_BF16) {
-        const uint16_t *from = gather->data;
-        for (size_t i = 0; i < count; i++, at += step)
-            ((uint16_t *)out)[i] = from[at];
-    } else {
-        const float *from = gather->data;
-        for (size_t i = 0; i < count; i++, at += step)
-            ((float *)out)[i] = from[at];
+    for (uint32_t row = first, n; row < first + rows; row += n) {
+        uint32_t left = first + rows - row, j = side->by_token ? row : row % side->rank;
+        size_t skipped = side->by_token ? 0 : (size_t)(row / side->rank) * side->columns;
+        n = side->by_token || left < side->rank - j ? left : side->rank - j;
+        size_t at = gather->first + j * gather->row_step + skipped * gather->step;
+        gather_run(gather, at, n, adapter__side_elements(side, row), out, side->row_bytes);
+        out += (size_t)n * side->row_bytes;
     }
 }
 
@@ -129,11 +188,14 @@ static enum status side_put(struct conversion *conversion, enum lora_module modu
     const struct peft_source *source = is_b ? &pair->b : &pair->a;
     struct adapter_side side =
         adapter__side(conversion->base, module, is_b, pair->rank, is_b ? pair->d_out : pair->d_in);
-    struct gather gather = {.source = source, .dtype = conversion->base->dtype};
+    struct gather gather = {.first = source->first,
+                            .row_step = side.by_token ? source->dim_step : source->rank_step,
+                            .step = side.by_token ? source->rank_step : source->dim_step,
+                            .dtype = conversion->base->dtype};
     enum status status = tensor_load(conversion, source->tensor, &gather.data, fault);
     if (status)
         return status;
-    return adapter__store_put(conversion->writer, &side, gather_row, &gather, out, fault);
+    return adapter__store_put(conversion->writer, &side, gather_rows, &gather, out, fault);
 }
 
 // Writes one matrix; *a_before is the A slice of the matrix before it.
@@ -169,7 +231,7 @@ static enum status trunk_put(struct conversion *conversion, uint32_t layer, stru
     int last = conversion->base->is_moe[layer] ? LORA_O : LORA_DOWN;
     for (int m = LORA_Q; m <= last && !status; m++)
         status = pair_put(conversion, layer, (enum lora_module)m, 0, &a, fault);
-    layer_forget(conversion);
+    conversion->loaded_count = 0;
     return status;
 }
 
@@ -181,7 +243,19 @@ static enum status experts_put(struct conversion *conversion, uint32_t layer, st
     for (uint32_t expert = 0; expert < count && !status; expert++)
         for (int m = LORA_GATE; m <= LORA_DOWN && !status; m++)
             status = pair_put(conversion, layer, (enum lora_module)m, expert, &a, fault);
-    layer_forget(conversion);
+    conversion->loaded_count = 0;
+    return status;
+}
+
+static enum status config_load(const char *directory, struct peft_config *out, struct fault *fault)
+{
+    char *text = NULL;
+    size_t bytes = 0;
+    enum status status =
+        reader_slurp_in(directory, SOURCE_CONFIG, CONFIG_BYTES_MAX, &text, &bytes, fault);
+    if (!status)
+        status = peft__config_parse(text, bytes, out, fault);
+    free(text);
     return status;
 }
 
@@ -192,7 +266,7 @@ static enum status model_put(struct conversion *conversion, struct fault *fault)
     enum status status = STATUS_OK;
     for (int m = LORA_EMBED; m <= LORA_HEAD && !status; m++) {
         status = pair_put(conversion, conversion->base->layers, (enum lora_module)m, 0, &a, fault);
-        layer_forget(conversion);
+        conversion->loaded_count = 0;
     }
     return status;
 }
@@ -213,6 +287,8 @@ static enum status store_write(struct conversion *conversion, size_t page_bytes,
         status = model_put(conversion, fault);
     for (uint32_t layer = 0; layer < conversion->base->layers && !status; layer++)
         status = experts_put(conversion, layer, fault);
+    if (!status)
+        status = source__digest(&conversion->source, conversion->directory, &report->source, fault);
     if (status) {
         adapter__store_abandon(conversion->writer);
         return status;
@@ -221,74 +297,6 @@ static enum status store_write(struct conversion *conversion, size_t page_bytes,
     report->matrices_possible = adapter__matrices_possible(conversion->base);
     memcpy(report->layout, conversion->plan.layout, sizeof report->layout);
     return adapter__store_finish(conversion->writer, report, fault);
-}
-
-static enum status weights_open(const char *directory, struct reader **out, struct fault *fault)
-{
-    enum status status = reader_open_in(directory, WEIGHTS_NAME, out, fault);
-    struct reader *pickle = NULL;
-    if (status != STATUS_NOT_FOUND || reader_open_in(directory, PICKLE_NAME, &pickle, NULL))
-        return status;
-    reader_close(pickle);
-    return fault_set(fault, STATUS_UNSUPPORTED,
-                     PICKLE_NAME " is a pickle file, which can run code when it is read; save the "
-                                 "adapter with safe_serialization=True.");
-}
-
-static enum status config_load(const char *directory, struct peft_config *out, struct fault *fault)
-{
-    char *text = NULL;
-    size_t bytes = 0;
-    enum status status =
-        reader_slurp_in(directory, CONFIG_NAME, CONFIG_BYTES_MAX, &text, &bytes, fault);
-    if (!status)
-        status = peft__config_parse(text, bytes, out, fault);
-    free(text);
-    return status;
-}
-
-// (size, bytes) of a file that is open.
-static enum status hash_reader(struct reader *reader, const char *name, struct hash_stream *stream,
-                               struct fault *fault)
-{
-    uint8_t *chunk = malloc(HASH_CHUNK);
-    if (!chunk)
-        return fault_set(fault, STATUS_NO_MEMORY, "out of memory while reading %s.", name);
-    enum status status = STATUS_OK;
-    hash_update(stream, &reader->size, sizeof reader->size);
-    for (uint64_t at = 0; at < reader->size && !status; at += HASH_CHUNK) {
-        size_t bytes = min_size((size_t)(reader->size - at), HASH_CHUNK);
-        status = reader_read(reader, at, chunk, bytes);
-        hash_update(stream, chunk, bytes);
-    }
-    free(chunk);
-    return status ? fault_set(fault, status, "reading %s failed.", name) : STATUS_OK;
-}
-
-static enum status source_hash(const char *directory, struct reader *weights, struct digest *out,
-                               struct fault *fault)
-{
-    struct hash_stream stream;
-    struct reader *config = NULL;
-    hash_begin(&stream, NULL);
-    enum status status = reader_open_in(directory, CONFIG_NAME, &config, fault);
-    if (!status)
-        status = hash_reader(config, CONFIG_NAME, &stream, fault);
-    if (!status)
-        status = hash_reader(weights, WEIGHTS_NAME, &stream, fault);
-    reader_close(config);
-    *out = hash_end(&stream);
-    return status;
-}
-
-enum status adapter_source(const char *directory, struct digest *out, struct fault *fault)
-{
-    struct reader *reader = NULL;
-    enum status status = weights_open(directory, &reader, fault);
-    if (!status)
-        status = source_hash(directory, reader, out, fault);
-    reader_close(reader);
-    return status;
 }
 
 enum status adapter_convert(const char *directory, const struct adapter_base *base,
@@ -303,30 +311,20 @@ enum status adapter_convert_version(const char *directory, const struct adapter_
                                     struct adapter_report *report, struct fault *fault)
 {
     struct peft_config config = {.rank = 0};
-    struct conversion conversion = {.base = base, .report = report};
-    struct reader *reader = NULL;
-    struct safetensors *file = NULL;
+    struct conversion conversion = {.base = base, .report = report, .directory = directory};
     CHECK(is_power_of_two(page_bytes) && page_bytes >= 4096);
     *report = (struct adapter_report){.version = version};
     enum status status = config_load(directory, &config, fault);
     if (!status)
-        status = weights_open(directory, &reader, fault);
+        status = source__open(directory, &conversion.source, fault);
     if (!status)
-        status = safetensors_open(reader, WEIGHTS_NAME, &file, fault);
-    if (!status)
-        status = peft__plan(file, base, &config, &conversion.plan, fault);
-    if (!status)
-        status = source_hash(directory, reader, &report->source, fault);
-    conversion.file = file;
+        status = peft__plan(conversion.source.container, base, &config, &conversion.plan, fault);
     memcpy(report->ignored, config.ignored, sizeof report->ignored);
     if (!status)
         status = store_write(&conversion, page_bytes, store_path, fault);
-    layer_forget(&conversion);
-    free(conversion.loaded);
+    loaded_free(&conversion);
     peft__plan_clear(&conversion.plan);
-    if (file)
-        safetensors_close(file);
-    reader_close(reader);
+    source__close(&conversion.source);
     peft__config_clear(&config);
     return status;
 }

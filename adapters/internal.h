@@ -10,9 +10,9 @@
 #include "adapters/price.h"
 #include "adapters/store.h"
 
-enum { NO_PLACE = 0xffffffff };
-// FLUSHES_ALIVE: as in experts.c, flushes whose arrays segments in flight may still read.
-enum { FLUSHES_ALIVE = 8 };
+// CLAIMS_EACH: of pinning, for each place of an adapter. FLUSHES_ALIVE: as in experts.c, flushes
+// whose arrays segments in flight may still read.
+enum { NO_PLACE = 0xffffffff, CLAIMS_EACH = 4, FLUSHES_ALIVE = 8 };
 
 enum state { STATE_FREE, STATE_NAMED, STATE_LEAVING, STATE_BURIED };
 
@@ -41,7 +41,12 @@ struct adapter {
     struct adapter_heat heat;
     struct adapter_loads loads;
     uint64_t fetch_us; // when the fetch under way began
-    uint32_t keeper;   // tenant that pinned it, or NO_PLACE
+    uint32_t keeper;   // the first of the tenants that have pinned it, or NO_PLACE
+};
+
+// One tenant has pinned one adapter.
+struct adapter_claim {
+    uint32_t slot, keeper;
 };
 
 // A page of an adapter behind its trunk; see parts.c.
@@ -58,6 +63,7 @@ struct part {
 struct parts {
     struct part *part; // [slots of the pool]
     uint32_t *fetching, fetching_count;
+    uint64_t ended; // pool_fetches_ended when they were looked at last
     uint32_t *dirty, dirty_count;
     uint32_t *held, held_count; // what the gate waits for
     uint32_t gate_arrived;      // of those, since it began
@@ -91,6 +97,8 @@ struct adapters {
     uint32_t *warm, warm_count;
     uint32_t *graves, graves_count; // slots in state BURIED
     uint32_t *kept, kept_count;     // slots whose keeper is a tenant
+    struct adapter_claim *claims;   // in the order they were made
+    uint32_t claims_count, claims_max;
     uint64_t kept_pages;
     struct parts parts;
     uint64_t fetches, given_back;
@@ -101,7 +109,7 @@ adapter_id adapter__id(const struct adapters *adapters, uint32_t slot);
 struct adapter *adapter__of(const struct adapters *adapters, adapter_id id);
 // It no longer has device pages.
 void adapter__warm_remove(struct adapters *adapters, struct adapter *adapter);
-// Whoever pinned it: no longer. Also for one that nobody did.
+// Whoever has pinned it: no longer. Also for one that nobody has.
 void adapter__let_go(struct adapters *adapters, struct adapter *adapter);
 
 // What a step that uses it needs at once: the trunk, and room for one expert's part.

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Residency on somebody's word: load, unload, and pinning for a tenant.
 //
-// Pinning says that an adapter stays on the device until it is unpinned, removed or replaced. Its
+// Pinning says that an adapter stays on the device until it is unpinned by everybody who pinned it
+// (each tenant has a claim of its own), removed or replaced. Its
 // pages are never offered under pressure, so whoever plans with the pool counts
 // adapters_kept_pages as not there. This file does not decide whether they may be taken: what the
 // pool can spare is the engine's business, what a tenant may have its quota's. A pinned adapter
@@ -45,38 +46,92 @@ enum status adapter_unload(struct adapters *adapters, adapter_id id, struct faul
     return STATUS_OK;
 }
 
-void adapter_keep(struct adapters *adapters, adapter_id id, uint32_t keeper)
+// ---- claims ----
+
+static uint32_t slot_of(const struct adapters *adapters, adapter_id id)
+{
+    return (uint32_t)(adapter__of((struct adapters *)adapters, id) - adapters->slots);
+}
+
+uint32_t adapter_keeper(const struct adapters *adapters, adapter_id id, uint32_t n)
+{
+    uint32_t slot = slot_of(adapters, id);
+    for (uint32_t i = 0; i < adapters->claims_count; i++)
+        if (adapters->claims[i].slot == slot && !n--)
+            return adapters->claims[i].keeper;
+    return ADAPTER_NO_KEEPER;
+}
+
+bool adapter_is_kept(const struct adapters *adapters, adapter_id id)
+{
+    return adapters->slots[slot_of(adapters, id)].keeper != NO_PLACE;
+}
+
+bool adapter_is_kept_by(const struct adapters *adapters, adapter_id id, uint32_t keeper)
+{
+    uint32_t slot = slot_of(adapters, id);
+    for (uint32_t i = 0; i < adapters->claims_count; i++)
+        if (adapters->claims[i].slot == slot && adapters->claims[i].keeper == keeper)
+            return true;
+    return false;
+}
+
+enum status adapter_keep(struct adapters *adapters, adapter_id id, uint32_t keeper)
 {
     struct adapter *adapter = adapter__of(adapters, id);
-    CHECK(adapter->state == STATE_NAMED && adapter->keeper == NO_PLACE && keeper != NO_PLACE);
+    uint32_t slot = slot_of(adapters, id);
+    CHECK(adapter->state == STATE_NAMED && keeper != NO_PLACE);
+    if (adapter_is_kept_by(adapters, id, keeper))
+        return STATUS_OK;
+    if (adapters->claims_count == adapters->claims_max)
+        return STATUS_LIMIT;
+    adapters->claims[adapters->claims_count++] = (struct adapter_claim){slot, keeper};
+    if (adapter->keeper != NO_PLACE)
+        return STATUS_OK;
     adapter->keeper = keeper;
     adapter->forgiven = true;
-    adapters->kept[adapters->kept_count++] = (uint32_t)(adapter - adapters->slots);
+    adapters->kept[adapters->kept_count++] = slot;
     adapters->kept_pages += adapter->store.pages;
+    adapter__parts_relist(adapters, adapter);
+    return STATUS_OK;
+}
+
+// Takes back the claims on a slot: of one keeper, or all (NO_PLACE).
+static void claims_drop(struct adapters *adapters, uint32_t slot, uint32_t keeper)
+{
+    uint32_t left = 0;
+    for (uint32_t i = 0; i < adapters->claims_count; i++) {
+        struct adapter_claim claim = adapters->claims[i];
+        if (claim.slot != slot || (keeper != NO_PLACE && claim.keeper != keeper))
+            adapters->claims[left++] = claim;
+    }
+    adapters->claims_count = left;
+}
+
+static void let_go(struct adapters *adapters, struct adapter *adapter, uint32_t keeper)
+{
+    uint32_t slot = (uint32_t)(adapter - adapters->slots), at = 0;
+    if (adapter->keeper == NO_PLACE)
+        return;
+    claims_drop(adapters, slot, keeper);
+    adapter->keeper = adapter_keeper(adapters, adapter__id(adapters, slot), 0);
+    if (adapter->keeper != NO_PLACE)
+        return; // somebody else's too
+    while (adapters->kept[at] != slot)
+        at++;
+    adapters->kept[at] = adapters->kept[--adapters->kept_count];
+    adapters->kept_pages -= adapter->store.pages;
     adapter__parts_relist(adapters, adapter);
 }
 
 void adapter__let_go(struct adapters *adapters, struct adapter *adapter)
 {
-    uint32_t slot = (uint32_t)(adapter - adapters->slots), at = 0;
-    if (adapter->keeper == NO_PLACE)
-        return;
-    while (adapters->kept[at] != slot)
-        at++;
-    adapters->kept[at] = adapters->kept[--adapters->kept_count];
-    adapters->kept_pages -= adapter->store.pages;
-    adapter->keeper = NO_PLACE;
-    adapter__parts_relist(adapters, adapter);
+    let_go(adapters, adapter, NO_PLACE);
 }
 
-void adapter_let_go(struct adapters *adapters, adapter_id id)
+void adapter_let_go(struct adapters *adapters, adapter_id id, uint32_t keeper)
 {
-    adapter__let_go(adapters, adapter__of(adapters, id));
-}
-
-uint32_t adapter_keeper(const struct adapters *adapters, adapter_id id)
-{
-    return adapter__of(adapters, id)->keeper;
+    let_go(adapters, adapter__of(adapters, id), keeper);
 }
 
 uint64_t adapters_kept_pages(const struct adapters *adapters)
@@ -87,10 +142,9 @@ uint64_t adapters_kept_pages(const struct adapters *adapters)
 uint64_t adapters_kept_pages_of(const struct adapters *adapters, uint32_t keeper)
 {
     uint64_t pages = 0;
-    for (uint32_t i = 0; i < adapters->kept_count; i++) {
-        const struct adapter *adapter = &adapters->slots[adapters->kept[i]];
-        pages += adapter->keeper == keeper ? adapter->store.pages : 0;
-    }
+    for (uint32_t i = 0; i < adapters->claims_count; i++)
+        if (adapters->claims[i].keeper == keeper)
+            pages += adapters->slots[adapters->claims[i].slot].store.pages;
     return pages;
 }
 

@@ -9,6 +9,19 @@ uint32_t adapters_count(const struct adapters *adapters)
     return adapters->count;
 }
 
+uint32_t adapters_behind(const struct adapters *adapters, const char *name)
+{
+    uint32_t low = 0, high = adapters->count;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (strcmp(adapters->slots[adapters->order[middle]].name, name) <= 0)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
 bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_info *out)
 {
     if (index >= adapters->count)
@@ -24,7 +37,7 @@ bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_
         .host_pages = pool_host_pages(adapters->options.pool, adapter->object) +
                       adapter__parts_on_host(adapters, adapter),
         .users = adapter->users,
-        .keeper = adapter->keeper,
+        .id = adapter__id(adapters, adapters->order[index]),
         .report = adapter->store.report,
         .loads = adapter->loads,
     };

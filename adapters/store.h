@@ -40,6 +40,12 @@ struct adapter_side {
     uint32_t columns;         // of `dim` in a row that is cut, else all
     bool by_token;            // a row for each of `dim`, rank elements
 };
+// Elements in a row of the slice: fewer in the last block of what is cut.
+static inline uint32_t adapter__side_elements(const struct adapter_side *side, uint32_t row)
+{
+    uint32_t before = row / side->rank * side->columns, left = side->dim - before;
+    return side->by_token ? side->rank : left < side->columns ? left : side->columns;
+}
 struct adapter_side adapter__side(const struct adapter_base *base, enum lora_module module,
                                   bool is_b, uint32_t rank, uint32_t dim);
 
@@ -102,9 +108,10 @@ struct adapter_writer;
 MUST_USE enum status adapter__store_create(const char *path, const struct adapter_base *base,
                                            size_t page_bytes, uint32_t records,
                                            struct adapter_writer **out, struct fault *fault);
-// Gives row `row` of a slice: elements of the compute dtype, written at `out`.
+// Gives `rows` rows of a slice, from row `first`: elements of the compute dtype, the first row at
+// `out`, the next row_bytes of the side behind it.
 typedef void (*adapter_row_source)(const void *context, const struct adapter_side *side,
-                                   uint32_t row, void *out);
+                                   uint32_t first, uint32_t rows, uint8_t *out);
 // Places the rows of a side and says where they went.
 MUST_USE enum status adapter__store_put(struct adapter_writer *writer,
                                         const struct adapter_side *side, adapter_row_source source,
@@ -118,5 +125,21 @@ MUST_USE enum status adapter__store_record(struct adapter_writer *writer,
 MUST_USE enum status adapter__store_finish(struct adapter_writer *writer,
                                            struct adapter_report *report, struct fault *fault);
 void adapter__store_abandon(struct adapter_writer *writer);
+
+// ---- pages on their way to the file (store_pages.c) ----
+
+struct adapter_pages;
+// Pages of page_bytes each, from `offset` of the file on. Starts a thread, which
+// adapter__pages_end ends. NO_MEMORY.
+MUST_USE enum status adapter__pages_begin(int descriptor, uint64_t offset, size_t page_bytes,
+                                          struct adapter_pages **out);
+// A buffer for the next page, holding anything; waits while all are under way. NULL: a page could
+// not be written, and adapter__pages_end says why.
+uint8_t *adapter__pages_next(struct adapter_pages *pages);
+void adapter__pages_put(struct adapter_pages *pages); // that page is full
+// Waits for all pages and gives their digest. IO with errno. `pages` is gone after this.
+MUST_USE enum status adapter__pages_end(struct adapter_pages *pages, struct digest *out);
+// The same for nobody: what has not been written is thrown away.
+void adapter__pages_abandon(struct adapter_pages *pages);
 
 #endif

@@ -22,7 +22,7 @@
 #include "base/check.h"
 #include "base/hash.h"
 
-enum { LENGTH_BYTES = 8, CONVERT_ELEMENTS = 4096, DIGEST_CHUNK = 1 << 20 };
+enum { LENGTH_BYTES = 8, CONVERT_ELEMENTS = 8192, DIGEST_CHUNK = 1 << 20 };
 
 struct safetensors {
     struct reader *reader;

@@ -55,6 +55,7 @@
 #include "base/clock.h"
 #include "bench/bench_lora.h"
 #include "bench/bench_serve.h"
+#include "bench/bench_state.h"
 
 enum { CASES_MAX = 64, STORES_MAX = 32, TEXT_MAX = 512, PROBES = 3, SEED = 1234 };
 
@@ -677,7 +678,7 @@ static void raise_descriptors(void)
 
 int main(int count, char **values)
 {
-    char state[] = "/tmp/polder-bench-XXXXXX";
+    struct bench_state own = {.path = ""};
     struct bench b = {.arguments = {.device = "cpu", .sequences = 64, .rows = 512, .queue = 256}};
     struct fault fault = {.text = ""};
     if (!parse(&b.arguments, count, values)) {
@@ -688,7 +689,7 @@ int main(int count, char **values)
     enum status status = parse_cases(&b, &fault);
     bool is_ours = !b.arguments.state && !b.arguments.write;
     if (is_ours)
-        b.arguments.state = mkdtemp(state);
+        b.arguments.state = bench_state_begin(&own);
     if (!status && is_ours && !b.arguments.state)
         status = fault_set(&fault, STATUS_IO, "no temporary directory could be made.");
     if (!status)
@@ -699,8 +700,7 @@ int main(int count, char **values)
     stack_destroy(b.stack);
     for (uint32_t i = 0; i < b.store_count; i++)
         (void)unlink(b.stores[i].path);
-    if (is_ours && b.arguments.state)
-        bench_remove_tree(state);
+    bench_state_end(&own);
     for (uint32_t i = 0; b.cases && i < b.arguments.case_count; i++)
         workload_clear(&b.cases[i].workload);
     free(b.cases);

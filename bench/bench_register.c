@@ -29,6 +29,7 @@
 #include "base/sort.h"
 #include "bench/bench_lora.h"
 #include "bench/bench_serve.h"
+#include "bench/bench_state.h"
 
 enum { TIMES_MAX = 64, CHUNK = 1 << 20, RANK_MAX = 512, PATH_ROOM = ENGINE_PATH - 64 };
 enum { WRITE, CONVERT, REGISTER, READ, COLD, LOAD, WARM, MEASURES };
@@ -246,7 +247,7 @@ static bool parse(struct bench *b, int count, char **values)
 
 int main(int count, char **values)
 {
-    char state[] = "/tmp/polder-bench-XXXXXX", inner[64];
+    struct bench_state own = {.path = ""};
     struct bench *b = calloc(1, sizeof *b);
     struct fault fault = {.text = ""};
     if (!b)
@@ -260,21 +261,16 @@ int main(int count, char **values)
         free(b);
         return 2;
     }
-    bool is_ours = !b->state;
     b->chunk = calloc(1, CHUNK);
-    b->state = is_ours ? mkdtemp(state) : b->state;
+    if (!b->state)
+        b->state = bench_state_begin(&own);
     enum status status = b->chunk && b->state
                              ? run(b, &fault)
                              : fault_set(&fault, STATUS_IO, "no memory or temporary directory.");
     if (status)
         (void)fprintf(stderr, "%s\n", fault.text);
     stack_destroy(b->stack);
-    if (is_ours &&
-        b->state) { // an expert store may be left: only what this program made is removed
-        (void)snprintf(inner, sizeof inner, "%s/adapters", state);
-        (void)rmdir(inner);
-        (void)rmdir(state);
-    }
+    bench_state_end(&own);
     free(b->chunk);
     free(b);
     return status ? 1 : 0;

@@ -41,6 +41,7 @@
 #include "base/rng.h"
 #include "base/sort.h"
 #include "bench/bench_lora.h"
+#include "bench/bench_state.h"
 #include "runtime/engine/stack.h"
 
 enum {
@@ -598,7 +599,7 @@ static enum status measure(struct bench *b, struct fault *fault)
 
 int main(int count, char **values)
 {
-    char state[] = "/tmp/polder-bench-XXXXXX";
+    struct bench_state own = {.path = ""};
     struct bench b = {.arguments = {.device = "cpu", .context = 1024, .steps = 20, .prefill = 2048},
                       .next_id = 1};
     struct fault fault = {.text = ""};
@@ -607,17 +608,15 @@ int main(int count, char **values)
         return 2;
     }
     b.times = calloc(2 * ADAPTER_BLOCKS * STEPS_MAX, sizeof *b.times);
-    bool is_ours = !b.arguments.state;
-    if (is_ours)
-        b.arguments.state = mkdtemp(state);
+    if (!b.arguments.state)
+        b.arguments.state = bench_state_begin(&own);
     if (!b.times || !b.arguments.state) {
         (void)fprintf(stderr, "no memory or no temporary directory.\n");
         free(b.times);
         return 1;
     }
     enum status status = load(&b, &fault);
-    if (is_ours)
-        bench_remove_tree(state); // what is needed of it is open
+    bench_state_end(&own); // what is needed of it is open
     if (!status)
         status = measure(&b, &fault);
     if (status)

@@ -11,8 +11,16 @@
 #                        those of the base)): LoRA at the speed at which the base multiplies
 #   over_one_adapter     seconds of 40 over seconds of one adapter of the same rank: the same
 #                        arithmetic on the same rows, without the changing of adapters
+# Both also in processor seconds (_cpu), which other programs on the machine disturb less.
+#
+# The first counts no bytes: rows of the base share weights, while each row of another adapter reads
+# slices of its own. So a second line, beside it and not instead, compares decode steps of 16
+# rows, each with another of the 40 adapters (bench_step, beside BIN), with the base and the reading:
+#   over_base_and_read   step with adapters over (step without + bytes of the slices at the rate at
+#                        which all threads can read such slices and do nothing else)
+# That rate is measured right before (bench_lora_cpu, beside BIN, too).
 set -u -o pipefail
-[ $# -ge 1 ] || { sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,26s/^# \{0,1\}//p' "$0"; exit 2; }
 bin=$1
 shift
 cd "$(dirname "$0")/.." || exit 1
@@ -32,5 +40,15 @@ sed -n 's/.*"case":"of-\([0-9]*\)".*"commit":"\([^"]*\)".*"ranks":\(\[[^]]*\]\).
         printf "{\"bench\":\"cpu_adapters\",\"commit\":\"%s\",\"ranks\":%s,\"targets\":\"%s\",\"rounds\":%d,", commit, ranks, targets, rounds[40]
         printf "\"base_s\":%.3f,\"one_adapter_s\":%.3f,\"forty_adapters_s\":%.3f,\"lora_work_share\":%.4f,", best[0], best[1], best[40], share[40]
         printf "\"base_cpu_s\":%.3f,\"one_adapter_cpu_s\":%.3f,\"forty_adapters_cpu_s\":%.3f,", cpu[0], cpu[1], cpu[40]
+        printf "\"over_base_and_work_cpu\":%.4f,\"over_one_adapter_cpu\":%.4f,", cpu[40] / (cpu[0] * (1 + share[40])), cpu[40] / cpu[1]
         printf "\"over_base_and_work\":%.4f,\"over_one_adapter\":%.4f,\"allowed\":1.10,\"reached\":%s}\n", best[40] / allowed, best[40] / best[1], (best[40] <= 1.10 * allowed ? "true" : "false")
+    }'
+folder=$(dirname "$bin")
+[ -x "$folder/bench_step" ] && [ -x "$folder/bench_lora_cpu" ] || exit 0
+rate=$("$folder/bench_lora_cpu" --shape 0 --only experts | sed -n 's/.*"slices_gbytes_per_s":\([0-9.]*\).*/\1/p')
+"$folder/bench_step" --model models/demo --device cpu --batch 16 --context 64 --steps 200 --adapters 40 --pool-mib 400 --read-ceiling "$rate" "$@" | tee "$lines"
+sed -n 's/.*"bench":"step_adapters".*"commit":"\([^"]*\)".*"ranks":\(\[[^]]*\]\).*"targets":"\([a-z]*\)".*"base_ms":\([0-9.]*\).*"adapter_ms":\([0-9.]*\).*"adapter_bytes":\([0-9]*\).*"floor_ms":\([0-9.]*\).*/\1 \2 \3 \4 \5 \6 \7/p' "$lines" |
+    awk -v rate="$rate" '{
+        printf "{\"bench\":\"cpu_adapters_decode\",\"commit\":\"%s\",\"ranks\":%s,\"targets\":\"%s\",\"base_ms\":%s,\"adapter_ms\":%s,", $1, $2, $3, $4, $5
+        printf "\"adapter_bytes\":%s,\"slices_gbytes_per_s\":%s,\"read_ms\":%s,\"over_base_and_read\":%.4f,\"allowed\":1.10,\"reached\":%s}\n", $6, rate, $7, $5 / ($4 + $7), ($5 <= 1.10 * ($4 + $7) ? "true" : "false")
     }'

@@ -3,6 +3,9 @@ target_link_libraries(bench_kernels_cpu PRIVATE polder_kernels polder_flags Thre
 execute_process(COMMAND git rev-parse --short HEAD WORKING_DIRECTORY ${PROJECT_SOURCE_DIR}
     OUTPUT_VARIABLE POLDER_COMMIT OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
 target_compile_definitions(bench_kernels_cpu PRIVATE POLDER_COMMIT="${POLDER_COMMIT}")
+add_executable(bench_lora_cpu bench_lora_cpu.c bench_kernels_ceiling.c)
+target_link_libraries(bench_lora_cpu PRIVATE polder_kernels polder_flags Threads::Threads m)
+target_compile_definitions(bench_lora_cpu PRIVATE POLDER_COMMIT="${POLDER_COMMIT}")
 if(POLDER_CUDA)
     add_executable(bench_kernels_cuda bench_kernels_cuda.c bench_ceiling_cuda.cu)
     target_link_libraries(bench_kernels_cuda PRIVATE polder_kernels polder_base polder_flags CUDA::cudart_static CUDA::cublas m)

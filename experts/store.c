@@ -21,6 +21,7 @@
 
 #include "base/arith.h"
 #include "base/check.h"
+#include "base/files.h"
 #include "experts/layout.h"
 
 static const char STORE_MAGIC[8] = {'P', 'L', 'D', 'R', 'E', 'X', 'P', 'T'};
@@ -88,18 +89,7 @@ static struct store_header make_header(const struct expert_shape *shape, const s
 
 static enum status write_at(int descriptor, uint64_t offset, const void *data, size_t bytes)
 {
-    const char *at = data;
-    while (bytes) {
-        ssize_t n = pwrite(descriptor, at, bytes, (off_t)offset);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return STATUS_IO;
-        at += n;
-        offset += (uint64_t)n;
-        bytes -= (size_t)n;
-    }
-    return STATUS_OK;
+    return file_write_at(descriptor, data, bytes, offset) ? STATUS_OK : STATUS_IO;
 }
 
 static enum status write_fault(const struct expert_store_writer *writer, const char *what,

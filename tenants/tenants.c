@@ -17,7 +17,7 @@
 #include "base/hash.h"
 #include "base/yaml.h"
 
-enum { PATTERN_BYTES = 64, DEFAULT_PARALLEL = 64, DEFAULT_QUEUE = 64 };
+enum { PATTERN_BYTES = 64, DEFAULT_PARALLEL = 64, DEFAULT_QUEUE = 64, DEFAULT_CHANGES = 120 };
 
 struct entry {
     struct tenant tenant;
@@ -127,6 +127,10 @@ static enum status read_limits(const struct yaml_node *map, struct tenant *tenan
     if (!status)
         status = yaml_map_bool(map, "manage_adapters", &tenant->manage_adapters, fault);
     if (!status)
+        status = read_u32(map, "adapter_rpm_limit", 10000000, &tenant->adapter_rpm_limit, fault);
+    if (!status)
+        status = yaml_map_bool(map, "see_tenants", &tenant->see_tenants, fault);
+    if (!status)
         status =
             yaml_map_u64(map, "adapter_bytes", 0, TENANT_BYTES_MAX, &tenant->adapter_bytes, fault);
     if (!status)
@@ -137,24 +141,17 @@ static enum status read_limits(const struct yaml_node *map, struct tenant *tenan
 
 static enum status read_entry(const struct yaml_node *map, struct entry *entry, struct fault *fault)
 {
-    static const char *const known[] = {"name",
-                                        "keys_blake2b",
-                                        "allowed_adapters",
-                                        "priority_class",
-                                        "weight",
-                                        "rpm_limit",
-                                        "max_parallel_requests",
-                                        "max_queue",
-                                        "max_tokens",
-                                        "max_context_tokens",
-                                        "manage_adapters",
-                                        "adapter_bytes",
-                                        "pinned_adapter_bytes"};
+    static const char *const known[] = {
+        "name",        "keys_blake2b",       "allowed_adapters",      "priority_class",
+        "weight",      "rpm_limit",          "max_parallel_requests", "max_queue",
+        "max_tokens",  "max_context_tokens", "manage_adapters",       "adapter_rpm_limit",
+        "see_tenants", "adapter_bytes",      "pinned_adapter_bytes"};
     *entry = (struct entry){.tenant = {.active = true,
                                        .class = TENANT_STANDARD,
                                        .weight = 1,
                                        .max_parallel_requests = DEFAULT_PARALLEL,
-                                       .max_queue = DEFAULT_QUEUE}};
+                                       .max_queue = DEFAULT_QUEUE,
+                                       .adapter_rpm_limit = DEFAULT_CHANGES}};
     enum status status = yaml_map_known(map, known, ARRAY_COUNT(known), fault);
     if (status)
         return status;
@@ -317,6 +314,7 @@ enum status tenants_open_access(struct tenants **out, struct fault *fault)
                                     .max_parallel_requests = UINT32_MAX,
                                     .max_queue = UINT32_MAX,
                                     .manage_adapters = true,
+                                    .see_tenants = true,
                                     .pinned_adapter_bytes = TENANT_BYTES_MAX};
     (void)snprintf(entry->pattern[0], PATTERN_BYTES, "*");
     entry->patterns = 1;

@@ -18,7 +18,9 @@
 //       max_queue: 64                   # of these, sequences without a first token yet
 //       max_tokens: 1024                # of one answer; 0: what the model allows
 //       max_context_tokens: 4096        # prompt + max_tokens; 0: what the model allows
-//       manage_adapters: false          # adapters.add, remove, pin ..., numbers of all tenants
+//       manage_adapters: false          # adapters.register, remove, pin ...
+//       adapter_rpm_limit: 120          # of these, in any 60 s; 0: no limit
+//       see_tenants: false              # the numbers of all tenants in stats
 //       adapter_bytes: 0                # of the adapters it has registered; 0: no limit
 //       pinned_adapter_bytes: 0         # of adapters it may pin on the device; 0: none
 //
@@ -51,7 +53,8 @@ struct tenant {
     enum tenant_class class;
     double weight;
     uint32_t rpm_limit, max_parallel_requests, max_queue, max_tokens, max_context_tokens;
-    bool manage_adapters;
+    bool manage_adapters, see_tenants;
+    uint32_t adapter_rpm_limit;
     uint64_t adapter_bytes, pinned_adapter_bytes;
 };
 
@@ -88,11 +91,15 @@ bool tenant_class_from_name(const char *name, enum tenant_class *out);
 
 enum { TENANT_WINDOW_SECONDS = 60 };
 
+struct tenant_window {
+    uint64_t second;                                // of its newest entry
+    uint32_t per_second[TENANT_WINDOW_SECONDS + 1]; // admitted, by second modulo 61
+};
+
 struct tenant_counters {
-    uint64_t second;                                // of the newest entry of the window
-    uint32_t per_second[TENANT_WINDOW_SECONDS + 1]; // requests admitted, by second modulo 61
-    uint32_t parallel, waiting;                     // sequences
-    uint64_t admitted, refused;                     // requests
+    struct tenant_window requests, changes; // changes: of adapters
+    uint32_t parallel, waiting;             // sequences
+    uint64_t admitted, refused;             // requests
 };
 
 struct tenant_ask {
@@ -107,6 +114,7 @@ enum tenant_limit {
     TENANT_LIMIT_QUEUE,
     TENANT_LIMIT_MAX_TOKENS,
     TENANT_LIMIT_CONTEXT,
+    TENANT_LIMIT_ADAPTER_RPM,
     TENANT_LIMIT_COUNT
 };
 
@@ -124,6 +132,9 @@ const char *tenant_limit_name(enum tenant_limit kind); // the key in tenants.yam
 // No more than rpm_limit requests enter in any 60 s.
 bool tenants_admit(const struct tenant *tenant, struct tenant_counters *counters,
                    const struct tenant_ask *ask, uint64_t now_us, struct tenant_refusal *refusal);
+// The same for one change of an adapter: registering, removing, bringing it to the device or away.
+bool tenants_admit_change(const struct tenant *tenant, struct tenant_counters *counters,
+                          uint64_t now_us, struct tenant_refusal *refusal);
 void tenant_sequence_started(struct tenant_counters *counters); // first token: it waits no longer
 void tenant_sequence_ended(struct tenant_counters *counters, bool started);
 

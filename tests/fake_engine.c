@@ -285,9 +285,10 @@ static void take_adapter(struct fake_engine *engine, const struct engine_adapter
         return;
     }
     if (command->kind == ENGINE_ADAPTER_REMOVE) {
-        if (at < ADAPTERS_MAX)
+        bool own = at < ADAPTERS_MAX && engine->owner[at] == command->owner;
+        if (own)
             engine->adapter[at][0] = 0;
-        push_reply(engine, command->id, at < ADAPTERS_MAX ? STATUS_OK : STATUS_NOT_FOUND, "");
+        push_reply(engine, command->id, own ? STATUS_OK : STATUS_NOT_FOUND, "");
         return;
     }
     if (at < ADAPTERS_MAX) {
@@ -305,18 +306,34 @@ static void take_adapter(struct fake_engine *engine, const struct engine_adapter
     push_reply(engine, command->id, at < ADAPTERS_MAX ? STATUS_OK : STATUS_LIMIT, "");
 }
 
-static void push_list(struct fake_engine *engine, uint64_t id)
+// The first name behind `after`; ADAPTERS_MAX: none.
+static uint32_t next_adapter(const struct fake_engine *engine, const char *after)
 {
-    char text[4096] = "[";
-    size_t used = 1;
-    for (uint32_t i = 0; i < ADAPTERS_MAX; i++) {
-        if (engine->adapter[i][0])
-            used += (size_t)snprintf(text + used, sizeof text - used,
-                                     "%s{\"name\":\"%s\",\"owner\":%u}", used > 1 ? "," : "",
-                                     engine->adapter[i], engine->owner[i]);
+    uint32_t best = ADAPTERS_MAX;
+    for (uint32_t i = 0; i < ADAPTERS_MAX; i++)
+        if (engine->adapter[i][0] && strcmp(engine->adapter[i], after) > 0 &&
+            (best == ADAPTERS_MAX || strcmp(engine->adapter[i], engine->adapter[best]) < 0))
+            best = i;
+    return best;
+}
+
+// Pages of two, whatever is asked for, so that whoever asks has to ask again.
+static void push_list(struct fake_engine *engine, const struct engine_list *list)
+{
+    enum { PAGE = 2 };
+    char text[4096] = "{\"adapters\":[";
+    size_t used = strlen(text);
+    const char *after = list->after;
+    uint32_t at = 0;
+    for (uint32_t n = 0; n < PAGE && (at = next_adapter(engine, after)) < ADAPTERS_MAX; n++) {
+        after = engine->adapter[at];
+        used +=
+            (size_t)snprintf(text + used, sizeof text - used, "%s{\"name\":\"%s\",\"owner\":%u}",
+                             n ? "," : "", engine->adapter[at], engine->owner[at]);
     }
-    (void)snprintf(text + used, sizeof text - used, "]");
-    push_reply(engine, id, STATUS_OK, text);
+    bool more = next_adapter(engine, after) < ADAPTERS_MAX;
+    (void)snprintf(text + used, sizeof text - used, "],\"more\":%s}", more ? "true" : "false");
+    push_reply(engine, list->id, STATUS_OK, text);
 }
 
 static void push_stats(struct fake_engine *engine, uint64_t id)
@@ -366,7 +383,7 @@ static void take(struct fake_engine *engine, const void *record)
         take_adapter(engine, record);
         break;
     case ENGINE_ADAPTER_LIST:
-        push_list(engine, control->id);
+        push_list(engine, record);
         break;
     case ENGINE_STATS:
         push_stats(engine, control->id);
@@ -494,6 +511,9 @@ static enum status fake_convert(void *context, const char *directory, const char
     (void)snprintf(path, sizeof path, "%s/adapter_config.json", directory);
     if (access(path, R_OK))
         return fault_set(fault, STATUS_CORRUPT, "there is no adapter_config.json.");
+    (void)snprintf(path, sizeof path, "%s/slow", directory);
+    if (!access(path, F_OK))
+        (void)usleep(300000);
     int descriptor = open(store_path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (descriptor < 0)
         return fault_set(fault, STATUS_IO, "the store file cannot be written.");

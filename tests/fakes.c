@@ -59,7 +59,9 @@ static void fake_destroy(struct link *link)
 void fake_link_init(struct fake_link *fake, uint64_t seed, const uint64_t *now_us)
 {
     *fake = (struct fake_link){
-        .link = {fake_start, fake_poll, fake_destroy}, .now_us = now_us, .rng = {.seed = seed}};
+        .link = {.start = fake_start, .poll = fake_poll, .destroy = fake_destroy},
+        .now_us = now_us,
+        .rng = {.seed = seed}};
 }
 
 void fake_content(uint64_t seed, uint64_t offset, void *out, size_t bytes)

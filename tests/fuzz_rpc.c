@@ -96,6 +96,26 @@ static void check_generate(const msgpack_object *value)
         CHECK(tokens[i] >= 0 && tokens[i] < VOCAB);
 }
 
+static void check_adapters(const msgpack_object *value)
+{
+    enum { TOTAL = 1000, RECEIVED = 300 };
+    struct params params;
+    struct register_params registered;
+    struct upload_params upload;
+    struct text_view data;
+    if (params_open(&params, value) && register_parse(&params, &registered))
+        CHECK(adapter_name_is_good(registered.name) && registered.path[0] &&
+              strlen(registered.path) < sizeof registered.path);
+    if (params_open(&params, value) && upload_parse(&params, TOTAL, &upload))
+        CHECK(adapter_name_is_good(upload.name) && upload.config_bytes >= 1 &&
+              upload.config_bytes <= UPLOAD_CONFIG_BYTES_MAX && upload.weights_bytes >= 1 &&
+              upload.weights_bytes <= TOTAL);
+    if (params_open(&params, value) && upload_chunk_parse(&params, RECEIVED, TOTAL, &data))
+        CHECK(data.text && data.bytes >= 1 && data.bytes <= TOTAL - RECEIVED);
+    else
+        CHECK(params.fault.status == STATUS_INVALID && params.fault.text[0]);
+}
+
 static void check_lossy(const uint8_t *data, size_t size)
 {
     char *out = malloc(3 * size + 1);
@@ -126,6 +146,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     CHECK(depth_of(&message.data, &items) <= SCAN_DEPTH_MAX);
     CHECK(items == scanner.items && items <= limits.items);
     check_generate(&message.data.via.array.ptr[message.data.via.array.size - 1]);
+    check_adapters(&message.data.via.array.ptr[message.data.via.array.size - 1]);
     msgpack_unpacked_destroy(&message);
     return 0;
 }

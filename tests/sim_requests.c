@@ -257,9 +257,18 @@ static bool may_be_answered(enum status expected, enum status status)
     return !status || status == STATUS_BUSY || status == STATUS_LIMIT || status == STATUS_FULL;
 }
 
+// stats, or a page of the list that begins anywhere.
 static void ask(struct book *book, enum engine_command_kind kind)
 {
-    if (book_control(book, kind, book->reply_ids + 1)) {
+    struct engine_list list = {.kind = kind, .limit = below(book, 4), .id = book->reply_ids + 1};
+    bool sent = true;
+    if (kind == ENGINE_ADAPTER_LIST) {
+        (void)snprintf(list.after, sizeof list.after, "n%u", below(book, BOOK_NAMES + 1));
+        sent = !engine_send(&book->world->port, &list, sizeof list);
+    } else {
+        sent = book_control(book, kind, list.id);
+    }
+    if (sent) {
         book->reply_expected[++book->reply_ids % 256] = STATUS_OK;
         book->replies_due++;
     }

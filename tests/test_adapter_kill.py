@@ -185,7 +185,7 @@ def server_at_every_operation(begin, act):
 
 
 def add_by_path(peer):
-    peer.call("adapters.add", name="one", path="man-it-attn-r8")
+    peer.call("adapters.register", name="one", path="man-it-attn-r8")
 
 
 def add_by_upload(peer):
@@ -223,7 +223,7 @@ def test_kill_server_add():
 def test_kill_server_add_again():
     begin = path("server-begin-again")
     with Server(begin, TENANTS, "--adapter-dir", ADAPTERS) as server, server.peer("key-acme") as peer:
-        peer.call("adapters.add", name="one", path="man-pl-attn-r16")
+        peer.call("adapters.register", name="one", path="man-pl-attn-r16")
     died, turn, leftovers = server_at_every_operation(begin, add_by_path)
     assert {"mkostemps", "pwrite", "fsync", "rename"} <= set(died), died
     return said(died, turn, leftovers)
@@ -232,7 +232,7 @@ def test_kill_server_add_again():
 def test_kill_server_remove():
     begin = path("server-begin-rm")
     with Server(begin, TENANTS, "--adapter-dir", ADAPTERS) as server, server.peer("key-acme") as peer:
-        peer.call("adapters.add", name="one", path="man-it-attn-r8")
+        peer.call("adapters.register", name="one", path="man-it-attn-r8")
     died, turn, leftovers = server_at_every_operation(begin, lambda peer: peer.call("adapters.remove", name="one"))
     assert "unlink" in died, died
     return said(died, turn, leftovers)

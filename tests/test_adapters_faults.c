@@ -223,7 +223,7 @@ static void test_adapters_faults_create(void **state)
         enum status status = adapters_create(&options, &more);
         armed = false;
         if (!status) {
-            assert_int_equal(n, 20);
+            assert_int_equal(n, 21);
             adapters_destroy(more);
             break;
         }

@@ -346,9 +346,9 @@ static void test_adapters_kept_stays_under_pressure(void **state)
         name_of(i, name);
         ids[i] = add(&world, name, world.small);
     }
-    assert_int_equal(adapter_keeper(adapters, ids[0]), ADAPTER_NO_KEEPER);
-    adapter_keep(adapters, ids[0], 5);
-    adapter_keep(adapters, ids[1], 6);
+    assert_int_equal(adapter_keeper(adapters, ids[0], 0), ADAPTER_NO_KEEPER);
+    assert_int_equal(adapter_keep(adapters, ids[0], 5), STATUS_OK);
+    assert_int_equal(adapter_keep(adapters, ids[1], 6), STATUS_OK);
     assert_int_equal(adapters_kept_pages(adapters), 2); // before they are there
     assert_int_equal(adapters_kept_pages_of(adapters, 5), 1);
     assert_false(adapter_is_resident(adapters, ids[0]));
@@ -367,8 +367,8 @@ static void test_adapters_kept_stays_under_pressure(void **state)
     assert_int_equal(stats_of(&world).fetches, stats_of(&world).given_back + 8);
     assert_true(stats_of(&world).given_back >= 10);
     // let go, removed and replaced: as any other
-    adapter_let_go(adapters, ids[0]);
-    adapter_let_go(adapters, ids[0]);
+    adapter_let_go(adapters, ids[0], 5);
+    adapter_let_go(adapters, ids[0], 5);
     assert_int_equal(adapters_kept_pages(adapters), 1);
     assert_int_equal(adapter_replace(adapters, "tenant-0001", world.small, 3, &ids[1], &fault),
                      STATUS_LIMIT); // twelve slots, all taken
@@ -376,15 +376,51 @@ static void test_adapters_kept_stays_under_pressure(void **state)
     assert_int_equal(adapter_replace(adapters, "tenant-0001", world.small, 3, &ids[1], &fault),
                      STATUS_OK);
     assert_int_equal(adapters_kept_pages(adapters), 0);
-    assert_int_equal(adapter_keeper(adapters, ids[1]), ADAPTER_NO_KEEPER);
+    assert_int_equal(adapter_keeper(adapters, ids[1], 0), ADAPTER_NO_KEEPER);
     for (uint32_t i = 2; i < 11; i++) {
         visit(&world, ids[i]);
         bring(&world, ids[i]);
     }
     assert_false(adapter_is_resident(adapters, ids[0])); // nobody asked for it
-    adapter_keep(adapters, ids[2], 5);
+    assert_int_equal(adapter_keep(adapters, ids[2], 5), STATUS_OK);
     assert_int_equal(adapter_remove(adapters, "tenant-0002"), STATUS_OK);
     assert_int_equal(adapters_kept_pages(adapters), 0);
+    tool_rig_clear(&world.rig);
+}
+
+// Each tenant has a claim of its own: one that unpins takes nothing from another.
+static void test_adapters_kept_by_several(void **state)
+{
+    struct world world;
+    struct fault fault;
+    begin(&world, *state, 8, 2);
+    struct adapters *adapters = world.rig.adapters;
+    adapter_id id = add(&world, "x", world.small), other = add(&world, "y", world.small);
+    assert_int_equal(adapter_keep(adapters, id, 5), STATUS_OK);
+    assert_int_equal(adapter_keep(adapters, id, 6), STATUS_OK);
+    assert_int_equal(adapter_keep(adapters, id, 6), STATUS_OK); // once is enough
+    assert_int_equal(adapters_kept_pages(adapters), 1);
+    assert_int_equal(adapters_kept_pages_of(adapters, 5), 1);
+    assert_int_equal(adapters_kept_pages_of(adapters, 6), 1);
+    assert_true(adapter_keeper(adapters, id, 0) == 5 && adapter_keeper(adapters, id, 1) == 6);
+    assert_int_equal(adapter_keeper(adapters, id, 2), ADAPTER_NO_KEEPER);
+    adapter_let_go(adapters, id, 7); // has no claim
+    adapter_let_go(adapters, id, 5);
+    assert_true(adapter_is_kept(adapters, id) && adapter_is_kept_by(adapters, id, 6));
+    assert_false(adapter_is_kept_by(adapters, id, 5));
+    assert_int_equal(adapters_kept_pages(adapters), 1);
+    adapters_fetch_kept(adapters);
+    tool_rig_settle(&world.rig);
+    assert_int_equal(adapter_unload(adapters, id, &fault), STATUS_BUSY);
+    adapter_let_go(adapters, id, 6);
+    assert_int_equal(adapters_kept_pages(adapters), 0);
+    assert_int_equal(adapter_unload(adapters, id, &fault), STATUS_OK);
+    for (uint32_t keeper = 0; keeper < 8; keeper++) // two places, four claims for each
+        assert_int_equal(adapter_keep(adapters, keeper % 2 ? id : other, keeper), STATUS_OK);
+    assert_int_equal(adapter_keep(adapters, id, 8), STATUS_LIMIT);
+    assert_int_equal(adapter_remove(adapters, "y"), STATUS_OK); // and the claims on it
+    assert_int_equal(adapter_keep(adapters, id, 8), STATUS_OK);
+    assert_int_equal(adapters_kept_pages(adapters), 1);
     tool_rig_clear(&world.rig);
 }
 
@@ -427,7 +463,7 @@ static void test_adapters_kept_that_cannot_be_read(void **state)
     store_make(&world, 4, path, 1);
     adapter_id id = add(&world, "x", path);
     assert_int_equal(truncate(path, PAGE), 0);
-    adapter_keep(adapters, id, 5);
+    assert_int_equal(adapter_keep(adapters, id, 5), STATUS_OK);
     for (int turn = 0; turn < 10; turn++) {
         adapters_fetch_kept(adapters);
         tool_rig_settle(&world.rig);
@@ -664,6 +700,7 @@ int main(void)
         cmocka_unit_test(test_adapters_kept_stays_under_pressure),
         cmocka_unit_test(test_adapters_load_and_unload),
         cmocka_unit_test(test_adapters_kept_that_cannot_be_read),
+        cmocka_unit_test(test_adapters_kept_by_several),
         cmocka_unit_test(test_adapters_comes_back_from_the_host_tier),
         cmocka_unit_test(test_adapters_removed_while_in_use),
         cmocka_unit_test(test_adapters_replaced_while_in_use),

@@ -178,6 +178,38 @@ static void test_rng_depends_on_seed_stream_and_counter(void **state)
     assert_true(rng_at(1, 2, 3) != rng_at(1, 3, 2) && rng_at(1, 2, 3) != rng_at(2, 2, 3));
 }
 
+// What hash_pieces says is what its definition says, whatever goes at once.
+static void test_hash_pieces_do_not_depend_on_the_width(void **state)
+{
+    enum { BYTES = 21 * HASH_PIECE + 77 };
+    (void)state;
+    uint8_t *bytes = malloc(BYTES);
+    struct rng rng = {.seed = 5};
+    assert_non_null(bytes);
+    for (size_t i = 0; i < BYTES; i++)
+        bytes[i] = (uint8_t)rng_below(&rng, 256);
+    const size_t sizes[] = {0,    1,     127,   128,   4095,  4096,      4097,
+                            8192, 12288, 16384, 20480, 28672, BYTES - 1, BYTES};
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
+        struct hash_stream want;
+        hash_begin(&want, NULL);
+        for (size_t at = 0; at < sizes[s]; at += HASH_PIECE) {
+            size_t n = sizes[s] - at < HASH_PIECE ? sizes[s] - at : HASH_PIECE;
+            struct digest piece = hash_bytes(NULL, bytes + at, n);
+            hash_update(&want, &piece, sizeof piece);
+        }
+        struct digest wanted = hash_end(&want);
+        for (int width = HASH_ONE; width <= (int)hash_width_here(); width++) {
+            struct hash_stream stream;
+            hash_begin(&stream, NULL);
+            hash_pieces_as(&stream, bytes, sizes[s], (enum hash_width)width);
+            struct digest got = hash_end(&stream);
+            assert_true(digest_equal(&got, &wanted));
+        }
+    }
+    free(bytes);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -187,6 +219,7 @@ int main(void)
         cmocka_unit_test(test_reader_stays_in_its_directory),
         cmocka_unit_test(test_hash_is_keyed_and_streams),
         cmocka_unit_test(test_rng_depends_on_seed_stream_and_counter),
+        cmocka_unit_test(test_hash_pieces_do_not_depend_on_the_width),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -239,6 +239,9 @@ def test_adapter_pin_leaves_room_for_a_context():
         assert peer.generate("word " * 200, **GREEDY)["text"] == alone
         ids = peer.call("tokenize", text="word " * 400)["tokens"][:480]
         assert len(peer.generate(ids, temperature=0, ignore_eos=True, max_tokens=512 - len(ids))["tokens"]) == 512 - len(ids)
+        # one with a pinned adapter needs no more than one without: its pages are counted once
+        answer = peer.generate(ids, model="a00", temperature=0, ignore_eos=True, max_tokens=512 - len(ids))
+        assert len(answer["tokens"]) == 512 - len(ids)
         listed = [a for a in peer.call("adapters.list") if a["pinned"]]
         assert len(listed) == pinned and all(a["resident"] for a in listed), listed
         for a in listed:
@@ -253,18 +256,79 @@ def test_adapter_bytes_of_a_tenant():
     add(state, "operators", source("kjv-all-r4"))  # the operator's does not count
     tenants = TENANTS + "    adapter_bytes: 1000000\n"
     with Server(state, tenants, "--adapter-dir", ADAPTERS) as server, server.peer("key-acme") as peer:
-        sizes = {name: peer.call("adapters.add", name=name, path=directory)["report"]["bytes"]
+        sizes = {name: peer.call("adapters.register", name=name, path=directory)["report"]["bytes"]
                  for name, directory in (("pl", "man-pl-attn-r16"), ("it", "man-it-attn-r8"))}
-        error = peer.refused("adapters.add", name="more", path="man-pl-attn-r16")
+        error = peer.refused("adapters.register", name="more", path="man-pl-attn-r16")
         assert error["code"] == "resource_exhausted" and "adapter_bytes" in error["message"], error
         assert str(sum(sizes.values())) in error["message"], (sizes, error)
-        assert peer.call("adapters.add", name="it", path="man-pl-attn-r16")["report"]["version"] == 2
-        assert peer.refused("adapters.add", name="it", path="kjv-all-r4")["code"] == "resource_exhausted"
+        assert peer.call("adapters.register", name="it", path="man-pl-attn-r16")["report"]["version"] == 2
+        assert peer.refused("adapters.register", name="it", path="kjv-all-r4")["code"] == "resource_exhausted"
         assert {a["name"]: a["version"] for a in peer.call("adapters.list")} == {"operators": 1, "pl": 1, "it": 2}
         peer.call("adapters.remove", name="pl")
-        peer.call("adapters.add", name="more", path="man-it-attn-r8")
+        peer.call("adapters.register", name="more", path="man-it-attn-r8")
     assert files(state) == ["it@acme.adapter", "more@acme.adapter", "operators.adapter"]
     return error["message"]
+
+
+def test_store_files_that_are_no_good():
+    """Cut short, with a damaged header, empty: the server starts, serves the others, and says what is wrong to the owner."""
+    state = path("no-good")
+    for name in ("good", "cut", "header", "empty"):
+        add(state, name, source("man-it-attn-r8"), "--owner", "acme")
+    add(state, "operators", source("man-it-attn-r8"))
+    store = {name: os.path.join(state, "adapters", name) for name in files(state)}
+    os.truncate(store["cut@acme.adapter"], os.path.getsize(store["cut@acme.adapter"]) - 1)
+    os.truncate(store["empty@acme.adapter"], 0)
+    os.truncate(store["operators.adapter"], 100)
+    with open(store["header@acme.adapter"], "r+b") as file:
+        file.seek(900)
+        byte = file.read(1)
+        file.seek(900)
+        file.write(bytes([byte[0] ^ 1]))
+    tenants = TENANTS + "  - name: bolt\n    keys_blake2b: [%s]\n    allowed_adapters: [\"*\"]\n" % key_hash("key-bolt")
+    with Server(state, tenants, "--adapter-dir", ADAPTERS) as server:
+        with server.peer("key-acme") as peer, server.peer("key-bolt") as other:
+            expected = peer.generate("a b c", model="good", **GREEDY)["text"]
+            broken = {a["name"]: a["broken"] for a in peer.call("adapters.list") if "broken" in a}
+            assert set(broken) == {"cut", "header", "empty", "operators"}, broken
+            assert "is damaged" in broken["header"] and "too short" in broken["empty"], broken
+            assert "which is not what it says" in broken["cut"], broken
+            for name in broken:
+                error = peer.refused("generate", prompt="a", model=name)
+                assert error["code"] == "corrupt" and "Register it anew" in error["message"], error
+            assert {a["name"] for a in other.call("adapters.list")} == {"operators"}
+            assert other.refused("generate", prompt="a", model="cut")["code"] == "not_found"
+            assert other.refused("generate", prompt="a", model="operators")["code"] == "corrupt"
+            assert peer.call("adapters.register", name="cut", path="man-it-attn-r8")["report"]["version"] == 1
+            assert peer.generate("a b c", model="cut", **GREEDY)["text"] == expected
+            peer.call("adapters.remove", name="empty")
+            assert "empty@acme.adapter" not in files(state)
+    with Server(state, tenants) as server, server.peer("key-acme") as peer:
+        assert {a["name"]: "broken" in a for a in peer.call("adapters.list")} == {
+            "good": False, "cut": False, "header": True, "operators": True}
+        assert peer.generate("a b c", model="cut", **GREEDY)["text"] == expected
+    return broken["cut"]
+
+
+def test_pins_of_several_tenants():
+    """Each has a claim of its own on the operator's adapter: unpinning takes nothing from the other."""
+    state = path("claims")
+    add(state, "shared", source("man-it-attn-r8"))
+    quota = "    pinned_adapter_bytes: 1000000\n"
+    tenants = TENANTS + quota + TENANTS.replace("tenants:\n", "").replace("acme", "bolt").replace(
+        key_hash("key-acme"), key_hash("key-bolt")) + quota
+    with Server(state, tenants) as server, server.peer("key-acme") as one, server.peer("key-bolt") as two:
+        def pinned(peer):
+            return peer.call("adapters.list")[0]["pinned"], peer.call("adapters.stats")["pinned_bytes"] > 0
+        one.call("adapters.pin", name="shared")
+        assert (pinned(one), pinned(two)) == ((True, True), (True, False))
+        two.call("adapters.pin", name="shared")
+        one.call("adapters.unpin", name="shared")
+        one.call("adapters.unpin", name="shared")  # no claim is left to take back
+        assert (pinned(one), pinned(two)) == ((True, False), (True, True))
+        assert one.refused("adapters.unload", name="shared")["code"] == "busy"
+        two.call("adapters.unpin", name="shared")
+        assert (pinned(one), pinned(two)) == ((False, False), (False, False))
 
 
 # ---- manifests ----

@@ -355,12 +355,138 @@ static void test_copy_threads_destroy_in_flight(void **state)
     free(to);
 }
 
+// ---- a link that takes several chunks ----
+
+enum { DEPTH = 3 };
+
+struct deep_link {
+    struct link link;
+    size_t started[ENDS];             // bytes
+    uint32_t starts, polls, finished; // finished: how many may be answered
+};
+
+static void deep_start(struct link *link, const struct copy_chunk *chunk)
+{
+    struct deep_link *deep = (struct deep_link *)link;
+    CHECK(deep->starts < ENDS && deep->starts - deep->polls < DEPTH);
+    deep->started[deep->starts++] = chunk->bytes;
+}
+
+static bool deep_poll(struct link *link, enum copy_resource resource, enum status *status)
+{
+    struct deep_link *deep = (struct deep_link *)link;
+    (void)resource;
+    *status = STATUS_OK;
+    return deep->polls < deep->finished && deep->polls++ < ENDS;
+}
+
+static void deep_destroy(struct link *link)
+{
+    (void)link;
+}
+
+static struct bench *deep_open(struct deep_link *deep)
+{
+    struct bench *bench = calloc(1, sizeof *bench);
+    CHECK(bench);
+    *deep = (struct deep_link){.link = {.start = deep_start,
+                                        .poll = deep_poll,
+                                        .destroy = deep_destroy,
+                                        .depth = {[COPY_H2D] = DEPTH}}};
+    struct copy_options options = {.link = &deep->link,
+                                   .clock = clock_fake(&bench->now),
+                                   .copies_max = 16,
+                                   .owners_max = 4,
+                                   .chunk_bytes = CHUNK};
+    assert_int_equal(copy_create(&options, &bench->queues), STATUS_OK);
+    return bench;
+}
+
+static copy_id put_bytes(struct bench *bench, uint64_t tag, size_t bytes, enum copy_need need)
+{
+    copy_id id = {0};
+    struct copy_request request = {
+        .whole = {.resource = COPY_H2D, .to = bench->to, .from = bench->from, .bytes = bytes},
+        .class = COPY_STANDARD,
+        .need = need,
+        .done = ended,
+        .context = bench,
+        .tag = tag};
+    assert_int_equal(copy_submit(bench->queues, &request, &id), STATUS_OK);
+    return id;
+}
+
+// In flight are as many as the link takes, and never more than a chunk's bytes: what is urgent
+// comes next, behind one chunk at most.
+static void test_copy_several_in_flight(void **state)
+{
+    (void)state;
+    struct deep_link deep;
+    struct bench *bench = deep_open(&deep);
+    copy_id id[6];
+    for (uint64_t tag = 0; tag < 5; tag++)
+        id[tag] = put_bytes(bench, tag, CHUNK / 2, COPY_ADAPTER);
+    copy_poll(bench->queues);
+    assert_int_equal(deep.starts, 2); // two halves are a chunk
+    id[5] = put_bytes(bench, 5, CHUNK / 4, COPY_GATE);
+    copy_cancel(bench->queues, id[0]);                            // it is under way
+    copy_promote(bench->queues, id[1], COPY_STANDARD, COPY_GATE); // so is this one
+    copy_cancel(bench->queues, id[4]);                            // this one is not
+    assert_int_equal(bench->ended, 1);
+    deep.finished = 1;
+    copy_poll(bench->queues);
+    assert_int_equal(deep.starts, 3); // the urgent one; half a chunk more has no room beside it
+    assert_int_equal(deep.started[2], CHUNK / 4);
+    deep.finished = 2;
+    copy_poll(bench->queues);
+    assert_int_equal(deep.starts, 4);
+    assert_false(copy_is_idle(bench->queues));
+    while (deep.finished < deep.starts) {
+        deep.finished++;
+        copy_poll(bench->queues);
+    }
+    assert_true(copy_is_idle(bench->queues));
+    const uint64_t order[] = {4, 0, 1, 5, 2, 3};
+    assert_int_equal(bench->ended, 6);
+    for (uint32_t i = 0; i < 6; i++) {
+        assert_int_equal(bench->ends[i].tag, order[i]);
+        assert_int_equal(bench->ends[i].status, i < 2 ? STATUS_CANCELLED : STATUS_OK);
+    }
+    copy_destroy(bench->queues);
+    free(bench);
+}
+
+// One of several chunks has one of them in flight at a time, and others fly beside its last.
+static void test_copy_several_chunks_beside_others(void **state)
+{
+    (void)state;
+    struct deep_link deep;
+    struct bench *bench = deep_open(&deep);
+    (void)put_bytes(bench, 0, 2 * CHUNK + CHUNK / 4, COPY_ADAPTER);
+    for (uint64_t tag = 1; tag < 6; tag++)
+        (void)put_bytes(bench, tag, CHUNK / 8, COPY_ADAPTER);
+    copy_poll(bench->queues);
+    const uint32_t starts[] = {1, 2, 5, 6, 7, 8, 8, 8};
+    for (uint32_t i = 0; i < 8; i++) {
+        assert_int_equal(deep.starts, starts[i]);
+        deep.finished++;
+        copy_poll(bench->queues);
+    }
+    assert_true(copy_is_idle(bench->queues));
+    for (uint32_t i = 0; i < 6; i++)
+        assert_int_equal(bench->ends[i].tag, i);
+    copy_destroy(bench->queues);
+    free(bench);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_copy_order),
         cmocka_unit_test(test_copy_overtakes_at_chunks),
         cmocka_unit_test(test_copy_promote),
+        cmocka_unit_test(test_copy_several_in_flight),
+        cmocka_unit_test(test_copy_several_chunks_beside_others),
         cmocka_unit_test(test_copy_cancel_each_state),
         cmocka_unit_test(test_copy_charges_owners),
         cmocka_unit_test(test_copy_full_and_failures),

@@ -24,7 +24,7 @@ TENANT = """  - name: %s
     priority_class: %s
 """
 TENANTS = "tenants:\n" + TENANT % ("alpha", key_hash("key-alpha"), '"kjv", "own-*"', "interactive") + \
-    "    manage_adapters: true\n    pinned_adapter_bytes: 1000000\n" + TENANT % ("beta", key_hash("key-beta"), '"gcide", "ru"', "standard") + \
+    "    manage_adapters: true\n    see_tenants: true\n    adapter_rpm_limit: 0\n    pinned_adapter_bytes: 1000000\n" + TENANT % ("beta", key_hash("key-beta"), '"gcide", "ru"', "standard") + \
     TENANT % ("gamma", key_hash("key-gamma"), '"elisp"', "batch") + \
     TENANT % ("delta", key_hash("key-delta"), "", "standard") + "    rpm_limit: 6\n    max_parallel_requests: 2\n"
 MODULES = {"kjv": "kjv-all-r4", "gcide": "gcide-fused-r4", "ru": "man-ru-attn-r32", "elisp": "elisp-fused-r4"}
@@ -312,10 +312,10 @@ def test_e2e_foreign_adapter_looks_unknown(server):
         assert {a["id"] for a in peer.call("models") if a["kind"] == "adapter"} == {"kjv"}
         foreign, unknown = (peer.refused("adapters.remove", name=name) for name in ("ru", "xu"))
         assert str(foreign).replace("ru", "xu") == str(unknown), (foreign, unknown)
-        add = [peer.refused("adapters.add", name=name, path=os.path.join(ROOT, "it")) for name in ("ru", "xu")]
+        add = [peer.refused("adapters.register", name=name, path=os.path.join(ROOT, "it")) for name in ("ru", "xu")]
         assert str(add[0]).replace('"ru"', '"xu"') == str(add[1]), add
     with server.peer("key-beta") as peer:
-        assert peer.refused("adapters.add", name="gcide2", path="it")["code"] == "permission_denied"
+        assert peer.refused("adapters.register", name="gcide2", path="it")["code"] == "permission_denied"
         assert peer.refused("adapters.remove", name="gcide")["code"] == "permission_denied"
 
 
@@ -394,28 +394,28 @@ def test_e2e_adapters_refused(server):
     with server.peer("key-alpha") as peer:
         for path, codes in [("/etc", None), ("../it", None), ("link", None), (ROOT + "/../state", None),
                             ("nowhere", None), ("broken", None), ("truncated", None), ("other-base", None), ("", None)]:
-            error = peer.refused("adapters.add", name="own-x", path=path)
+            error = peer.refused("adapters.register", name="own-x", path=path)
             assert error["code"] in ("not_found", "invalid_argument", "permission_denied", "corrupt", "unsupported"), (
                 path, error)
             assert len(error["message"]) > 10 and "root:" not in error["message"], (path, error)
         for name in ("", ".x", "a/b", "../x", "x" * 64, "own-\n"):
-            assert peer.refused("adapters.add", name=name, path="it")["code"] in ("invalid_argument", "not_found",
+            assert peer.refused("adapters.register", name=name, path="it")["code"] in ("invalid_argument", "not_found",
                                                                                  "permission_denied"), name
         names = {a["id"] for a in peer.call("models") if a["kind"] == "adapter"}
         assert names == {"kjv"}, names
-        return peer.refused("adapters.add", name="own-x", path="other-base")["message"][:90]
+        return peer.refused("adapters.register", name="own-x", path="other-base")["message"][:90]
 
 
 def test_e2e_adapter_removed_in_use(server):
     with server.peer("key-alpha") as peer, server.peer("key-alpha") as other:
-        other.call("adapters.add", name="own-pl", path="pl")
+        other.call("adapters.register", name="own-pl", path="pl")
         alone = peer.generate("NAZWA", model="own-pl", max_tokens=300, **GREEDY)["text"]
         msgid = peer.send("generate", prompt="NAZWA", model="own-pl", max_tokens=300, stream=True, **GREEDY)
         peer.first_token(msgid)
         other.call("adapters.remove", name="own-pl")
         assert other.refused("generate", prompt="a", model="own-pl")["code"] == "not_found"
         # the same name again, with other weights, while the old ones still run
-        other.call("adapters.add", name="own-pl", path="it")
+        other.call("adapters.register", name="own-pl", path="it")
         again = other.generate("NAZWA", model="own-pl", max_tokens=30, **GREEDY)["text"]
         assert peer.finish(msgid)["text"] == alone and not alone.startswith(again)
         other.call("adapters.remove", name="own-pl")
@@ -427,21 +427,21 @@ def test_e2e_adapter_versions(server):
     one, and neither is served KV of the other. A restart has the new one."""
     prompt = "NAZWA\n       zapis " * 8
     with server.peer("key-alpha") as peer, server.peer("key-alpha") as other:
-        assert other.call("adapters.add", name="own-v", path="pl")["report"]["version"] == 1
+        assert other.call("adapters.register", name="own-v", path="pl")["report"]["version"] == 1
         first = peer.generate(prompt, model="own-v", max_tokens=300, **GREEDY)["text"]
         running = peer.send("generate", prompt=prompt, model="own-v", max_tokens=300, stream=True, **GREEDY)
         peer.first_token(running)
-        assert other.call("adapters.add", name="own-v", path="it")["report"]["version"] == 2
+        assert other.call("adapters.register", name="own-v", path="it")["report"]["version"] == 2
         second = other.generate(prompt, model="own-v", max_tokens=40, **GREEDY)
         assert running not in peer.answers and second["usage"]["cached_tokens"] == 0, second["usage"]
         assert peer.finish(running)["text"] == first and not first.startswith(second["text"])
         code, out, _ = cli(server, "adapter", "show", "own-v")
         assert code == 0 and json.loads(out)["version"] == 2, out
-        assert other.refused("adapters.add", name="own-v", path="pl", replace=False)["code"] == "already_exists"
+        assert other.refused("adapters.register", name="own-v", path="pl", replace=False)["code"] == "already_exists"
         # what is refused leaves the version as it is
-        assert other.refused("adapters.add", name="own-v", path="broken")["code"] == "invalid_argument"
+        assert other.refused("adapters.register", name="own-v", path="broken")["code"] == "invalid_argument"
         # the operator's adapter serves all tenants: one of them may neither replace nor remove it
-        assert other.refused("adapters.add", name="kjv", path="pl")["code"] == "already_exists"
+        assert other.refused("adapters.register", name="kjv", path="pl")["code"] == "already_exists"
         assert other.refused("adapters.remove", name="kjv")["code"] == "not_found"
         listed = {a["name"]: a for a in other.call("adapters.list")}
         assert (listed["own-v"]["version"], listed["own-v"]["own"]) == (2, True), listed["own-v"]
@@ -463,7 +463,7 @@ def test_e2e_adapters_load_unload_pin(server):
     with server.peer("key-alpha") as peer:
         def state(name="own-p"):
             return next(a for a in peer.call("adapters.list") if a["name"] == name)
-        peer.call("adapters.add", name="own-p", path="pl")
+        peer.call("adapters.register", name="own-p", path="pl")
         before = peer.call("adapters.stats")
         assert (state()["resident"], state()["pinned"], before["pinned_bytes"]) == (False, False, 0), before
         peer.call("adapters.load", name="own-p")
@@ -481,7 +481,7 @@ def test_e2e_adapters_load_unload_pin(server):
         code, out, err = cli(server, "adapter", "stats")
         assert code == 0 and json.loads(out)["pinned"] == 1, err
         # a new version is nobody's promise
-        peer.call("adapters.add", name="own-p", path="it")
+        peer.call("adapters.register", name="own-p", path="it")
         assert not state()["pinned"] and peer.call("adapters.stats")["pinned_bytes"] == 0
         peer.call("adapters.pin", name="own-p")
         assert cli(server, "adapter", "unpin", "own-p")[0] == 0 and not state()["pinned"]
@@ -501,8 +501,8 @@ def test_e2e_adapter_upload(server):
     """Files that the server may not read by path come over the connection, and are the same adapter."""
     outside = os.path.join(ADAPTERS, "man-pl-attn-r16")
     with server.peer("key-alpha") as peer:
-        peer.call("adapters.add", name="own-path", path="pl")
-        assert peer.refused("adapters.add", name="own-up", path=outside)["code"] == "not_found"
+        peer.call("adapters.register", name="own-path", path="pl")
+        assert peer.refused("adapters.register", name="own-up", path=outside)["code"] == "not_found"
         code, out, err = cli(server, "adapter", "add", "own-up", outside, "--upload")
         assert code == 0 and "applied to 32 of 802" in err and json.loads(out)["report"]["version"] == 1, (out, err)
         code, _, err = cli(server, "adapter", "add", "own-up", outside, "--upload")
@@ -637,7 +637,7 @@ def attempt(server, key):
 
 def test_e2e_kill_and_restart(server):
     with server.peer("key-alpha") as peer:
-        peer.call("adapters.add", name="own-it", path="it")
+        peer.call("adapters.register", name="own-it", path="it")
         before = peer.generate("NOME\n       kill", model="own-it", max_tokens=30, **GREEDY)["text"]
         msgid = peer.send("generate", prompt="a", max_tokens=1500, stream=True, **GREEDY)
         peer.first_token(msgid)

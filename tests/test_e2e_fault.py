@@ -19,7 +19,7 @@ STATE = os.path.join(FOLDER.name, "state")
 DEVICE_EXIT = 3
 FLUSH_SECONDS = 1.0
 TENANT = "  - name: %s\n    keys_blake2b: [%s]\n    priority_class: %s\n"
-TENANTS = "tenants:\n" + TENANT % ("alpha", key_hash("key-alpha"), "interactive") + "    manage_adapters: true\n" + \
+TENANTS = "tenants:\n" + TENANT % ("alpha", key_hash("key-alpha"), "interactive") + "    manage_adapters: true\n    see_tenants: true\n    adapter_rpm_limit: 0\n" + \
     TENANT % ("gamma", key_hash("key-gamma"), "batch")
 STREAM = {"stream": True, "temperature": 0, "ignore_eos": True}
 SEQUENCES = 6  # --max-num-seqs

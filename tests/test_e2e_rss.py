@@ -14,6 +14,7 @@ TENANTS = """tenants:
     keys_blake2b: [%s]
     allowed_adapters: ["*"]
     manage_adapters: true
+    adapter_rpm_limit: 0
     max_parallel_requests: 2000
     max_queue: 2000
 """ % key_hash("key-alpha")

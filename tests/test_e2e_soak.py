@@ -18,6 +18,7 @@ TENANTS = "tenants:\n" + "".join("""  - name: %s
     keys_blake2b: [%s]
     allowed_adapters: ["*"]
     manage_adapters: true
+    adapter_rpm_limit: 0
     max_parallel_requests: 200
     max_queue: 200
 """ % (name, key_hash("key-" + name)) for name in ("churn", "steady"))
@@ -122,7 +123,7 @@ def references(server):
         for prompt in PROMPTS:
             want[None, prompt] = answer(peer, prompt)
         for name in NAMES:
-            peer.call("adapters.add", name="reference", path=name)
+            peer.call("adapters.register", name="reference", path=name)
             for prompt in PROMPTS:
                 want[name, prompt] = answer(peer, prompt, "reference")
             peer.call("adapters.remove", name="reference")
@@ -152,14 +153,14 @@ def finish(peer, asked, want, source):
 
 def good_cycle(peer, random_, want, name):
     source, prompt = random_.choice(NAMES), random_.choice(PROMPTS)
-    report = peer.call("adapters.add", name=name, path=source)["report"]
+    report = peer.call("adapters.register", name=name, path=source)["report"]
     assert report["bytes"] > 0, report
     if random_.random() < 0.5:
         may_fail(peer, "pool_full", "adapters.load", name)  # no room at the moment
     asked = send(peer, random_, prompt, name)
     if random_.random() < 0.3:  # a new version while it runs: who runs on the old one finishes on it
         newer = random_.choice(NAMES)
-        peer.call("adapters.add", name=name, path=newer)
+        peer.call("adapters.register", name=name, path=newer)
         later = send(peer, random_, prompt, name)
         finish(peer, later, want, newer)
     gone = random_.random() < 0.5
@@ -174,7 +175,7 @@ def good_cycle(peer, random_, want, name):
 
 def bad_cycle(peer, random_, name, told):
     kind = random_.choice(list(BREAK))
-    error = peer.refused("adapters.add", name=name, path="bad-" + kind)
+    error = peer.refused("adapters.register", name=name, path="bad-" + kind)
     assert error["code"] in ("invalid_argument", "numeric", "corrupt", "unsupported", "not_found") and len(error["message"]) > 15, (kind, error)
     told[kind] = error["code"]
     assert peer.refused("generate", prompt="a", model=name)["code"] == "not_found"
@@ -197,7 +198,7 @@ def test_e2e_adapters_soak(server, state):
     want = references(server)
     with server.peer("key-churn") as peer:
         for name, source in PERMANENT.items():
-            peer.call("adapters.add", name=name, path=source)
+            peer.call("adapters.register", name=name, path=source)
     others = {(None, p): want[None, p] for p in PROMPTS}
     others.update({(name, p): want[source, p] for name, source in PERMANENT.items() for p in PROMPTS})
     steady = [Steady(server, others) for _ in range(2)]

@@ -282,20 +282,22 @@ static void test_kernels_moe_lora_matches_double(void **state)
     rig_each("moe lora", moe_lora_all);
 }
 
+struct bits_case {
+    uint32_t rows, step, units, dim, top_k, ranks[3]; // step: every so many rows are compared
+};
+
 // A batch against the same rows alone: the same bits.
-static void moe_bits(struct rig *rig)
+static void moe_bits_case(struct rig *rig, const struct bits_case *c)
 {
-    enum { ROWS = 120 };
-    static const uint32_t ranks[] = {8, 64, 3};
-    if (!rig->exact)
-        return;
     struct moe m;
     struct adapters l;
-    moe_make(&m, rig, 4, 2, 96, 40, ROWS, 32768);
-    adapters_make(&l, rig, ranks, ARRAY_COUNT(ranks), 2, 4, 96, 40, 8192);
-    adapters_batch(&l, ROWS);
+    size_t bytes = c->dim * sizeof(float);
+    moe_make(&m, rig, 4, c->top_k, c->dim, c->units, c->rows, 32768);
+    adapters_make(&l, rig, c->ranks, ARRAY_COUNT(c->ranks), 2, 4, c->dim, c->units,
+                  c->units > 40 ? 32768 : 8192);
+    adapters_batch(&l, c->rows);
     m.lora = &l;
-    float *y = rig_alloc(rig, ROWS * 96 * 4), *y1 = rig_alloc(rig, 96 * 4);
+    float *y = rig_alloc(rig, c->rows * bytes), *y1 = rig_alloc(rig, bytes);
     moe_record(&m, y, false);
     rig_run(rig);
     struct moe one = m;
@@ -304,12 +306,12 @@ static void moe_bits(struct rig *rig)
     alone.row_begin = rig_alloc(rig, 8);
     alone.adapter = rig_alloc(rig, 4);
     one.rows = 1;
-    one.work.out = rig_poison(rig, 2 * 96);
-    one.work.hidden = rig_alloc(rig, rig->table->act_bytes(rig->device, 2, 40));
-    for (uint32_t r = 0; r < ROWS; r++) {
-        one.act = (uint8_t *)m.act + r * rig->table->act_bytes(rig->device, 1, 96);
-        one.work.expert = m.work.expert + r * 2;
-        one.work.gate = m.work.gate + r * 2;
+    one.work.out = rig_poison(rig, c->top_k * c->dim);
+    one.work.hidden = rig_alloc(rig, rig->table->act_bytes(rig->device, c->top_k, c->units));
+    for (uint32_t r = 0; r < c->rows; r += c->step) {
+        one.act = (uint8_t *)m.act + r * rig->table->act_bytes(rig->device, 1, c->dim);
+        one.work.expert = m.work.expert + r * c->top_k;
+        one.work.gate = m.work.gate + r * c->top_k;
         alone.batch.row_begin = alone.row_begin;
         alone.batch.rows = 1;
         alone.batch.adapter = alone.adapter;
@@ -317,12 +319,22 @@ static void moe_bits(struct rig *rig)
         alone.row_begin[1] = 1;
         alone.adapter[0] = adapters_of(&l, r);
         alone.batch.segments = 1;
-        memset(y1, 0, 96 * 4);
+        memset(y1, 0, bytes);
         moe_record(&one, y1, false);
         rig_run(rig);
-        assert_memory_equal(y1, y + r * 96, 96 * 4);
+        assert_memory_equal(y1, y + r * c->dim, bytes);
     }
     rig_clear(rig);
+}
+
+static void moe_bits(struct rig *rig)
+{
+    // The latter two have more pairs than the CPU keeps rows for, and more than it keeps A x for.
+    static const struct bits_case cases[] = {{120, 1, 40, 96, 2, {8, 64, 3}},
+                                             {1030, 41, 512, 24, 4, {8, 64, 3}},
+                                             {1030, 41, 512, 24, 4, {8, 520, 3}}};
+    for (size_t i = 0; rig->exact && i < ARRAY_COUNT(cases); i++)
+        moe_bits_case(rig, &cases[i]);
 }
 
 static void test_kernels_moe_bits_do_not_depend_on_the_batch(void **state)

@@ -36,6 +36,8 @@ TENANTS = """tenants:
     keys_blake2b: [%s, %s]
     allowed_adapters: ["acme-*", "shared"]
     manage_adapters: true
+    see_tenants: true
+    adapter_rpm_limit: 0
     pinned_adapter_bytes: 1000
     max_parallel_requests: 2000
     max_queue: 2000

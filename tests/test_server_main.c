@@ -3,6 +3,7 @@
 // talk to.
 //   test_server_main --listen ADDRESS [--listen ADDRESS] (--tenants FILE | --open)
 //                    [--adapters DIR --store DIR] [--delay-us N] [--limit NAME=N]...
+//                    [--broken NAME@TENANT]...
 // Prints "ready ADDRESSES" when it listens.
 #include <stdio.h>
 #include <stdlib.h>
@@ -39,6 +40,7 @@ static bool set_limit(struct server_limits *limits, const char *text)
         {"idle_timeout_ms", &limits->idle_timeout_ms, NULL},
         {"frame_timeout_ms", &limits->frame_timeout_ms, NULL},
         {"slow_reader_timeout_ms", &limits->slow_reader_timeout_ms, NULL},
+        {"upload_timeout_ms", &limits->upload_timeout_ms, NULL},
         {"shutdown_timeout_ms", &limits->shutdown_timeout_ms, NULL},
     };
     const char *equals = strchr(text, '=');
@@ -54,6 +56,22 @@ static bool set_limit(struct server_limits *limits, const char *text)
         return true;
     }
     return false;
+}
+
+// "name@tenant", or "name@" for the operator's.
+static bool broken_add(struct server_options *options, const char *text)
+{
+    enum { BROKEN_MAX = 8 };
+    static struct server_broken broken[BROKEN_MAX];
+    const char *at = strchr(text, '@');
+    if (!at || options->broken_count == BROKEN_MAX)
+        return false;
+    struct server_broken *entry = &broken[options->broken_count++];
+    (void)snprintf(entry->name, sizeof entry->name, "%.*s", (int)(at - text), text);
+    (void)snprintf(entry->tenant, sizeof entry->tenant, "%s", at + 1);
+    (void)snprintf(entry->why, sizeof entry->why, "the store file is too short.");
+    options->broken = broken;
+    return true;
 }
 
 static bool read_arguments(int count, char **arguments, struct server_options *options,
@@ -76,6 +94,8 @@ static bool read_arguments(int count, char **arguments, struct server_options *o
             options->state_dir = value;
         else if (!strcmp(name, "--upload-bytes"))
             options->upload_bytes_max = strtoull(value, NULL, 10);
+        else if (!strcmp(name, "--broken") && broken_add(options, value))
+            ;
         else if (!strcmp(name, "--delay-us"))
             engine->delay_us = (uint32_t)strtoul(value, NULL, 10);
         else if (strcmp(name, "--limit") || !set_limit(&options->limits, value))

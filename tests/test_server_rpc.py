@@ -240,39 +240,166 @@ class Methods(unittest.TestCase):
         os.mkdir(os.path.join(self.server.adapters, "empty"))
         os.symlink("/etc", os.path.join(self.server.adapters, "link"))
         with Peer(self.server, key="key-bolt") as peer:
-            self.assertEqual(peer.error("adapters.add", name="bolt-x", path="good"),
+            self.assertEqual(peer.error("adapters.register", name="bolt-x", path="good"),
                              [0, "permission_denied: this tenant may not manage adapters."])
             self.assertTrue(peer.error("adapters.remove", name="bolt-one")[1].startswith("permission"))
         with Peer(self.server) as peer:
-            self.assertEqual(peer.result("adapters.add", name="acme-x", path="good"),
+            self.assertEqual(peer.result("adapters.register", name="acme-x", path="good"),
                              {"name": "acme-x", "report": {"applied": 4, "possible": 8, "version": 1}})
             self.assertEqual(os.listdir(self.server.store), ["acme-x@acme.adapter"])
-            self.assertEqual(peer.error("adapters.add", name="acme-x", path=good, replace=False)[1][:14],
+            self.assertEqual(peer.error("adapters.register", name="acme-x", path=good, replace=False)[1][:14],
                              "already_exists")
-            self.assertEqual(peer.result("adapters.add", name="acme-x", path=good)["report"]["version"], 2)
-            self.assertEqual(peer.error("adapters.add", name="acme-x", path=good, replace=1)[0], 1)
-            ids = [peer.request("adapters.add", name="acme-x", path="good") for _ in range(2)]
+            self.assertEqual(peer.result("adapters.register", name="acme-x", path=good)["report"]["version"], 2)
+            self.assertEqual(peer.error("adapters.register", name="acme-x", path=good, replace=1)[0], 1)
+            ids = [peer.request("adapters.register", name="acme-x", path="good") for _ in range(2)]
             answers = {message[1]: message for message in (peer.read(), peer.read())}
             self.assertIsNone(answers[ids[0]][2])
             second = answers[ids[1]][2]  # the first may have been done
             self.assertTrue(second is None or second[1].startswith("busy: "), second)
-            self.assertEqual(peer.error("adapters.add", name="acme-y", path="empty"),
+            self.assertEqual(peer.error("adapters.register", name="acme-y", path="empty"),
                              [0, "corrupt: there is no adapter_config.json."])
             self.assertEqual(len(os.listdir(self.server.store)), 1)
-            self.assertEqual(peer.error("adapters.add", name="bolt-x", path="good")[1][:17],
+            self.assertEqual(peer.error("adapters.register", name="bolt-x", path="good")[1][:17],
                              "permission_denied")
             for path in ("/etc", "../..", "good/..", "good/../good", "./good", "link", "good//deeper",
                          "missing", "/", self.server.adapters + "/../adapters/good"):
-                error = peer.error("adapters.add", name="acme-y", path=path)
+                error = peer.error("adapters.register", name="acme-y", path=path)
                 self.assertEqual(error[1][:9], "not_found", path)
             for name in ("../x", "a/b", ".x", "", "x" * 64, "a b"):
-                self.assertEqual(peer.error("adapters.add", name=name, path="good")[0], 1, name)
+                self.assertEqual(peer.error("adapters.register", name=name, path="good")[0], 1, name)
             self.assertIn({"name": "acme-x", "own": True}, peer.result("adapters.list"))
             self.assertEqual(peer.result("generate", prompt="a", model="acme-x", max_tokens=1)["text"], "a")
             self.assertEqual(peer.result("adapters.remove", name="acme-x"), {"name": "acme-x"})
             for name in ("acme-x", "bolt-one"):
                 self.assertEqual(peer.error("adapters.remove", name=name)[1],
                                  'not_found: there is no model "%s".' % name)
+
+    def test_register_has_an_older_name(self):
+        with Peer(self.server) as peer:
+            wrong = [peer.error(method, name="acme-x") for method in ("adapters.register", "adapters.add")]
+            self.assertEqual(wrong[0], wrong[1])
+            hello = peer.result("hello")["capabilities"]
+            for name in ("models", "adapters.list", "adapters.stats", "adapters.register", "adapters.add", "adapters.remove",
+                         "adapters.load", "adapters.unload", "adapters.pin", "adapters.unpin", "stats", "cancel"):
+                self.assertIn(name, hello)
+            self.assertNotIn("adapters.upload", hello)  # this server takes none
+            self.assertEqual(len(hello), len(set(hello)))
+        with Server(extra=["--upload-bytes", "1000"]) as server, Peer(server) as peer:
+            self.assertIn("adapters.upload", peer.result("hello")["capabilities"])
+
+    def test_lists_come_in_pages(self):
+        """The stand-in engine gives two at a time, so every list here takes several questions to it."""
+        with Server() as server, Peer(server) as peer:
+            os.mkdir(os.path.join(server.adapters, "good"))
+            open(os.path.join(server.adapters, "good", "adapter_config.json"), "w").close()
+            names = ["acme-%d" % i for i in range(7)]
+            for name in names:
+                peer.result("adapters.register", name=name, path="good")
+            names = sorted(names + ["acme-one", "shared"])
+            self.assertEqual([a["name"] for a in peer.result("adapters.list")], names)
+            self.assertEqual([m["id"] for m in peer.result("models")], ["demo"] + names)
+            self.assertEqual(peer.result("adapters.stats")["registered"], len(names))
+            for limit in (1, 2, 3, 4, 8, 9, 10, 1000):
+                walked, after, pages = [], None, 0
+                while True:
+                    answer = peer.result("adapters.list", after=after, limit=limit)
+                    walked += [a["name"] for a in answer["adapters"]]
+                    pages += 1
+                    if not answer["more"]:
+                        break
+                    self.assertEqual(len(answer["adapters"]), limit)
+                    after = walked[-1]
+                self.assertEqual((walked, pages), (names, -(-len(names) // limit)))
+            answer = peer.result("models", limit=2)
+            self.assertEqual([m["id"] for m in answer["models"]], ["demo"] + names[:2])
+            answer = peer.result("models", after=names[-2])
+            self.assertEqual(([m["id"] for m in answer["models"]], answer["more"]), ([names[-1]], False))
+            for wrong in ({"limit": 0}, {"limit": 1001}, {"limit": "5"}, {"after": 5}, {"x": 1}):
+                self.assertEqual(peer.error("adapters.list", **wrong)[0], 1, wrong)
+
+    def test_what_another_tenant_has_is_not_seen(self):
+        """However wide its patterns: of adapters its own and the operator's, of tenants itself."""
+        more = TENANTS.replace("  - name: cape", "  - name: dune\n    keys_blake2b: [%s]\n    allowed_adapters: [\"*\"]\n"
+                               "    manage_adapters: true\n  - name: cape" % key_hash("key-dune"))
+        with Server(tenants=more) as server, Peer(server) as acme, Peer(server, key="key-dune") as dune:
+            os.mkdir(os.path.join(server.adapters, "good"))
+            open(os.path.join(server.adapters, "good", "adapter_config.json"), "w").close()
+            acme.result("adapters.register", name="acme-secret", path="good")
+            dune.result("adapters.register", name="own", path="good")
+            listed = dune.result("adapters.list")
+            self.assertEqual({a["name"]: a["own"] for a in listed},
+                             {"acme-one": False, "bolt-one": False, "shared": False, "own": True})
+            self.assertNotIn("acme-secret", [m["id"] for m in dune.result("models")])
+            self.assertEqual(dune.result("adapters.stats")["registered"], 4)
+            self.assertEqual(set(dune.result("stats")), {"tenant", "server", "engine"})
+            self.assertNotIn("acme", str(dune.result("stats")))
+            self.assertIn("dune", [t["name"] for t in acme.result("stats")["tenants"]])  # see_tenants
+            self.assertEqual(dune.error("adapters.remove", name="acme-secret"),
+                             [0, 'not_found: there is no model "acme-secret".'])
+
+    def test_one_tenant_has_a_share_of_conversions(self):
+        more = TENANTS.replace("  - name: cape", "  - name: dune\n    keys_blake2b: [%s]\n    allowed_adapters: [\"dune-*\"]\n"
+                               "    manage_adapters: true\n  - name: cape" % key_hash("key-dune"))
+        with Server(tenants=more) as server, Peer(server) as acme, Peer(server, key="key-dune") as dune:
+            os.mkdir(os.path.join(server.adapters, "slow"))
+            for name in ("adapter_config.json", "slow"):
+                open(os.path.join(server.adapters, "slow", name), "w").close()
+            acme.result("hello", structured_errors=True)
+            ids = [acme.request("adapters.register", name="acme-%d" % i, path="slow") for i in range(3)]
+            refused = acme.read()  # the third, at once; the others are answered when they are done
+            self.assertEqual((refused[1], refused[2]["code"], refused[2]["retry_after_ms"]), (ids[2], "busy", 1000))
+            self.assertIn("2 adapters of this tenant are being registered, and it may have 2 at a time", refused[2]["message"])
+            dune.result("adapters.register", name="dune-1", path="slow")
+            self.assertEqual({acme.read()[1], acme.read()[1]}, set(ids[:2]))
+        with Server() as server, Peer(server) as acme:  # alone it may have all places
+            os.mkdir(os.path.join(server.adapters, "slow"))
+            for name in ("adapter_config.json", "slow"):
+                open(os.path.join(server.adapters, "slow", name), "w").close()
+            ids = [acme.request("adapters.register", name="acme-%d" % i, path="slow") for i in range(4)]
+            self.assertEqual([acme.read()[2] for _ in ids], [None] * 4)
+
+    def test_changes_have_a_rate(self):
+        slow = TENANTS.replace("adapter_rpm_limit: 0", "adapter_rpm_limit: 5")
+        with Server(tenants=slow) as server, Peer(server) as peer:
+            peer.result("hello", structured_errors=True)
+            for method in ("load", "unload", "pin", "unpin", "load"):
+                peer.result("adapters." + method, name="acme-one")
+            for method, more in (("unload", {}), ("remove", {}), ("register", {"path": "good"})):
+                error = peer.error("adapters." + method, name="acme-one", **more)
+                self.assertEqual((error["code"], error["kind"], error["limit"], error["remaining"]),
+                                 ("resource_exhausted", "adapter_rpm_limit", 5, 0))
+                self.assertTrue(0 < error["retry_after_ms"] <= 61000, error)
+            self.assertEqual(peer.result("generate", prompt="a", max_tokens=1)["text"], "a")
+            self.assertEqual(len(peer.result("adapters.list")), 2)
+
+    def test_broken_at_start(self):
+        """Its owner is told why; to others it does not exist; it can be registered anew and removed."""
+        with Server(extra=["--broken", "acme-bad@acme", "--broken", "acme-worse@acme", "--broken", "bolt-bad@bolt",
+                           "--broken", "shared-not@"]) as server:
+            os.mkdir(os.path.join(server.adapters, "good"))
+            open(os.path.join(server.adapters, "good", "adapter_config.json"), "w").close()
+            for name in ("acme-bad@acme", "acme-worse@acme", "bolt-bad@bolt"):
+                open(os.path.join(server.store, name + ".adapter"), "w").close()
+            with Peer(server) as peer:
+                why = "the store file is too short."
+                self.assertEqual([(a["name"], a.get("broken"), a["own"]) for a in peer.result("adapters.list")],
+                                 [("acme-bad", why, True), ("acme-one", None, False), ("acme-worse", why, True),
+                                  ("shared", None, False)])
+                page = peer.result("adapters.list", limit=1)
+                self.assertEqual(([a["name"] for a in page["adapters"]], page["more"]), (["acme-bad"], True))
+                page = peer.result("adapters.list", limit=2, after="acme-bad")
+                self.assertEqual(([a["name"] for a in page["adapters"]], page["more"]), (["acme-one", "acme-worse"], True))
+                self.assertEqual(peer.error("generate", prompt="a", model="acme-bad")[1],
+                                 'corrupt: the stored adapter "acme-bad" cannot be served: %s Register it anew.' % why)
+                self.assertEqual(peer.error("generate", prompt="a", model="bolt-bad")[1],
+                                 'not_found: there is no model "bolt-bad".')
+                self.assertEqual(peer.error("adapters.remove", name="bolt-bad")[1][:9], "not_found")
+                peer.result("adapters.register", name="acme-bad", path="good")
+                self.assertEqual(peer.result("generate", prompt="a", model="acme-bad", max_tokens=1)["text"], "a")
+                peer.result("adapters.remove", name="acme-worse")
+                self.assertEqual([a["name"] for a in peer.result("adapters.list")], ["acme-bad", "acme-one", "shared"])
+                self.assertEqual(peer.error("adapters.remove", name="acme-worse")[1][:9], "not_found")
+                self.assertEqual(sorted(os.listdir(server.store)), ["acme-bad@acme.adapter", "bolt-bad@bolt.adapter"])
 
     def test_adapters_on_the_device(self):
         methods = ["adapters.load", "adapters.unload", "adapters.pin", "adapters.unpin"]

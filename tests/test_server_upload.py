@@ -3,9 +3,10 @@
 import hashlib
 import os
 import sys
+import time
 import unittest
 
-from test_server_lib import Peer, Server, until
+from test_server_lib import Peer, Server, TENANTS, key_hash, until
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "clients", "python"))
 import polder  # noqa: E402
@@ -150,9 +151,42 @@ class Uploads(unittest.TestCase):
         with Peer(self.server) as peer, Peer(self.server) as other:
             self.begin(peer, config_bytes=1, weights_bytes=MAX - 2)
             error = other.error("adapters.upload", name="acme-2", **GOOD)[1]
-            self.assertTrue(error.startswith("resource_exhausted: ") and "1 of %d are free" % MAX in error, error)
+            self.assertTrue(error.startswith("resource_exhausted: this tenant has uploads of %d bytes under way, and may have "
+                                             "%d " % (MAX - 1, MAX)) and "retry after" in error, error)
             peer.close()
             self.assertTrue(until(lambda: other.call("adapters.upload", name="acme-2", **GOOD)[2] is None))
+
+    def test_one_tenant_has_a_share(self):
+        """Of two tenants that may upload, neither can take all places or all bytes, and is told when to come again."""
+        more = TENANTS.replace("  - name: cape", "  - name: dune\n    keys_blake2b: [%s]\n    allowed_adapters: [\"dune-*\"]\n"
+                               "    manage_adapters: true\n  - name: cape" % key_hash("key-dune"))
+        small = dict(GOOD, config_bytes=1, weights_bytes=1)
+        with Server(tenants=more, extra=["--upload-bytes", "4000"]) as server:
+            peers = [Peer(server) for _ in range(5)]
+            for peer in peers:
+                peer.result("hello", structured_errors=True)
+            error = peers[0].error("adapters.upload", name="acme-big", **dict(GOOD, config_bytes=1, weights_bytes=1000))
+            self.assertEqual((error["code"], "retry_after_ms" in error), ("resource_exhausted", False), error)
+            for i, peer in enumerate(peers[:4]):
+                peer.result("adapters.upload", name="acme-%d" % i, **small)
+            error = peers[4].error("adapters.upload", name="acme-4", **small)
+            self.assertEqual((error["code"], error["retry_after_ms"]), ("resource_exhausted", 5000), error)
+            self.assertIn("this tenant has 4 uploads under way, and may have 4 at a time; retry after", error["message"])
+            with Peer(server, key="key-dune") as other:
+                other.result("adapters.upload", name="dune-1", **dict(GOOD, config_bytes=1, weights_bytes=999))
+            for peer in peers:
+                peer.close()
+
+    def test_one_that_stands_still_goes(self):
+        with Server("upload_timeout_ms=400", extra=["--upload-bytes", str(MAX)]) as server, Peer(server) as peer:
+            upload = self.begin(peer)
+            for at in range(4):  # longer than the limit, but never still
+                time.sleep(0.15)
+                peer.result("adapters.upload_chunk", upload=upload, offset=at, data=(CONFIG + WEIGHTS)[at:at + 1])
+            self.assertTrue(until(lambda: os.listdir(os.path.join(server.state, "uploads")) == []))
+            self.assertEqual(peer.error("adapters.upload_chunk", upload=upload, offset=4, data=b"a"),
+                             [0, "not_found: this connection has no such upload open."])
+            self.begin(peer)
 
     def test_goes_with_its_connection(self):
         for end in ("close", "shutdown", "garbage"):
@@ -176,10 +210,17 @@ class Uploads(unittest.TestCase):
         peer.close()
 
     def test_other_tenant_on_the_same_connection(self):
+        """The upload goes with the tenant that began it; another key of the same tenant changes nothing."""
         with Peer(self.server) as peer:
             upload = self.begin(peer)
-            if peer.call("auth", key="key-bolt")[2] is None:
-                self.assertNotEqual(peer.call("adapters.upload_commit", upload=upload)[2], None)
+            peer.result("auth", key="key-acme-2")
+            self.assertEqual(len(self.there()), 1)
+            self.send(peer, upload, CONFIG)
+            peer.result("auth", key="key-bolt")
+            self.assertTrue(until(lambda: self.there() == []))
+            peer.result("auth", key="key-acme")
+            self.assertEqual(peer.error("adapters.upload_commit", upload=upload)[1][:9], "not_found")
+            self.begin(peer)
 
     def test_python_client(self):
         folder = os.path.join(self.server.folder.name, "peft")

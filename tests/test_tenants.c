@@ -191,6 +191,27 @@ static void test_tenants_rpm_exact(void **state)
     assert_false(ask(&tenant, &counters, start + 4000 * second_us, &refusal));
 }
 
+static void test_tenants_changes_have_a_window_of_their_own(void **state)
+{
+    (void)state;
+    struct tenant tenant = {
+        .rpm_limit = 1, .adapter_rpm_limit = 2, .max_parallel_requests = 9, .max_queue = 9};
+    struct tenant_counters counters = {0};
+    struct tenant_refusal refusal = {0};
+    uint64_t start = 1000 * second_us;
+    assert_true(tenants_admit_change(&tenant, &counters, start, &refusal));
+    assert_true(tenants_admit_change(&tenant, &counters, start, &refusal));
+    assert_true(ask(&tenant, &counters, start, &refusal));
+    assert_false(tenants_admit_change(&tenant, &counters, start + second_us, &refusal));
+    assert_int_equal(refusal.kind, TENANT_LIMIT_ADAPTER_RPM);
+    assert_string_equal(tenant_limit_name(refusal.kind), "adapter_rpm_limit");
+    assert_int_equal(refusal.retry_after_ms, 60000);
+    assert_true(tenants_admit_change(&tenant, &counters, start + 61 * second_us, &refusal));
+    tenant.adapter_rpm_limit = 0; // no limit
+    for (int i = 0; i < 1000; i++)
+        assert_true(tenants_admit_change(&tenant, &counters, start + 61 * second_us, &refusal));
+}
+
 // Every 60 s window of a greedy client's admissions holds at most rpm_limit, and the long-run rate
 // is rpm_limit per 61 s.
 static void test_tenants_rpm_holds_in_every_window(void **state)
@@ -264,6 +285,7 @@ int main(void)
         cmocka_unit_test(test_tenants_refuses_bad_files),
         cmocka_unit_test(test_tenants_reload_keeps_numbers),
         cmocka_unit_test(test_tenants_rpm_exact),
+        cmocka_unit_test(test_tenants_changes_have_a_window_of_their_own),
         cmocka_unit_test(test_tenants_rpm_holds_in_every_window),
         cmocka_unit_test(test_tenants_parallel_queue_and_sizes),
         cmocka_unit_test(test_tenants_order),

@@ -3,17 +3,19 @@
 // the link's business; why they move is the caller's.
 //
 // Each resource has a binary heap of its waiting copies, ordered by (rank, arrival); rank 0 is the
-// most urgent (copy__rank). The copy whose chunk is in flight stays in the heap, so that at each
-// chunk boundary the smallest element, and nothing else, decides what runs: that is the whole of
-// overtaking.
+// most urgent (copy__rank). A copy whose chunk is in flight is not in the heap and comes back for
+// the next chunk, so that at each chunk boundary the smallest element, and nothing else, decides
+// what runs: that is the whole of overtaking.
 //
 //   free record -> copy_submit -> in the heap -> [chunk in flight -> in the heap]* -> done() ->
 //   free record
 //
 // Invariants
-//   1. A record is in its heap from copy_submit until just before done() is called; done() comes
-//   once.
-//   2. At most one chunk per resource is in flight; its record is `active`.
+//   1. A record is in its heap or in flight from copy_submit until just before done() is called;
+//   done() comes once.
+//   2. In flight are at most `depth` chunks of a resource, what its link takes, and together at
+//   most a chunk's bytes: small pages follow each other without waiting for the engine, and what
+//   is urgent never waits for more than one chunk.
 //   3. done() is called without any state of ours half changed: it may submit, promote and cancel.
 //   4. Promotion keeps the arrival number: among equals the one that asked first goes first.
 #include "unified_pool/copy.h"
@@ -27,8 +29,14 @@
 
 enum {
     CHUNK_BYTES = 1 << 20, // at 25 GB/s 42 us: how long a gate waits at most for what is in flight
-    INDEX_BITS = 28,
-    NOTHING = -1
+    INDEX_BITS = 28
+};
+
+enum { IN_FLIGHT = 0xffffffff };
+
+struct flying {
+    uint32_t copy; // its index
+    size_t bytes;
 };
 
 struct copy {
@@ -36,7 +44,7 @@ struct copy {
     size_t moved;
     uint64_t arrival;
     uint32_t generation, rank;
-    uint32_t position;  // in the heap
+    uint32_t position;  // in the heap, or IN_FLIGHT
     uint32_t next_free; // while the record is free
     bool live, cancelled;
 };
@@ -45,10 +53,11 @@ struct queue {
     struct copy *copies;
     uint32_t *heap; // indices of copies
     uint32_t count;
-    uint32_t free_head; // == copies_max: none
-    int64_t active;     // index of the copy whose chunk is in flight, NOTHING
-    size_t active_bytes;
-    uint64_t started_us;
+    uint32_t free_head;                   // == copies_max: none
+    struct flying flying[COPY_DEPTH_MAX]; // in the order they were started
+    uint32_t flying_first, flying_count, depth;
+    size_t flying_bytes;
+    uint64_t busy_us; // until then the time in flight is counted
 };
 
 struct copy_queues {
@@ -159,7 +168,9 @@ enum status copy_create(const struct copy_options *options, struct copy_queues *
     placer = (struct placer){.base = memory};
     lay_out(&placer, options, &self, &body);
     for (int r = 0; r < COPY_RESOURCES; r++) {
-        body.queues[r].active = NOTHING;
+        uint32_t depth = options->link->depth[r];
+        CHECK(depth <= COPY_DEPTH_MAX);
+        body.queues[r].depth = depth ? depth : 1;
         for (uint32_t i = 0; i < options->copies_max; i++) {
             body.queues[r].copies[i].next_free = i + 1;
             body.queues[r].copies[i].generation = 1;
@@ -198,7 +209,8 @@ static void finish(struct copy_queues *queues, enum copy_resource resource, stru
                    enum status status)
 {
     struct queue *queue = &queues->queues[resource];
-    heap_remove(queue, copy->position);
+    if (copy->position != IN_FLIGHT)
+        heap_remove(queue, copy->position);
     copy->live = false;
     copy->generation++;
     copy->next_free = queue->free_head;
@@ -245,7 +257,8 @@ void copy_promote(struct copy_queues *queues, copy_id id, enum copy_class class,
     if (!copy || rank >= copy->rank)
         return;
     copy->rank = rank;
-    heap_up(&queues->queues[resource], copy->position);
+    if (copy->position != IN_FLIGHT)
+        heap_up(&queues->queues[resource], copy->position);
 }
 
 void copy_cancel(struct copy_queues *queues, copy_id id)
@@ -254,8 +267,7 @@ void copy_cancel(struct copy_queues *queues, copy_id id)
     struct copy *copy = find(queues, id, &resource);
     if (!copy || copy->cancelled)
         return;
-    struct queue *queue = &queues->queues[resource];
-    if (queue->active == copy - queue->copies)
+    if (copy->position == IN_FLIGHT)
         copy->cancelled = true; // told when its chunk is done
     else
         finish(queues, resource, copy, STATUS_CANCELLED);
@@ -263,22 +275,37 @@ void copy_cancel(struct copy_queues *queues, copy_id id)
 
 // ---- moving ----
 
-static void start_next(struct copy_queues *queues, enum copy_resource resource)
+static void start_chunk(struct copy_queues *queues, struct queue *queue, uint32_t index,
+                        size_t bytes)
 {
-    struct queue *queue = &queues->queues[resource];
-    if (queue->active != NOTHING || !queue->count)
-        return;
-    struct copy *copy = &queue->copies[queue->heap[0]];
+    struct copy *copy = &queue->copies[index];
     struct copy_chunk chunk = copy->request.whole;
     chunk.to = (uint8_t *)chunk.to + copy->moved;
     if (chunk.from)
         chunk.from = (const uint8_t *)chunk.from + copy->moved;
     chunk.offset += copy->moved;
-    chunk.bytes = min_size(queues->chunk_bytes, chunk.bytes - copy->moved);
-    queue->active = copy - queue->copies;
-    queue->active_bytes = chunk.bytes;
-    queue->started_us = clock_now_us(&queues->clock);
+    chunk.bytes = bytes;
+    heap_remove(queue, copy->position);
+    copy->position = IN_FLIGHT;
+    if (!queue->flying_count)
+        queue->busy_us = clock_now_us(&queues->clock);
+    uint32_t last = (queue->flying_first + queue->flying_count++) % COPY_DEPTH_MAX;
+    queue->flying[last] = (struct flying){.copy = index, .bytes = bytes};
+    queue->flying_bytes += bytes;
     queues->link->start(queues->link, &chunk);
+}
+
+static void start_next(struct copy_queues *queues, enum copy_resource resource)
+{
+    struct queue *queue = &queues->queues[resource];
+    while (queue->count && queue->flying_count < queue->depth) {
+        uint32_t index = queue->heap[0];
+        const struct copy *copy = &queue->copies[index];
+        size_t bytes = min_size(queues->chunk_bytes, copy->request.whole.bytes - copy->moved);
+        if (queue->flying_count && queue->flying_bytes + bytes > queues->chunk_bytes)
+            return;
+        start_chunk(queues, queue, index, bytes);
+    }
 }
 
 // True when a chunk was done.
@@ -286,24 +313,31 @@ static bool finish_chunk(struct copy_queues *queues, enum copy_resource resource
 {
     struct queue *queue = &queues->queues[resource];
     enum status status = STATUS_OK;
-    if (queue->active == NOTHING || !queues->link->poll(queues->link, resource, &status))
+    if (!queue->flying_count || !queues->link->poll(queues->link, resource, &status))
         return false;
-    struct copy *copy = &queue->copies[queue->active];
-    queue->active = NOTHING;
+    struct flying flying = queue->flying[queue->flying_first];
+    struct copy *copy = &queue->copies[flying.copy];
+    uint64_t now_us = clock_now_us(&queues->clock);
+    queue->flying_first = (queue->flying_first + 1) % COPY_DEPTH_MAX;
+    queue->flying_count--;
+    queue->flying_bytes -= flying.bytes;
     queues->device_failed = queues->device_failed || status == STATUS_DEVICE;
-    queues->stats.busy_us[resource] += clock_now_us(&queues->clock) - queue->started_us;
+    queues->stats.busy_us[resource] += now_us - queue->busy_us;
+    queue->busy_us = now_us;
     if (status == STATUS_OK) {
-        copy->moved += queue->active_bytes;
-        queues->stats.bytes[resource] += queue->active_bytes;
+        copy->moved += flying.bytes;
+        queues->stats.bytes[resource] += flying.bytes;
         queues->owner_bytes[(size_t)copy->request.owner * COPY_RESOURCES + resource] +=
-            queue->active_bytes;
+            flying.bytes;
     }
-    if (copy->cancelled)
+    if (copy->cancelled) {
         finish(queues, resource, copy, STATUS_CANCELLED);
-    else if (status)
+    } else if (status || copy->moved == copy->request.whole.bytes) {
         finish(queues, resource, copy, status);
-    else if (copy->moved == copy->request.whole.bytes)
-        finish(queues, resource, copy, STATUS_OK);
+    } else {
+        heap_put(queue, queue->count++, flying.copy);
+        heap_up(queue, queue->count - 1);
+    }
     return true;
 }
 
@@ -322,7 +356,7 @@ void copy_poll(struct copy_queues *queues)
 bool copy_is_idle(const struct copy_queues *queues)
 {
     for (int r = 0; r < COPY_RESOURCES; r++)
-        if (queues->queues[r].count)
+        if (queues->queues[r].count || queues->queues[r].flying_count)
             return false;
     return true;
 }
@@ -338,7 +372,7 @@ void copy_stats(const struct copy_queues *queues, struct copy_stats *out)
 {
     *out = queues->stats;
     for (int r = 0; r < COPY_RESOURCES; r++)
-        out->queued[r] = queues->queues[r].count;
+        out->queued[r] = queues->queues[r].count + queues->queues[r].flying_count;
 }
 
 uint64_t copy_owner_bytes(const struct copy_queues *queues, uint32_t owner,

@@ -33,12 +33,16 @@ struct copy_chunk {
     size_t bytes;
 };
 
-// The mechanism under the queues. At most one chunk per resource is in flight.
+// The mechanism under the queues. It takes `depth` chunks of a resource at a time (0: one), and
+// they end in the order in which they were started.
+enum { COPY_DEPTH_MAX = 32 };
 struct link {
     void (*start)(struct link *link, const struct copy_chunk *chunk);
-    // True when the chunk of this resource is done (or none was started since); *status tells how.
+    // True when the oldest chunk of this resource is done (or none is under way); *status tells
+    // how.
     bool (*poll)(struct link *link, enum copy_resource resource, enum status *status);
     void (*destroy)(struct link *link);
+    uint32_t depth[COPY_RESOURCES];
 };
 
 struct link_options {

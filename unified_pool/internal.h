@@ -110,6 +110,7 @@ struct pool {
     bool epoch_retired[EPOCHS_MAX];
     uint64_t taken_from[PAGE_KINDS][PAGE_KINDS];
     uint64_t fetches, fetch_failures, give_backs, write_backs;
+    uint64_t fetches_ended; // cancelled ones too
 };
 
 // copy.c: the one order of needs, 0 is the most urgent.

@@ -66,7 +66,10 @@ enum status copy_link_device(struct device *device, const struct link_options *o
         free(self);
         return status;
     }
-    self->link = (struct link){device_link_start, device_link_poll, device_link_destroy};
+    self->link = (struct link){.start = device_link_start,
+                               .poll = device_link_poll,
+                               .destroy = device_link_destroy,
+                               .depth = {[COPY_READ] = self->reads->depth[COPY_READ]}};
     self->device = device;
     *out = &self->link;
     return STATUS_OK;

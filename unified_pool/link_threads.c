@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The link of the CPU backend: one worker thread per resource, each with a mailbox for one chunk,
-// moving bytes with memcpy or a read and holding the result back until the configured speed allows
-// it. It decides nothing about order.
+// The link of the CPU backend: one worker thread per resource, each with a ring of mailboxes for a
+// chunk each, moving bytes with memcpy or a read and holding the result back until the configured
+// speed allows it. It decides nothing about order.
 //
 //   EMPTY --start (engine)--> POSTED --worker--> DONE --poll (engine)--> EMPTY
 //
-// The side whose turn it is owns the chunk; `state` (release/acquire) hands it over. A worker
+// The side whose turn it is owns the chunk; `state` (release/acquire) hands it over. Both sides go
+// round the ring, so that chunks end in the order in which they were started. A worker
 // without a chunk sleeps on the condition variable and uses no CPU; one that paces sleeps on the
 // clock.
 #include "unified_pool/copy.h"
@@ -21,15 +22,22 @@
 
 enum mailbox_state { MAILBOX_EMPTY, MAILBOX_POSTED, MAILBOX_DONE };
 
+struct mailbox {
+    _Atomic int state;
+    struct copy_chunk chunk;
+    enum status status;
+    uint64_t posted_ns;
+};
+
 struct worker {
     pthread_t thread;
     pthread_mutex_t lock; // guards the sleep only
     pthread_cond_t wake;
-    _Atomic int state;
     _Atomic bool stop;
-    struct copy_chunk chunk;
-    enum status status;
-    uint64_t posted_ns;
+    struct mailbox mailbox[COPY_DEPTH_MAX];
+    uint32_t next;         // the worker's
+    uint32_t first, count; // the engine's: under way
+    uint64_t free_ns;      // the worker's: when the chunk before had been moved, at the given speed
     double ns_per_byte;
     uint64_t latency_ns;
     bool is_running;
@@ -65,8 +73,11 @@ static enum status move_bytes(const struct copy_chunk *chunk)
 
 static bool wait_for_post(struct worker *worker)
 {
+    const struct mailbox *mailbox = &worker->mailbox[worker->next];
+    if (atomic_load_explicit(&mailbox->state, memory_order_acquire) == MAILBOX_POSTED)
+        return !atomic_load(&worker->stop);
     (void)pthread_mutex_lock(&worker->lock);
-    while (atomic_load_explicit(&worker->state, memory_order_acquire) != MAILBOX_POSTED &&
+    while (atomic_load_explicit(&mailbox->state, memory_order_acquire) != MAILBOX_POSTED &&
            !atomic_load(&worker->stop))
         (void)pthread_cond_wait(&worker->wake, &worker->lock);
     (void)pthread_mutex_unlock(&worker->lock);
@@ -78,12 +89,17 @@ static void *work(void *argument)
     struct worker *worker = argument;
     (void)prctl(PR_SET_TIMERSLACK, 1); // the default of 50 us is longer than most chunks
     while (wait_for_post(worker)) {
-        worker->status = move_bytes(&worker->chunk);
+        struct mailbox *mailbox = &worker->mailbox[worker->next];
+        mailbox->status = move_bytes(&mailbox->chunk);
         uint64_t wait_ns =
-            worker->latency_ns + (uint64_t)((double)worker->chunk.bytes * worker->ns_per_byte);
+            worker->latency_ns + (uint64_t)((double)mailbox->chunk.bytes * worker->ns_per_byte);
+        uint64_t began_ns =
+            mailbox->posted_ns > worker->free_ns ? mailbox->posted_ns : worker->free_ns;
         if (wait_ns && !atomic_load(&worker->stop))
-            sleep_until(worker->posted_ns + wait_ns);
-        atomic_store_explicit(&worker->state, MAILBOX_DONE, memory_order_release);
+            sleep_until(began_ns + wait_ns);
+        worker->free_ns = wait_ns ? began_ns + wait_ns : 0;
+        worker->next = (worker->next + 1) % COPY_DEPTH_MAX;
+        atomic_store_explicit(&mailbox->state, MAILBOX_DONE, memory_order_release);
     }
     return NULL;
 }
@@ -91,11 +107,12 @@ static void *work(void *argument)
 static void thread_link_start(struct link *link, const struct copy_chunk *chunk)
 {
     struct worker *worker = &((struct thread_link *)link)->workers[chunk->resource];
-    CHECK(atomic_load(&worker->state) == MAILBOX_EMPTY);
-    worker->chunk = *chunk;
-    worker->posted_ns = now_ns();
+    struct mailbox *mailbox = &worker->mailbox[(worker->first + worker->count++) % COPY_DEPTH_MAX];
+    CHECK(worker->count <= COPY_DEPTH_MAX && atomic_load(&mailbox->state) == MAILBOX_EMPTY);
+    mailbox->chunk = *chunk;
+    mailbox->posted_ns = now_ns();
     (void)pthread_mutex_lock(&worker->lock);
-    atomic_store_explicit(&worker->state, MAILBOX_POSTED, memory_order_release);
+    atomic_store_explicit(&mailbox->state, MAILBOX_POSTED, memory_order_release);
     (void)pthread_cond_signal(&worker->wake);
     (void)pthread_mutex_unlock(&worker->lock);
 }
@@ -103,11 +120,16 @@ static void thread_link_start(struct link *link, const struct copy_chunk *chunk)
 static bool thread_link_poll(struct link *link, enum copy_resource resource, enum status *status)
 {
     struct worker *worker = &((struct thread_link *)link)->workers[resource];
-    int state = atomic_load_explicit(&worker->state, memory_order_acquire);
-    if (state == MAILBOX_POSTED)
+    struct mailbox *mailbox = &worker->mailbox[worker->first];
+    *status = STATUS_OK;
+    if (!worker->count)
+        return true;
+    if (atomic_load_explicit(&mailbox->state, memory_order_acquire) == MAILBOX_POSTED)
         return false;
-    *status = state == MAILBOX_DONE ? worker->status : STATUS_OK;
-    atomic_store_explicit(&worker->state, MAILBOX_EMPTY, memory_order_relaxed);
+    *status = mailbox->status;
+    atomic_store_explicit(&mailbox->state, MAILBOX_EMPTY, memory_order_relaxed);
+    worker->first = (worker->first + 1) % COPY_DEPTH_MAX;
+    worker->count--;
     return true;
 }
 
@@ -133,7 +155,8 @@ static enum status start_worker(struct worker *worker, double gbytes_per_s, uint
 {
     worker->ns_per_byte = gbytes_per_s > 0 ? 1.0 / gbytes_per_s : 0; // GB/s = bytes per ns
     worker->latency_ns = (uint64_t)latency_us * 1000;
-    atomic_init(&worker->state, MAILBOX_EMPTY);
+    for (int i = 0; i < COPY_DEPTH_MAX; i++)
+        atomic_init(&worker->mailbox[i].state, MAILBOX_EMPTY);
     atomic_init(&worker->stop, false);
     if (pthread_mutex_init(&worker->lock, NULL) != 0)
         return STATUS_NO_MEMORY;
@@ -155,11 +178,13 @@ enum status copy_link_threads(const struct link_options *options, struct link **
     struct thread_link *self = calloc(1, sizeof *self);
     if (!self)
         return STATUS_NO_MEMORY;
-    self->link = (struct link){thread_link_start, thread_link_poll, thread_link_destroy};
+    self->link = (struct link){
+        .start = thread_link_start, .poll = thread_link_poll, .destroy = thread_link_destroy};
     const double speeds[COPY_RESOURCES] = {[COPY_H2D] = options->h2d_gbytes_per_s,
                                            [COPY_D2H] = options->d2h_gbytes_per_s,
                                            [COPY_READ] = options->read_gbytes_per_s};
     for (int r = 0; r < COPY_RESOURCES; r++) {
+        self->link.depth[r] = COPY_DEPTH_MAX;
         enum status status = start_worker(&self->workers[r], speeds[r], options->latency_us);
         if (status) {
             thread_link_destroy(&self->link);

@@ -206,6 +206,7 @@ static void up_done(struct pool *pool, struct object *object, uint32_t page, uin
         return;
     object->is_fetching = false;
     pool->fetches++;
+    pool->fetches_ended++;
     unstall(pool, object);
     pool__recount(pool, object);
 }
@@ -276,6 +277,7 @@ void pool__fetch_abandon(struct pool *pool, struct object *object, enum status s
 {
     object->is_fetching = false;
     object->fetch_status = status;
+    pool->fetches_ended++;
     if (status != STATUS_CANCELLED)
         pool->fetch_failures++;
     unstall(pool, object);

@@ -173,6 +173,11 @@ enum status pool_fetch_status(const struct pool *pool, pool_object handle)
     return pool__object(pool, handle)->fetch_status;
 }
 
+uint64_t pool_fetches_ended(const struct pool *pool)
+{
+    return pool->fetches_ended;
+}
+
 void pool_pin(struct pool *pool, pool_object handle)
 {
     struct object *object = pool__object(pool, handle);

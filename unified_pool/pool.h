@@ -171,6 +171,9 @@ MUST_USE enum status pool_fetch(struct pool *pool, pool_object object, enum copy
 MUST_USE enum status pool_fetch_within(struct pool *pool, pool_object object, enum copy_class class,
                                        enum copy_need need, float price_max);
 enum status pool_fetch_status(const struct pool *pool, pool_object object);
+// Fetches that came to an end, in whatever way: who follows many looks at them when this has
+// changed.
+uint64_t pool_fetches_ended(const struct pool *pool);
 void pool_fetch_cancel(struct pool *pool,
                        pool_object object); // prefetches that are no longer wanted
 // Forget the device pages (free of copies; content is lost unless a lower tier has it). Cancels a

@@ -161,10 +161,17 @@ class Client:
         return self.call("models")
 
     def adapters(self):
-        return self.call("adapters.list")
+        """All of them, however many."""
+        found, more = [], True
+        while more:
+            page = self.call("adapters.list", limit=1000, after=found[-1]["name"] if found else None)
+            found, more = found + page["adapters"], page["more"]
+        return found
 
-    def add_adapter(self, name, path):
-        return self.call("adapters.add", name=name, path=path)
+    def register_adapter(self, name, path):
+        return self.call("adapters.register", name=name, path=path)
+
+    add_adapter = register_adapter  # its older name
 
     def upload_adapter(self, name, directory, **options):
         """Sends the two files of a PEFT directory, which need not be where the server can read it."""

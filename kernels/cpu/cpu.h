@@ -26,7 +26,7 @@ enum {
     STREAMS_MAX = 32,
     THREADS_MAX = 1024,
     ROUTER_ROWS = 16,          // up to here the logits of a router are split over threads
-    ADAPTER_HIDDEN = 4 << 20,  // floats of expert LoRA hidden states kept between commands
+    ADAPTER_ADDED = 4 << 20,   // floats of expert LoRA kept between commands
     COLUMNS_CHUNK = 512,       // columns of a row-wise task
     COPY_CHUNK = 256 * 1024,   // bytes of a copy task
     SPIN_LIMIT = 2000,         // looks for work inside a segment before a thread sleeps
@@ -116,7 +116,7 @@ struct command {
     struct span reads[SPANS], writes[SPANS];
     uint32_t read_count, write_count;
     uint32_t after;      // commands [0, after) must be complete
-    uint32_t parts;      // of gemm: tasks per row block
+    uint32_t parts;      // of gemm: tasks per row block; of LoRA: rows or pairs per task
     uint32_t split;      // how tasks are counted: columns or chunks per row block, by operation
     uint32_t miss_layer; // of moe commands
     uint32_t tasks;
@@ -147,8 +147,8 @@ struct cpu_stream {
     float *router_logits;          // [ROUTER_ROWS][EXPERTS_MAX]
     struct active_expert *experts; // [EXPERTS_MAX]
     uint32_t expert_count;
-    float *adapter_hidden; // [ADAPTER_HIDDEN], see moe_gemm.c
-    uint32_t *cursor;      // [EXPERTS_MAX] counting sort of moe_map
+    float *adapter_added; // [ADAPTER_ADDED], see moe_lora.c
+    uint32_t *cursor;     // [EXPERTS_MAX] counting sort of moe_map
 };
 
 static inline struct cpu_device *cpu__device(const struct cpu_stream *s)
@@ -244,6 +244,9 @@ uint32_t cpu__lora_segment(const struct lora_batch *b, uint32_t row);
 void cpu__lora_rows(const struct lora_batch *b, const struct lora_adapter_view *view,
                     const struct lora_slice *slice, uint32_t first, uint32_t count,
                     const uint8_t **rows);
+// Asks the caches for them.
+void cpu__lora_fetch(const struct lora_batch *b, const struct lora_adapter_view *view,
+                     const struct lora_slice *slice, uint32_t first, uint32_t count);
 // y[r][to ..] += scale * hidden[r] B^T[first ..] for `rows` rows of one adapter; uses slot->mixed
 // and slot->values.
 struct expand_rows {
@@ -258,6 +261,10 @@ struct expand_rows {
     int half;            // as interleave_half
 };
 void cpu__lora_expand_rows(struct cpu_stream *s, struct slot *slot, const struct expand_rows *e);
+// y[first ..] += scale * from[0..n): columns of a plain row, or (half 0, 1; first a multiple of 8)
+// of an interleaved one.
+void cpu__lora_add(struct cpu_stream *s, float *y, const float *from, float scale, size_t first,
+                   size_t n, int half);
 
 // qk.c
 uint8_t *cpu__kv_at(const struct kv_view *kv, size_t element, uint32_t layer, uint32_t sequence,

@@ -5,13 +5,14 @@
 // decode. Adapters without the module, rank 0 and base rows cost a look. gather copies a row of A
 // for each row.
 //
-// Tasks: shrink ROWS_TASK rows x RANK_TASK ranks, expand ROWS_TASK rows x COLUMNS_CHUNK columns
-// (blocks of B^T that is cut are whole chunks), gather ROWS_TASK rows.
+// Tasks: shrink c->parts rows x RANK_TASK ranks, expand c->parts rows x COLUMNS_CHUNK columns
+// (blocks of B^T that is cut are whole chunks), gather ROWS_TASK rows; parts: ROWS_TASK rows, fewer
+// when the batch is small, so that all threads have some.
 #include <string.h>
 
 #include "kernels/cpu/cpu.h"
 
-enum { ROWS_TASK = 16, RANK_TASK = 16, BASE = 0xffffffff };
+enum { ROWS_TASK = 16, RANK_TASK = 16, TASKS_THREAD = 4, BASE = 0xffffffff };
 
 static uint32_t lora_segment(const struct lora_batch *b, uint32_t row)
 {
@@ -45,12 +46,54 @@ const struct lora_adapter_view *cpu__lora_view(const struct lora_batch *b, uint3
     return adapter == BASE ? NULL : &b->adapters[adapter];
 }
 
+// Rows from `at` on that stand together, at most `count`: those up to the end of the page.
+static uint32_t rows_together(const struct lora_batch *b, const struct lora_slice *slice,
+                              const uint8_t *at, uint32_t count)
+{
+    size_t left = b->page_bytes - (size_t)(at - b->arena) % b->page_bytes;
+    return (uint32_t)min_size(left / slice->row_bytes, count);
+}
+
 void cpu__lora_rows(const struct lora_batch *b, const struct lora_adapter_view *view,
                     const struct lora_slice *slice, uint32_t first, uint32_t count,
                     const uint8_t **rows)
 {
-    for (uint32_t j = 0; j < count; j++)
-        rows[j] = lora_row_at(b->arena, b->page_bytes, view->pages, slice, first + j);
+    for (uint32_t j = 0, n; j < count; j += n) {
+        const uint8_t *at = lora_row_at(b->arena, b->page_bytes, view->pages, slice, first + j);
+        n = rows_together(b, slice, at, count - j);
+        for (uint32_t i = 0; i < n; i++)
+            rows[j + i] = at + (size_t)i * slice->row_bytes;
+    }
+}
+
+void cpu__lora_fetch(const struct lora_batch *b, const struct lora_adapter_view *view,
+                     const struct lora_slice *slice, uint32_t first, uint32_t count)
+{
+    for (uint32_t j = 0, n; j < count; j += n) {
+        const uint8_t *at = lora_row_at(b->arena, b->page_bytes, view->pages, slice, first + j);
+        n = rows_together(b, slice, at, count - j);
+        for (size_t byte = 0; byte < (size_t)n * slice->row_bytes; byte += 64)
+            __builtin_prefetch(at + byte, 0, 2);
+    }
+    __asm__ volatile(""); // GCC drops calls of a function that only fetches
+}
+
+// Fetches rows [first, first + count) of A or B^T of the rows from `row` on, as far as they are
+// there; nothing at `end`.
+static void fetch_next(const struct command *c, const struct lora_batch *b, uint32_t row,
+                       uint32_t end, bool is_b, uint32_t first)
+{
+    uint32_t last;
+    const struct lora_adapter_view *view = row < end ? cpu__lora_view(b, row, &last) : NULL;
+    if (!view)
+        return;
+    const struct lora_pair *pair =
+        is_b ? lora_pair_at(view, c->a.expand.layer, c->a.expand.module, 0)
+             : lora_pair_at(view, c->a.shrink.layer, c->a.shrink.module, 0);
+    const struct lora_slice *slice = is_b ? &pair->b : &pair->a;
+    uint32_t most = is_b ? RANK_MAX : RANK_TASK;
+    if (slice->rank > first)
+        cpu__lora_fetch(b, view, slice, first, (uint32_t)min_size(most, slice->rank - first));
 }
 
 static void gather_task(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task)
@@ -104,12 +147,13 @@ static void shrink_task(struct cpu_stream *s, struct slot *slot, struct command 
 {
     const struct lora_shrink_args *a = &c->a.shrink;
     const struct lora_batch *b = a->batch;
-    uint32_t row = task / c->split * ROWS_TASK, rank0 = task % c->split * RANK_TASK, last;
-    uint32_t end = (uint32_t)min_size(row + ROWS_TASK, b->row_begin[b->segments]);
+    uint32_t row = task / c->split * c->parts, rank0 = task % c->split * RANK_TASK, last;
+    uint32_t end = (uint32_t)min_size(row + c->parts, b->row_begin[b->segments]);
     size_t x_bytes = cpu__act_row_bytes(cpu__device(s)->dtype, a->d_in);
     for (; row < end; row = last) {
         const struct lora_adapter_view *view = cpu__lora_view(b, row, &last);
         last = last < end ? last : end;
+        fetch_next(c, b, last, end, false, rank0);
         const struct lora_slice *slice =
             view ? &lora_pair_at(view, a->layer, a->module, 0)->a : NULL;
         if (!view || slice->rank <= rank0)
@@ -125,12 +169,21 @@ static void shrink_task(struct cpu_stream *s, struct slot *slot, struct command 
     }
 }
 
+// Tasks of a command with `split` tasks for the same rows.
+static uint32_t tasks_count(struct cpu_stream *s, struct command *c, const struct lora_batch *b,
+                            size_t split)
+{
+    size_t rows = b->row_begin[b->segments];
+    size_t share = div_up(rows, (size_t)TASKS_THREAD * cpu__device(s)->info.threads);
+    c->split = (uint32_t)split;
+    c->parts = (uint32_t)min_size(share ? share : 1, ROWS_TASK);
+    return (uint32_t)(div_up(rows, c->parts) * split);
+}
+
 static uint32_t shrink_prepare(struct cpu_stream *s, struct command *c)
 {
-    (void)s;
     const struct lora_batch *b = c->a.shrink.batch;
-    c->split = (uint32_t)div_up(b->rank_max, RANK_TASK);
-    return (uint32_t)div_up(b->row_begin[b->segments], ROWS_TASK) * c->split;
+    return tasks_count(s, c, b, div_up(b->rank_max, RANK_TASK));
 }
 
 static const struct operation shrink_operation = {.prepare = shrink_prepare, .task = shrink_task};
@@ -150,19 +203,13 @@ void cpu__lora_shrink(struct stream *s, const struct lora_shrink_args *a)
     cpu__record_end(s, c);
 }
 
-// y[0..n) += scale * from[0..n), columns from `first` on of a plain (half < 0) or interleaved row.
-static void expand_add(float *y, const float *from, float scale, size_t first, size_t n, int half)
+void cpu__lora_add(struct cpu_stream *s, float *y, const float *from, float scale, size_t first,
+                   size_t n, int half)
 {
-    if (half < 0) {
-        for (size_t i = 0; i < n; i++)
-            y[first + i] += scale * from[i];
-        return;
-    }
-    for (size_t i = 0; i < n; i += 8) {
-        float *to = y + tile_interleaved_row(first + i, (size_t)half);
-        for (size_t j = 0; j < 8 && i + j < n; j++)
-            to[j] += scale * from[i + j];
-    }
+    if (half < 0)
+        cpu__micro(s)->axpy(y + first, from, scale, n);
+    else
+        cpu__micro(s)->axpy_half(y + tile_interleaved_row(first, (size_t)half), from, scale, n);
 }
 
 void cpu__lora_expand_rows(struct cpu_stream *s, struct slot *slot, const struct expand_rows *e)
@@ -176,20 +223,22 @@ void cpu__lora_expand_rows(struct cpu_stream *s, struct slot *slot, const struct
     cpu__kernel(s)->mix(e->hidden, e->hidden_stride, slot->values, count,
                         e->first - block * columns, e->cols, slot->mixed, stride, e->rows);
     for (size_t r = 0; r < e->rows; r++)
-        expand_add(e->y + r * e->y_stride, slot->mixed + r * stride, e->pair->scale, e->to, e->cols,
-                   e->half);
+        cpu__lora_add(s, e->y + r * e->y_stride, slot->mixed + r * stride, e->pair->scale, e->to,
+                      e->cols, e->half);
 }
 
 static void expand_task(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task)
 {
     const struct lora_expand_args *a = &c->a.expand;
     const struct lora_batch *b = a->batch;
-    uint32_t row = task / c->split * ROWS_TASK, last;
+    uint32_t row = task / c->split * c->parts, last;
     size_t first = (size_t)(task % c->split) * COLUMNS_CHUNK;
-    uint32_t end = (uint32_t)min_size(row + ROWS_TASK, b->row_begin[b->segments]);
+    uint32_t end = (uint32_t)min_size(row + c->parts, b->row_begin[b->segments]);
     for (; row < end; row = last) {
         const struct lora_adapter_view *view = cpu__lora_view(b, row, &last);
         last = last < end ? last : end;
+        if (c->split == 1)
+            fetch_next(c, b, last, end, true, 0);
         const struct lora_pair *pair = view ? lora_pair_at(view, a->layer, a->module, 0) : NULL;
         if (!view || !pair->b.rank)
             continue;
@@ -212,10 +261,7 @@ static void expand_task(struct cpu_stream *s, struct slot *slot, struct command 
 
 static uint32_t expand_prepare(struct cpu_stream *s, struct command *c)
 {
-    (void)s;
-    const struct lora_batch *b = c->a.expand.batch;
-    c->split = (uint32_t)div_up(c->a.expand.d_out, COLUMNS_CHUNK);
-    return (uint32_t)div_up(b->row_begin[b->segments], ROWS_TASK) * c->split;
+    return tasks_count(s, c, c->a.expand.batch, div_up(c->a.expand.d_out, COLUMNS_CHUNK));
 }
 
 static const struct operation expand_operation = {.prepare = expand_prepare, .task = expand_task};

@@ -53,6 +53,8 @@ struct micro {
     // out[i] = x[i] * scale * weight[i]
     void (*scale_mul)(const float *x, const float *weight, float scale, float *out, size_t n);
     void (*axpy)(float *y, const float *x, float a, size_t n); // y += a * x
+    // Into blocks of 8 of an interleaved row (tile.h): y[i / 8 * 16 + i % 8] += a * x[i].
+    void (*axpy_half)(float *y, const float *x, float a, size_t n);
     // out[i] = silu(gate[i]) * up[i]; gate_up interleaved in blocks of 8 (tile.h), units multiple
     // of 8.
     void (*swiglu)(const float *gate_up, float *out, size_t units);

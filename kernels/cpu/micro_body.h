@@ -274,6 +274,27 @@ INLINE void dots_group(enum dtype d, const uint8_t *x, const uint8_t *const *row
     v_fold_group(acc, out);
 }
 
+// Half a group, as many LoRA ranks leave.
+INLINE void dots_half(enum dtype d, const uint8_t *x, const uint8_t *const *rows, size_t bytes,
+                      float *out)
+{
+    vf acc[DOT_GROUP] = {{0}};
+    float sums[DOT_GROUP];
+    size_t i = 0;
+    for (; i + VECTOR_BYTES <= bytes; i += VECTOR_BYTES) {
+        vu v = v_raw(x + i);
+        UNROLL for (size_t r = 0; r < DOT_GROUP / 2; r++) acc[r] =
+            v_dot(d, acc[r], v_raw(rows[r] + i), v);
+    }
+    if (i < bytes) {
+        vu v = v_raw_part(x + i, bytes - i);
+        UNROLL for (size_t r = 0; r < DOT_GROUP / 2; r++) acc[r] =
+            v_dot(d, acc[r], v_raw_part(rows[r] + i, bytes - i), v);
+    }
+    v_fold_group(acc, sums);
+    memcpy(out, sums, DOT_GROUP / 2 * sizeof *out);
+}
+
 INLINE void dots_any(enum dtype d, const void *vector, const uint8_t *const *rows, size_t n,
                      size_t dim, float *out)
 {
@@ -286,6 +307,10 @@ INLINE void dots_any(enum dtype d, const void *vector, const uint8_t *const *row
             dots_chunks_2(d, x, rows + r, out + r);
         else
             dots_group(d, x, rows + r, bytes, out + r);
+    if (r + DOT_GROUP / 2 <= n) {
+        dots_half(d, x, rows + r, bytes, out + r);
+        r += DOT_GROUP / 2;
+    }
     for (; r < n; r++) {
         vf acc = {0};
         size_t i = 0;
@@ -513,6 +538,21 @@ static void axpy_f32(float *y, const float *x, float a, size_t n)
     }
 }
 
+static void axpy_half_f32(float *y, const float *x, float a, size_t n)
+{
+    typedef float v8 __attribute__((vector_size(32)));
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        v8 from, to;
+        memcpy(&from, x + i, sizeof from);
+        memcpy(&to, y + 2 * i, sizeof to);
+        to += from * a;
+        memcpy(y + 2 * i, &to, sizeof to);
+    }
+    for (size_t j = 0; i + j < n; j++)
+        y[2 * i + j] += a * x[i + j];
+}
+
 INLINE vf v_silu_mul(vf gate, vf up)
 {
     return gate / (v_exp(-gate) + 1.0f) * up;
@@ -569,6 +609,7 @@ const struct micro *MICRO_ENTRY(void)
         .exp_sum = exp_sum_f32,
         .scale_mul = scale_mul_f32,
         .axpy = axpy_f32,
+        .axpy_half = axpy_half_f32,
         .swiglu = swiglu_f32,
     };
     return &micro;

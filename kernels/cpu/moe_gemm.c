@@ -8,39 +8,10 @@
 // a batch cheap: at decode the bytes of the distinct experts are read once. `prepare` lists the
 // experts that have work.
 //
-// Expert LoRA: the shrinks of a layer are a command before the GEMM (a task per expert and chunk of
-// pairs), kept in the stream's adapter_hidden as [pair][modules][rank_max]; when that does not fit,
-// each task computes the shrinks it needs again, with the same bits. The expansion is added to the
-// 64 columns of a task before SwiGLU, per run of pairs of one adapter (pairs ascend, so do rows, so
-// do adapters).
+// Expert LoRA is computed before (moe_lora.c) and added to the 64 columns of a task before SwiGLU.
 #include <string.h>
 
-#include "kernels/cpu/cpu.h"
-
-enum { UNITS = TILE_ROWS / 2 }; // units of a gate+up row block
-
-// One of the two GEMMs, in the same words.
-struct side {
-    const uint8_t *x;     // act rows of the operand
-    uint32_t pairs_per_x; // pairs that share a row of x: top_k for gate+up, 1 for down
-    size_t in, out;       // columns and rows of the weight
-    size_t first_tile, lora_out;
-    enum lora_module module; // its first LoRA module
-    uint32_t modules;
-};
-
-static struct side side_of(const struct moe_gemm_args *a, bool down)
-{
-    if (down)
-        return (struct side){a->work.hidden,    1,      a->intermediate, a->dim,
-                             a->view.down_tile, a->dim, LORA_DOWN,       1};
-    return (struct side){a->x, a->top_k,        a->dim,    tile_interleaved_rows(a->intermediate),
-                         0,    a->intermediate, LORA_GATE, 2};
-}
-
-struct expert_task {
-    uint32_t expert, block, first, count; // pairs order[first .. first + count)
-};
+#include "kernels/cpu/moe_gemm.h"
 
 static uint32_t experts_prepare(struct cpu_stream *s, const struct moe_gemm_args *a, size_t blocks)
 {
@@ -117,125 +88,15 @@ static void expert_strip(struct cpu_stream *s, struct slot *slot, const struct m
                         .out = slot->out});
 }
 
-// ---- expert LoRA ----
-
-// How many of pairs order[first + i ..] of the task use the adapter of the first one.
-static uint32_t adapter_run(const struct moe_gemm_args *a, const struct expert_task *t, uint32_t i,
-                            const struct lora_adapter_view **view)
-{
-    const uint32_t *order = a->work.order + t->first;
-    uint32_t last, n = 1;
-    *view = cpu__lora_view(a->lora, order[i] / a->top_k, &last);
-    while (i + n < t->count && order[i + n] / a->top_k < last)
-        n++;
-    return n;
-}
-
-static bool lora_wanted(const struct moe_gemm_args *a)
-{
-    return a->lora && a->lora->segments && a->lora->rank_max;
-}
-
-static bool hidden_kept(const struct moe_gemm_args *a, const struct side *side)
-{
-    return (size_t)a->rows * a->top_k * side->modules * a->lora->rank_max <= ADAPTER_HIDDEN;
-}
-
-// to[n] = A x for `n` pairs of one adapter, `stride` floats apart; `numbers`: their pair numbers.
-static void run_shrink(struct cpu_stream *s, struct slot *slot, const struct moe_gemm_args *a,
-                       const struct side *side, const struct lora_adapter_view *view,
-                       const struct lora_slice *slice, const uint32_t *numbers, uint32_t n,
-                       float *const *to)
-{
-    size_t x_bytes = cpu__act_row_bytes(cpu__device(s)->dtype, side->in);
-    cpu__lora_rows(a->lora, view, slice, 0, slice->rank, slot->rows);
-    for (uint32_t i = 0; i < n; i++)
-        cpu__kernel(s)->dots(side->x + numbers[i] / side->pairs_per_x * x_bytes, slot->rows,
-                             slice->rank, side->in, to[i]);
-}
-
-static float *hidden_at(struct cpu_stream *s, const struct moe_gemm_args *a,
-                        const struct side *side, uint32_t pair, uint32_t module)
-{
-    return s->adapter_hidden + ((size_t)pair * side->modules + module) * a->lora->rank_max;
-}
-
-// The shrinks of a chunk of pairs of one expert.
-static void shrink_task(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task)
-{
-    const struct moe_gemm_args *a = &c->a.moe;
-    struct side side = side_of(a, c->split);
-    struct expert_task t = expert_task_at(s, a, task);
-    const uint32_t *order = a->work.order + t.first;
-    const struct lora_adapter_view *view;
-    for (uint32_t i = 0, n; i < t.count; i += n) {
-        n = adapter_run(a, &t, i, &view);
-        for (uint32_t m = 0; view && m < side.modules; m++) {
-            const struct lora_slice *slice =
-                &lora_pair_at(view, a->layer, side.module + m, t.expert)->a;
-            float *to[TOKENS_CHUNK];
-            for (uint32_t j = 0; j < n; j++)
-                to[j] = hidden_at(s, a, &side, order[i + j], m);
-            if (slice->rank)
-                run_shrink(s, slot, a, &side, view, slice, order + i, n, to);
-        }
-    }
-}
-
-// Adds the LoRA of one module to columns [first, first + cols) of slot->out.
-static void run_expand(struct cpu_stream *s, struct slot *slot, const struct moe_gemm_args *a,
-                       const struct side *side, const struct lora_adapter_view *view,
-                       const struct expert_task *t, uint32_t i, uint32_t n, uint32_t module)
-{
-    const struct lora_pair *pair = lora_pair_at(view, a->layer, side->module + module, t->expert);
-    const uint32_t *order = a->work.order + t->first + i;
-    size_t rank = pair->b.rank, units = side->modules == 2 ? UNITS : TILE_ROWS;
-    if (!rank)
-        return;
-    float *to[TOKENS_CHUNK];
-    for (uint32_t j = 0; j < n; j++) {
-        to[j] = slot->hidden + j * rank;
-        if (hidden_kept(a, side))
-            memcpy(to[j], hidden_at(s, a, side, order[j], module), rank * sizeof(float));
-    }
-    if (!hidden_kept(a, side))
-        run_shrink(s, slot, a, side, view, &pair->a, order, n, to);
-    size_t first = t->block * units;
-    cpu__lora_expand_rows(s, slot,
-                          &(struct expand_rows){.batch = a->lora,
-                                                .view = view,
-                                                .pair = pair,
-                                                .hidden = slot->hidden,
-                                                .hidden_stride = rank,
-                                                .rows = n,
-                                                .first = first,
-                                                .cols = min_size(units, side->lora_out - first),
-                                                .y = slot->out + i * TILE_ROWS,
-                                                .y_stride = TILE_ROWS,
-                                                .to = 0,
-                                                .half = side->modules == 2 ? (int)module : -1});
-}
-
-static void expert_lora(struct cpu_stream *s, struct slot *slot, const struct moe_gemm_args *a,
-                        const struct expert_task *t, const struct side *side)
-{
-    const struct lora_adapter_view *view;
-    for (uint32_t i = 0, n; lora_wanted(a) && i < t->count; i += n) {
-        n = adapter_run(a, t, i, &view);
-        for (uint32_t m = 0; view && m < side->modules; m++)
-            run_expand(s, slot, a, side, view, t, i, n, m);
-    }
-}
-
 // ---- the GEMMs ----
 
 static void gate_up_task(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task)
 {
     const struct moe_gemm_args *a = &c->a.moe;
-    struct side side = side_of(a, false);
+    struct side side = cpu__moe_side(a, false);
     struct expert_task t = expert_task_at(s, a, task);
     expert_strip(s, slot, a, &t, &side);
-    expert_lora(s, slot, a, &t, &side);
+    cpu__moe_lora_add(s, slot, a, &t, &side);
     size_t first = t.block * UNITS, units = min_size(UNITS, a->intermediate - first);
     float out[UNITS];
     for (uint32_t i = 0; i < t.count; i++) {
@@ -248,10 +109,10 @@ static void gate_up_task(struct cpu_stream *s, struct slot *slot, struct command
 static void down_task(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task)
 {
     const struct moe_gemm_args *a = &c->a.moe;
-    struct side side = side_of(a, true);
+    struct side side = cpu__moe_side(a, true);
     struct expert_task t = expert_task_at(s, a, task);
     expert_strip(s, slot, a, &t, &side);
-    expert_lora(s, slot, a, &t, &side);
+    cpu__moe_lora_add(s, slot, a, &t, &side);
     size_t first = t.block * TILE_ROWS, cols = min_size(TILE_ROWS, a->dim - first);
     for (uint32_t i = 0; i < t.count; i++)
         memcpy(a->work.out + (size_t)a->work.order[t.first + i] * a->dim + first,
@@ -260,13 +121,8 @@ static void down_task(struct cpu_stream *s, struct slot *slot, struct command *c
 
 static uint32_t gemm_prepare(struct cpu_stream *s, struct command *c)
 {
-    struct side side = side_of(&c->a.moe, c->split);
+    struct side side = cpu__moe_side(&c->a.moe, c->split);
     return experts_prepare(s, &c->a.moe, div_up(side.out, TILE_ROWS));
-}
-
-static uint32_t shrink_prepare(struct cpu_stream *s, struct command *c)
-{
-    return experts_prepare(s, &c->a.moe, 1);
 }
 
 static void down_finish(struct cpu_stream *s, struct command *c)
@@ -276,8 +132,6 @@ static void down_finish(struct cpu_stream *s, struct command *c)
         a->work.state[s->experts[i].expert] = 3;
 }
 
-static const struct operation shrink_operation = {
-    .prepare = shrink_prepare, .task = shrink_task, .in_miss = true};
 static const struct operation gate_up_operation = {
     .prepare = gemm_prepare, .task = gate_up_task, .in_miss = true};
 static const struct operation down_operation = {
@@ -288,23 +142,18 @@ static void record(struct stream *stream, const struct moe_gemm_args *a, bool do
 {
     struct cpu_stream *s = (struct cpu_stream *)stream;
     enum dtype dtype = cpu__device(s)->dtype;
-    struct side side = side_of(a, down);
+    struct side side = cpu__moe_side(a, down);
     struct command *c = cpu__record(stream, op, 0);
     size_t pairs = (size_t)a->rows * a->top_k;
     c->a.moe = *a;
     c->split = down;
     c->miss_layer = a->layer;
     cpu__reads(c, side.x, pairs / side.pairs_per_x * cpu__act_row_bytes(dtype, side.in), 0, 1);
-    if (op == &shrink_operation) {
-        cpu__writes(c, s->adapter_hidden, 1, 0, 1);
-    } else {
-        cpu__reads(c, s->adapter_hidden, 1, 0, 1);
-        if (down)
-            cpu__writes(c, a->work.out, pairs * a->dim * sizeof(float), 0, 1);
-        else
-            cpu__writes(c, a->work.hidden, pairs * cpu__act_row_bytes(dtype, a->intermediate), 0,
-                        1);
-    }
+    cpu__reads(c, s->adapter_added, 1, 0, 1);
+    if (down)
+        cpu__writes(c, a->work.out, pairs * a->dim * sizeof(float), 0, 1);
+    else
+        cpu__writes(c, a->work.hidden, pairs * cpu__act_row_bytes(dtype, a->intermediate), 0, 1);
     cpu__writes(c, s->experts, 1, 0, 1); // one at a time: the list of active experts is shared
     cpu__record_end(stream, c);
 }
@@ -320,12 +169,7 @@ static void moe_gemm(struct stream *s, const struct moe_gemm_args *a, bool down)
           a->view.pages_per_expert * (a->view.page_bytes / TILE_BYTES));
     if (!a->rows)
         return;
-    struct side side = side_of(a, down);
-    if (lora_wanted(a)) {
-        CHECK(a->lora->rank_max <= RANK_MAX);
-        if (hidden_kept(a, &side))
-            record(s, a, down, &shrink_operation);
-    }
+    cpu__moe_lora_record(s, a, down);
     record(s, a, down, down ? &down_operation : &gate_up_operation);
 }
 

@@ -244,7 +244,7 @@ enum status cpu__stream_create(struct device *device, uint32_t commands, struct 
     enum status status =
         cpu__alloc(device, sizeof(float) * ROUTER_ROWS * EXPERTS_MAX, (void **)&s->router_logits);
     if (status == STATUS_OK)
-        status = cpu__alloc(device, sizeof(float) * ADAPTER_HIDDEN, (void **)&s->adapter_hidden);
+        status = cpu__alloc(device, sizeof(float) * ADAPTER_ADDED, (void **)&s->adapter_added);
     if (status == STATUS_OK && (!s->commands || !s->experts || !s->cursor))
         status = STATUS_NO_MEMORY;
     if (status == STATUS_OK && !cpu__pool_add(((struct cpu_device *)device)->pool, s))
@@ -267,7 +267,7 @@ void cpu__stream_destroy(struct stream *stream)
     (void)cpu__wait(stream, &result);
     cpu__pool_remove(cpu__device(s)->pool, s);
     cpu__release(stream->device, s->router_logits);
-    cpu__release(stream->device, s->adapter_hidden);
+    cpu__release(stream->device, s->adapter_added);
     free(s->commands);
     free(s->experts);
     free(s->cursor);

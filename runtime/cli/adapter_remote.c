@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// polder adapter against a running server: adapters.add, remove, list, and what is made of them.
+// polder adapter against a running server: adapters.register, remove, list, and what is made of
+// them.
 //
 // The server reads the directories of `add` itself, so their paths are made absolute here; with
 // --upload it is sent their files. What the
@@ -20,8 +21,9 @@
 
 struct remote {
     struct polder_client *client;
-    bool uploads; // --upload: the server cannot read the directories
-    json_t *list; // what was registered at the beginning, or NULL
+    bool uploads;            // --upload: the server cannot read the directories
+    json_t *list;            // what was registered at the beginning, or NULL
+    uint64_t retry_after_ms; // of the last refusal; 0: waiting does not help
 };
 
 static const char *text_of(const json_t *object, const char *key)
@@ -39,13 +41,37 @@ static const json_t *find(const json_t *list, const char *name)
     return NULL;
 }
 
+// The page behind `after` (NULL: the first) goes to the end of the list. *more: it is not the last.
+static int fetch_page(struct remote *remote, const char *after, bool *more,
+                      struct polder_error *error)
+{
+    enum { PAGE = 1000 };
+    json_t *params = json_pack("{s:i, s:s*}", "limit", PAGE, "after", after);
+    char *asked = params ? json_dumps(params, JSON_COMPACT) : NULL, *text = NULL;
+    int failed =
+        polder_call_json(remote->client, "adapters.list", asked, 0, NULL, NULL, &text, error);
+    json_t *page = failed ? NULL : json_loads(text, 0, NULL);
+    *more = json_is_true(json_object_get(page, "more"));
+    if (!failed)
+        (void)json_array_extend(remote->list, json_object_get(page, "adapters"));
+    json_decref(page);
+    json_decref(params);
+    free(asked);
+    free(text);
+    return failed;
+}
+
 static int fetch_list(struct remote *remote, struct polder_error *error)
 {
-    char *text = NULL;
-    if (polder_call_json(remote->client, "adapters.list", NULL, 0, NULL, NULL, &text, error))
-        return -1;
-    remote->list = json_loads(text, 0, NULL);
-    free(text);
+    bool more = true;
+    remote->list = json_array();
+    for (size_t count = 0; more; count = json_array_size(remote->list)) {
+        const char *after = count ? text_of(json_array_get(remote->list, count - 1), "name") : NULL;
+        if (fetch_page(remote, after, &more, error))
+            return -1;
+        if (json_array_size(remote->list) == count)
+            break;
+    }
     return 0;
 }
 
@@ -98,19 +124,22 @@ static bool is_unchanged(const struct remote *remote, const struct manifest_entr
     return true;
 }
 
-static enum manifest_result failure(const struct polder_error *error, char *line, size_t room)
+static enum manifest_result failure(struct remote *remote, const struct polder_error *error,
+                                    char *line, size_t room)
 {
+    remote->retry_after_ms = error->retry_after_ms;
     (void)snprintf(line, room, "%s: %s", error->code, error->message);
     return error->type == -1 ? MANIFEST_STOP : MANIFEST_FAILED;
 }
 
 // *answer: the text of the result, the caller's; NULL when nothing was sent.
-static enum manifest_result add_one(const struct remote *remote, const struct manifest_entry *entry,
+static enum manifest_result add_one(struct remote *remote, const struct manifest_entry *entry,
                                     char **answer, char *line, size_t room)
 {
     char path[PATH_MAX];
     struct polder_error error;
     *answer = NULL;
+    remote->retry_after_ms = 0;
     if (entry->owner) {
         (void)snprintf(line, room,
                        "a server registers for the tenant whose key asks; leave owner "
@@ -125,7 +154,7 @@ static enum manifest_result add_one(const struct remote *remote, const struct ma
         return MANIFEST_UNCHANGED;
     uint64_t upload = 0;
     if (remote->uploads && adapter_upload(remote->client, entry->name, path, &upload, &error))
-        return failure(&error, line, room);
+        return failure(remote, &error, line, room);
     json_t *params = remote->uploads ? json_pack("{s:I}", "upload", (json_int_t)upload)
                                      : json_pack("{s:s, s:s}", "name", entry->name, "path", path);
     char *text = params ? json_dumps(params, JSON_COMPACT) : NULL;
@@ -134,24 +163,31 @@ static enum manifest_result add_one(const struct remote *remote, const struct ma
         (void)snprintf(line, room, "the path %.200s is not UTF-8.", path);
         return MANIFEST_FAILED;
     }
-    const char *method = remote->uploads ? "adapters.upload_commit" : "adapters.add";
+    const char *method = remote->uploads ? "adapters.upload_commit" : "adapters.register";
     int failed = polder_call_json(remote->client, method, text, 2, NULL, NULL, answer, &error);
     free(text);
     if (failed)
-        return failure(&error, line, room);
+        return failure(remote, &error, line, room);
     json_t *result = json_loads(*answer, 0, NULL);
     report_line(json_object_get(result, "report"), line, room);
     json_decref(result);
     return MANIFEST_ADDED;
 }
 
+// A long list runs into the rate of changes (adapter_rpm_limit): it waits, as it is told to.
 static enum manifest_result add_listed(void *context, const struct manifest_entry *entry,
                                        char *line, size_t room)
 {
+    struct remote *remote = context;
     char *answer;
-    enum manifest_result result = add_one(context, entry, &answer, line, room);
-    free(answer);
-    return result;
+    for (;;) {
+        enum manifest_result result = add_one(remote, entry, &answer, line, room);
+        free(answer);
+        if (result != MANIFEST_FAILED || !remote->retry_after_ms)
+            return result;
+        (void)fprintf(stderr, "%s: %s\n", entry->name, line);
+        (void)usleep((useconds_t)(remote->retry_after_ms * 1000));
+    }
 }
 
 static void print(const json_t *adapter)
@@ -160,7 +196,7 @@ static void print(const json_t *adapter)
     (void)printf("\n");
 }
 
-static int add(const struct remote *remote, const char *name, const char *directory)
+static int add(struct remote *remote, const char *name, const char *directory)
 {
     char line[1024], *answer;
     struct manifest_entry entry = {.name = name, .path = directory};
@@ -211,8 +247,8 @@ int adapter_remote(const struct settings *s)
     struct remote remote;
     if (!strcmp(verb, "rm"))
         return call_named(s, "adapters.remove", s->word[1]);
-    if (!strcmp(verb, "list") || !strcmp(verb, "stats"))
-        return remote_call(s, *verb == 'l' ? "adapters.list" : "adapters.stats", NULL);
+    if (!strcmp(verb, "stats"))
+        return remote_call(s, "adapters.stats", NULL);
     if (!strcmp(verb, "load") || !strcmp(verb, "unload") || !strcmp(verb, "pin") ||
         !strcmp(verb, "unpin")) {
         char method[40];
@@ -226,6 +262,8 @@ int adapter_remote(const struct settings *s)
     int code = remote_begin(s, &remote);
     if (!code && s->manifest)
         code = manifest_run(s->manifest, add_listed, &remote);
+    else if (!code && !strcmp(verb, "list"))
+        print(remote.list);
     else if (!code && !strcmp(verb, "add"))
         code = add(&remote, s->word[1], s->word[2]);
     else if (!code)

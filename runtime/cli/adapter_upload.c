@@ -139,7 +139,7 @@ int adapter_upload(struct polder_client *client, const char *name, const char *d
     struct digest digest;
     int failed = -1;
     msgpack_sbuffer_init(&s.params);
-    enum status status = adapter_source(directory, &digest, &fault);
+    enum status status = adapter_upload_digest(directory, &digest, &fault);
     for (int i = 0; i < FILES && !status; i++)
         status = reader_open_in(directory, NAMES[i], &s.files[i], &fault);
     if (status) {

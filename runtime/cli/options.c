@@ -91,7 +91,7 @@ static const struct option TABLE[] = {
     {"no-tcp", FLAG, SERVE, FIELD(no_tcp), "", "", "listen on the Unix socket only"},
     {"tenants", STRING, SERVE, FIELD(tenants), "FILE", "", "tenants.yaml: keys, adapters, limits"},
     {"adapter-dir", LIST, SERVE, FIELD(adapter_dirs), "DIR", "",
-     "directory below which adapters.add may read"},
+     "directory below which adapters.register may read"},
     {"max-upload-bytes", SIZE, SERVE, FIELD(max_upload_bytes), "BYTES", "0: none",
      "adapters that tenants upload, all under way together"},
     {"shutdown-timeout", UINT, SERVE, FIELD(shutdown_timeout), "SECONDS", "30",

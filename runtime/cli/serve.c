@@ -217,6 +217,20 @@ static uint32_t milliseconds(uint32_t seconds)
     return seconds > UINT32_MAX / 1000 ? UINT32_MAX : seconds * 1000;
 }
 
+// What the engine could not register, for the server to tell its owners. The caller frees.
+static const struct server_broken *broken_of(const struct stack *stack, size_t *count)
+{
+    const struct stack_left *left = stack_left_alone(stack, count);
+    struct server_broken *broken = calloc(*count + 1, sizeof *broken);
+    for (size_t i = 0; broken && i < *count; i++) {
+        memcpy(broken[i].name, left[i].name, sizeof broken[i].name);
+        memcpy(broken[i].tenant, left[i].tenant, sizeof broken[i].tenant);
+        memcpy(broken[i].why, left[i].why, sizeof broken[i].why);
+    }
+    *count = broken ? *count : 0;
+    return broken;
+}
+
 static int serve_stack(const struct settings *s, struct face *face, struct fault *fault)
 {
     char tcp[ADDRESS_ROOM], uds[ADDRESS_ROOM], state[ENGINE_PATH];
@@ -245,13 +259,16 @@ static int serve_stack(const struct settings *s, struct face *face, struct fault
         return complain(fault);
     wire_model_name(s, o.engine.model_name, sizeof o.engine.model_name);
     fill_listen(s, &o, tcp, uds);
+    o.broken = broken_of(face->stack, &o.broken_count);
     if (stack_start(face->stack)) {
         (void)fault_set(fault, STATUS_NO_MEMORY, "the engine thread could not be started.");
         return complain(fault);
     }
     if (!s->tenants)
         log_line(LOG_WARN, "no --tenants file: anyone who can connect is served, as one tenant");
-    return server_run(&o, fault) ? complain(fault) : EXIT_DONE;
+    enum status status = server_run(&o, fault);
+    free((void *)(uintptr_t)o.broken);
+    return status ? complain(fault) : EXIT_DONE;
 }
 
 // Every registered adapter keeps its store file open, every client a socket.

@@ -130,7 +130,7 @@ static bool fits_pool(const struct engine *e, const struct engine_request *r, ad
         sequence_pages_needed(e, r->prompt_tokens + r->max_tokens, r->adapter[0], adapter);
     uint64_t kept = e->options.adapters ? adapters_kept_pages(e->options.adapters) : 0;
     const struct model *model = e->options.model;
-    uint32_t adapter_pages = r->adapter[0] ? adapter_page_count(e->options.adapters, adapter) : 0;
+    uint32_t adapter_pages = sequence_adapter_pages(e, r->adapter[0], adapter);
     if (adapter_pages + kept > pool_limit(e->options.pool, PAGE_ADAPTER) ||
         pages - adapter_pages > pool_limit(e->options.pool, PAGE_KV))
         return false;
@@ -185,14 +185,28 @@ static bool take_adapter(struct engine *e, const struct engine_adapter_command *
         return true;
     if (ring_room(e->options.port->events) < sizeof(struct engine_reply) + 64)
         return false;
+    bool of_operator = e->options.adapters && is_operators(e, c->name); // before it is removed
     if (!e->options.adapters)
         status = fault_set(&fault, STATUS_UNSUPPORTED, "This server was started without adapters.");
     else
         status = residents_command(e, c, &fault);
+    if (!status && c->kind != ENGINE_ADAPTER_REMOVE)
+        of_operator = is_operators(e, c->name);
     if (status == STATUS_NOT_FOUND)
         (void)fault_set(&fault, status, "There is no adapter named \"%.63s\".", c->name);
-    const char *text = !status && is_operators(e, c->name) ? "{\"operator\":true}" : "";
+    const char *text = !status && of_operator ? "{\"operator\":true}" : "";
     return reply(e, c->id, status, status ? fault.text : "", text, strlen(text));
+}
+
+static bool take_list(struct engine *e, const struct engine_list *c, size_t bytes)
+{
+    if (bytes < sizeof *c)
+        return true;
+    char after[ENGINE_ADAPTER_NAME];
+    memcpy(after, c->after, sizeof after);
+    after[sizeof after - 1] = 0;
+    size_t length = report_adapters(e, after, c->limit, e->line, e->line_bytes);
+    return reply(e, c->id, STATUS_OK, "", e->line, length);
 }
 
 static bool take_control(struct engine *e, const struct engine_control *c)
@@ -211,9 +225,6 @@ static bool take_control(struct engine *e, const struct engine_control *c)
         return true;
     case ENGINE_STATS:
         bytes = report_stats(e, e->line, e->line_bytes);
-        return reply(e, c->id, STATUS_OK, "", e->line, bytes);
-    case ENGINE_ADAPTER_LIST:
-        bytes = report_adapters(e, e->line, e->line_bytes);
         return reply(e, c->id, STATUS_OK, "", e->line, bytes);
     case ENGINE_DRAIN:
         e->draining = true;
@@ -240,6 +251,8 @@ bool commands_take(struct engine *engine)
             taken = take_request(engine, record, bytes);
         else if (kind >= ENGINE_ADAPTER_ADD && kind <= ENGINE_ADAPTER_UNPIN)
             taken = take_adapter(engine, record, bytes);
+        else if (kind == ENGINE_ADAPTER_LIST)
+            taken = take_list(engine, record, bytes);
         else if (bytes >= sizeof(struct engine_control))
             taken = take_control(engine, record);
         if (!taken)

@@ -7,6 +7,7 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include "base/check.h"
@@ -199,8 +200,8 @@ static enum status make_tables(struct engine *e)
     const struct model_config *c = &o->model->config;
     e->moe_index = calloc(c->layers, sizeof *e->moe_index);
     e->salts = calloc(o->tenants_max, sizeof *e->salts);
-    // The longest reply: 3 MiB holds the list of 4,096 adapters, if the ring takes such a record.
-    e->line_bytes = min_size((size_t)3 << 20, ring_room(o->port->events) / 2 - 2048);
+    // The longest reply, a page of adapters: 256 of them and more, if the ring takes such a record.
+    e->line_bytes = min_size((size_t)1 << 19, ring_room(o->port->events) / 2 - 2048);
     e->line = malloc(e->line_bytes);
     e->record = malloc(e->line_bytes + sizeof(struct engine_reply) + sizeof(struct engine_text));
     if (!e->moe_index || !e->salts || !e->line || !e->record)
@@ -441,8 +442,10 @@ enum engine_turn engine_turn(struct engine *engine)
     if (copy_device_failed(engine->options.copies)) // maybe no step runs that would find it out
         engine->broken = engine->quit = engine->draining = true;
     bool worked = commands_take(engine);
-    if (engine->options.adapters && !engine->broken)
+    if (engine->options.adapters && !engine->broken) {
         adapters_fetch_kept(engine->options.adapters);
+        sequence_continue_parts(engine);
+    }
     sequence_expire(engine);
     sequence_flush_ended(engine);
     if (engine->broken)
@@ -473,8 +476,20 @@ static void sleep_on(int descriptor, int timeout_ms)
     }
 }
 
+static uint64_t bytes_moved(const struct engine *e)
+{
+    struct copy_stats stats;
+    uint64_t bytes = 0;
+    copy_stats(e->options.copies, &stats);
+    for (int r = 0; r < COPY_RESOURCES; r++)
+        bytes += stats.bytes[r];
+    return bytes;
+}
+
 void engine_run(struct engine *engine)
 {
+    uint64_t moved = 0;
+    (void)prctl(PR_SET_TIMERSLACK, 1); // the default of 50 us is longer than most pages take
     for (uint32_t waits = 0;;) {
         enum engine_turn turn = engine_turn(engine);
         if (turn == ENGINE_HALTED)
@@ -484,8 +499,12 @@ void engine_run(struct engine *engine)
         } else if (engine->current && engine->current->state == STEP_FLIGHT) {
             (void)sched_yield(); // a device that computes by itself: its end is looked for
         } else if (turn == ENGINE_WAITING) {
-            // A copy ends within microseconds to milliseconds: yield first, then sleep a little.
-            if (++waits < 200)
+            // A copy ends within microseconds to milliseconds, and the next one begins here: while
+            // something moves, short sleeps.
+            uint64_t now = bytes_moved(engine);
+            waits = now == moved ? waits + 1 : 0;
+            moved = now;
+            if (waits < 200)
                 usleep(20);
             else
                 sleep_on(engine->options.port->command_wake, 1);

@@ -246,7 +246,11 @@ void sequence_want(struct engine *engine, uint32_t slot, uint32_t pages);
 // It could go on but for its adapter; it has it, or has ended.
 void sequence_adapter_lacks(struct engine *engine, struct sequence *sequence);
 void sequence_adapter_came(struct engine *engine, struct sequence *sequence);
+// Fetches more of the parts that queued sequences have asked for; at every turn.
+void sequence_continue_parts(struct engine *engine);
 void sequence_fetch_ahead(struct engine *engine, uint32_t class_below);
+// Pages of its adapter, 0 when tenants have pinned that: adapters_kept_pages counts those.
+uint32_t sequence_adapter_pages(const struct engine *engine, bool has_adapter, adapter_id adapter);
 uint32_t sequence_pages_needed(const struct engine *engine, uint32_t tokens, bool has_adapter,
                                adapter_id adapter);
 void sequence_bring_back(struct engine *engine);
@@ -300,6 +304,8 @@ bool commands_take(struct engine *engine); // true when something was taken
 
 // report.c
 size_t report_stats(struct engine *engine, char *out, size_t room);
-size_t report_adapters(struct engine *engine, char *out, size_t room);
+// Those behind a name, at most `limit`, and whether there are more.
+size_t report_adapters(struct engine *engine, const char *after, uint32_t limit, char *out,
+                       size_t room);
 
 #endif

@@ -37,7 +37,7 @@ enum engine_command_kind {
     ENGINE_ADAPTER_UNLOAD, // give its device pages back
     ENGINE_ADAPTER_PIN,    // keep it there, for the tenant `owner`
     ENGINE_ADAPTER_UNPIN,
-    ENGINE_ADAPTER_LIST, // struct engine_control, id = reply id
+    ENGINE_ADAPTER_LIST, // struct engine_list, id = reply id
     ENGINE_STATS,        // struct engine_control, id = reply id
     ENGINE_DRAIN,        // finish what is running, refuse what is new (SHUTTING_DOWN)
     ENGINE_QUIT          // end everything now with SHUTTING_DOWN, then stop
@@ -68,6 +68,14 @@ struct engine_control {
     uint32_t kind;
     uint32_t status; // of ENGINE_STOPPED: enum status, DEVICE when the device failed; else 0
     uint64_t id;
+};
+
+// ENGINE_ADAPTER_LIST: adapters by name, the first after `after`, at most `limit`. Begins like
+// engine_control.
+struct engine_list {
+    uint32_t kind, limit;
+    uint64_t id;
+    char after[ENGINE_ADAPTER_NAME];
 };
 
 struct engine_adapter_command {
@@ -117,8 +125,9 @@ struct engine_done {
     uint32_t text_bytes;
 };
 
-// Answer to a command with a reply id. Followed by bytes: JSON text (stats, list; {"operator":true}
-// when an adapter that was registered is the operator's), or nothing.
+// Answer to a command with a reply id. Followed by bytes: JSON text (stats; a list, {"adapters":
+// [...], "more": BOOL}; {"operator":true} when an adapter that was registered or removed is the
+// operator's), or nothing.
 struct engine_reply {
     uint32_t kind;
     uint32_t status;

@@ -6,6 +6,9 @@
 
 #include "runtime/engine/internal.h"
 
+// ADAPTER_BYTES: one adapter as text, with a margin.
+enum { KEEPERS_SHOWN = 32, ADAPTER_BYTES = 2048 };
+
 struct writer {
     char *out;
     size_t room, at;
@@ -146,39 +149,52 @@ size_t report_stats(struct engine *engine, char *out, size_t room)
     return w.at;
 }
 
-size_t report_adapters(struct engine *engine, char *out, size_t room)
+static void put_adapter(struct writer *w, const struct engine *e, const struct adapter_info *info,
+                        size_t page_bytes)
+{
+    char digest[2 * DIGEST_BYTES + 1], source[2 * DIGEST_BYTES + 1];
+    unsigned long long bytes = (unsigned long long)info->pages * page_bytes;
+    digest_hex(&info->report.digest, digest);
+    digest_hex(&info->report.source, source);
+    put(w, "{\"name\":\"%s\",\"owner\":%u,\"keepers\":[", info->name, info->owner);
+    uint32_t keeper;
+    for (uint32_t n = 0;
+         n < KEEPERS_SHOWN &&
+         (keeper = adapter_keeper(e->options.adapters, info->id, n)) != ADAPTER_NO_KEEPER;
+         n++)
+        put(w, "%s%u", n ? "," : "", keeper);
+    put(w,
+        "],\"resident\":%s,\"pages\":%u,\"users\":%u,"
+        "\"device_bytes\":%llu,\"host_bytes\":%llu,\"file_bytes\":%llu,"
+        "\"rank_min\":%u,\"rank_max\":%u,\"bytes\":%llu,\"applied\":%u,\"possible\":%u,"
+        "\"layout\":\"%s\",\"version\":%u,\"digest\":\"%s\",\"source\":\"%s\",",
+        info->resident ? "true" : "false", info->pages, info->users,
+        (unsigned long long)info->device_pages * page_bytes,
+        (unsigned long long)info->host_pages * page_bytes, bytes, info->report.rank_min,
+        info->report.rank_max, (unsigned long long)info->report.bytes,
+        info->report.matrices_applied, info->report.matrices_possible, info->report.layout,
+        info->report.version, digest, source);
+    put_loads(w, &info->loads);
+    put(w, "}");
+}
+
+size_t report_adapters(struct engine *engine, const char *after, uint32_t limit, char *out,
+                       size_t room)
 {
     struct writer w = {.out = out, .room = room};
+    const struct adapters *adapters = engine->options.adapters;
     struct adapter_info info;
     struct pool_stats p;
     pool_stats(engine->options.pool, &p);
-    put(&w, "[");
-    for (uint32_t i = 0; engine->options.adapters && adapter_at(engine->options.adapters, i, &info);
-         i++) {
-        if (w.at + 1024 > room)
-            break;
-        char digest[2 * DIGEST_BYTES + 1], source[2 * DIGEST_BYTES + 1];
-        digest_hex(&info.report.digest, digest);
-        digest_hex(&info.report.source, source);
-        put(&w,
-            "%s{\"name\":\"%s\",\"owner\":%u,\"keeper\":%lld,\"resident\":%s,\"pages\":%u,"
-            "\"users\":%u,"
-            "\"device_bytes\":%llu,\"host_bytes\":%llu,\"file_bytes\":%llu,"
-            "\"rank_min\":%u,\"rank_max\":%u,\"bytes\":%llu,\"applied\":%u,\"possible\":%u,"
-            "\"layout\":\"%s\",\"version\":%u,\"digest\":\"%s\","
-            "\"source\":\"%s\",",
-            i ? "," : "", info.name, info.owner,
-            info.keeper == ADAPTER_NO_KEEPER ? -1ll : (long long)info.keeper,
-            info.resident ? "true" : "false", info.pages, info.users,
-            (unsigned long long)info.device_pages * p.page_bytes,
-            (unsigned long long)info.host_pages * p.page_bytes,
-            (unsigned long long)info.pages * p.page_bytes, info.report.rank_min,
-            info.report.rank_max, (unsigned long long)info.report.bytes,
-            info.report.matrices_applied, info.report.matrices_possible, info.report.layout,
-            info.report.version, digest, source);
-        put_loads(&w, &info.loads);
-        put(&w, "}");
+    uint32_t at = adapters ? adapters_behind(adapters, after) : 0, count = 0;
+    put(&w, "{\"adapters\":[");
+    for (; adapters && count < limit && w.at + ADAPTER_BYTES < room &&
+           adapter_at(adapters, at + count, &info);
+         count++) {
+        put(&w, "%s", count ? "," : "");
+        put_adapter(&w, engine, &info, p.page_bytes);
     }
-    put(&w, "]");
+    bool more = adapters && at + count < adapters_count(adapters);
+    put(&w, "],\"more\":%s}", more ? "true" : "false");
     return w.at;
 }

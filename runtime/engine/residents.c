@@ -103,10 +103,12 @@ static uint64_t pinned_by_steps(const struct engine *e)
     return pages;
 }
 
-// Would every accepted request, alone, still fit beside `kept` pages?
-static bool promises_hold(const struct engine *e, uint64_t kept, uint32_t total)
+// Would every accepted request, alone, still fit beside what is pinned and `id`, pinned as well?
+static bool promises_hold(const struct engine *e, adapter_id id, uint32_t total)
 {
     const struct model *model = e->options.model;
+    uint64_t kept =
+        adapters_kept_pages(e->options.adapters) + adapter_pages_whole(e->options.adapters, id);
     uint64_t beside = kept + engine_expert_floor(&model->expert_shape, model->config.top_k);
     const adapter_id none = {0};
     if (sequence_pages_needed(e, e->options.context_max, false, none) + beside > total ||
@@ -116,14 +118,22 @@ static bool promises_hold(const struct engine *e, uint64_t kept, uint32_t total)
         for (uint32_t slot = e->lists[state].head; slot != NO_SLOT;
              slot = e->sequences[slot].next) {
             const struct sequence *s = &e->sequences[slot];
+            bool counts = s->has_adapter && s->adapter.bits != id.bits;
             uint32_t tokens = s->prompt + s->max_tokens;
-            uint32_t adapter_pages =
-                s->has_adapter ? adapter_page_count(e->options.adapters, s->adapter) : 0;
-            if (sequence_pages_needed(e, tokens, s->has_adapter, s->adapter) + beside > total ||
+            uint32_t adapter_pages = sequence_adapter_pages(e, counts, s->adapter);
+            if (sequence_pages_needed(e, tokens, counts, s->adapter) + beside > total ||
                 adapter_pages + kept > pool_limit(e->options.pool, PAGE_ADAPTER))
                 return false;
         }
     return true;
+}
+
+static enum status keep(struct engine *e, const struct engine_adapter_command *c, adapter_id id,
+                        struct fault *fault)
+{
+    enum status status = adapter_keep(e->options.adapters, id, c->owner);
+    return status ? fault_set(fault, status, "Too many adapters are pinned: unpin another one.")
+                  : STATUS_OK;
 }
 
 static enum status pin(struct engine *e, const struct engine_adapter_command *c, adapter_id id,
@@ -132,8 +142,8 @@ static enum status pin(struct engine *e, const struct engine_adapter_command *c,
     struct adapters *adapters = e->options.adapters;
     struct pool_stats pool;
     pool_stats(e->options.pool, &pool);
-    if (adapter_keeper(adapters, id) != ADAPTER_NO_KEEPER)
-        return STATUS_OK; // by whom does not matter to a request
+    if (adapter_is_kept_by(adapters, id, c->owner))
+        return STATUS_OK;
     uint32_t pages = adapter_pages_whole(adapters, id);
     uint64_t mine = adapters_kept_pages_of(adapters, c->owner) * pool.page_bytes;
     uint64_t bytes = (uint64_t)pages * pool.page_bytes;
@@ -143,7 +153,9 @@ static enum status pin(struct engine *e, const struct engine_adapter_command *c,
                          "(pinned_adapter_bytes): unpin another one.",
                          (unsigned long long)bytes, (unsigned long long)mine,
                          (unsigned long long)c->pinned_bytes_max);
-    if (!promises_hold(e, adapters_kept_pages(adapters) + pages, pool.device_total))
+    if (adapter_is_kept(adapters, id)) // by another tenant: its pages are counted already
+        return keep(e, c, id, fault);
+    if (!promises_hold(e, id, pool.device_total))
         return fault_set(fault, STATUS_LIMIT,
                          "With its %u pages pinned the pool of %u could not hold what it must: "
                          "unpin another one or raise --pool-bytes.",
@@ -153,18 +165,7 @@ static enum status pin(struct engine *e, const struct engine_adapter_command *c,
         !sequence_adapters_allow(e, (uint32_t)now))
         return fault_set(fault, STATUS_FULL,
                          "Running requests need the pages now: pin it again a little later.");
-    adapter_keep(adapters, id, c->owner);
-    return STATUS_OK;
-}
-
-static enum status unpin(struct engine *e, const struct engine_adapter_command *c, adapter_id id,
-                         struct fault *fault)
-{
-    uint32_t keeper = adapter_keeper(e->options.adapters, id);
-    if (keeper != ADAPTER_NO_KEEPER && keeper != c->owner)
-        return fault_set(fault, STATUS_DENIED, "Another tenant has pinned this adapter.");
-    adapter_let_go(e->options.adapters, id);
-    return STATUS_OK;
+    return keep(e, c, id, fault);
 }
 
 static enum status load(struct engine *e, adapter_id id, struct fault *fault)
@@ -203,7 +204,8 @@ enum status residents_command(struct engine *e, const struct engine_adapter_comm
     case ENGINE_ADAPTER_PIN:
         return pin(e, c, id, fault);
     case ENGINE_ADAPTER_UNPIN:
-        return unpin(e, c, id, fault);
+        adapter_let_go(adapters, id, c->owner); // its own claim; those of others stay
+        return STATUS_OK;
     default:
         return STATUS_INVALID;
     }

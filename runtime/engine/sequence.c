@@ -219,8 +219,7 @@ static uint32_t pages_of_tokens(const struct engine *e, uint32_t tokens)
 }
 
 // Would `more_pages` beside the KV of all sequences, on the device or on their way to it, the
-// adapters of paused steps and those that are pinned leave the experts their floor? A pinned
-// adapter counts once more when a sequence asks for it: that is too much, never too little.
+// adapters of paused steps and those that are pinned leave the experts their floor?
 bool sequence_pages_allow(const struct engine *engine, uint32_t more_pages)
 {
     struct pool_stats pool;
@@ -342,12 +341,19 @@ bool sequence_make_room(struct engine *engine, uint32_t for_slot, uint32_t pages
     return true;
 }
 
-// Pages with which a sequence of `tokens` tokens can run.
+uint32_t sequence_adapter_pages(const struct engine *engine, bool has_adapter, adapter_id adapter)
+{
+    const struct adapters *adapters = engine->options.adapters;
+    return has_adapter && !adapter_is_kept(adapters, adapter)
+               ? adapter_page_count(adapters, adapter)
+               : 0;
+}
+
+// Pages with which a sequence of `tokens` tokens can run, beside the adapters that are pinned.
 uint32_t sequence_pages_needed(const struct engine *engine, uint32_t tokens, bool has_adapter,
                                adapter_id adapter)
 {
-    return pages_of_tokens(engine, tokens) +
-           (has_adapter ? adapter_page_count(engine->options.adapters, adapter) : 0);
+    return pages_of_tokens(engine, tokens) + sequence_adapter_pages(engine, has_adapter, adapter);
 }
 
 // Would the KV of all sequences, and these tokens more, keep to what the pool lets KV have?
@@ -494,6 +500,16 @@ static void fetch_adapter(struct engine *e, struct sequence *s)
                                          expert_likely(e, s->length), &s->parts_next);
 }
 
+void sequence_continue_parts(struct engine *engine)
+{
+    for (uint32_t slot = engine->lists[SEQUENCE_QUEUED].head; slot != NO_SLOT;
+         slot = engine->sequences[slot].next) {
+        struct sequence *s = &engine->sequences[slot];
+        if (s->parts_asked_us && !s->parts_begun && !s->cancelled)
+            fetch_adapter(engine, s);
+    }
+}
+
 static struct digest prefix_root(const struct engine *e, const struct sequence *s)
 {
     struct {
@@ -556,6 +572,16 @@ static bool parts_have_room(const struct engine *e, const struct sequence *s, ui
            held + others + adapter_pages_whole(adapters, s->adapter) <= pool.device_total;
 }
 
+// Does a queued sequence before this one use the same adapter?
+static bool queued_before(const struct engine *e, uint32_t slot)
+{
+    const struct sequence *s = &e->sequences[slot];
+    for (uint32_t i = s->previous; i != NO_SLOT; i = e->sequences[i].previous)
+        if (e->sequences[i].has_adapter && e->sequences[i].adapter.bits == s->adapter.bits)
+            return true;
+    return false;
+}
+
 // Queued sequences in order, as long as seats and pages last. A sequence whose adapter is on its
 // way waits alone; one that finds no pages stops those behind it, so that big requests are not
 // starved.
@@ -586,7 +612,7 @@ void sequence_admit(struct engine *engine)
                     (void)sequence_make_room(engine, slot, pages);
                 return;
             }
-            if (!parts_have_room(engine, s, awaited_whole))
+            if (!parts_have_room(engine, s, queued_before(engine, slot) ? 0 : awaited_whole))
                 return;
             if (!adapter_ready(engine, s)) {
                 sequence_adapter_lacks(engine, s);
@@ -594,7 +620,8 @@ void sequence_admit(struct engine *engine)
                 sequence_want(engine, slot, pages);
                 awaited += pages;
                 awaited_kv += kv;
-                awaited_whole += s->has_adapter ? adapter_pages_whole(o->adapters, s->adapter) : 0;
+                if (!queued_before(engine, slot))
+                    awaited_whole += adapter_pages_whole(o->adapters, s->adapter);
             } else if (!start(engine, slot)) {
                 return;
             }

@@ -34,7 +34,9 @@ struct stack {
     uint32_t device_pages, host_pages;
     uint64_t pool_bytes, host_bytes;
     size_t page_bytes;
-    int lock; // descriptor of the state directory's lock, or -1
+    int lock;                // descriptor of the state directory's lock, or -1
+    struct stack_left *left; // [left_count]
+    size_t left_count;
     pthread_t thread;
     bool running;
 };
@@ -449,6 +451,7 @@ void stack_destroy(struct stack *stack)
         stack->device->table->destroy(stack->device);
     if (stack->lock >= 0)
         (void)close(stack->lock);
+    free(stack->left);
     free(stack);
 }
 
@@ -582,6 +585,25 @@ enum status stack_add_adapter(struct stack *stack, const char *name, const char 
     return status;
 }
 
+// Its owner is told; without memory for that it is only in the log.
+static void leave_alone(struct stack *stack, const struct registry_entry *entry, const char *why)
+{
+    struct stack_left *more = realloc(stack->left, (stack->left_count + 1) * sizeof *stack->left);
+    if (!more)
+        return;
+    struct stack_left *left = &more[stack->left_count++];
+    stack->left = more;
+    (void)snprintf(left->name, sizeof left->name, "%s", entry->name);
+    (void)snprintf(left->tenant, sizeof left->tenant, "%s", entry->tenant);
+    (void)snprintf(left->why, sizeof left->why, "%s", why);
+}
+
+const struct stack_left *stack_left_alone(const struct stack *stack, size_t *count)
+{
+    *count = stack->left_count;
+    return stack->left;
+}
+
 static bool load_store(struct stack *stack, const struct registry_entry *entry, uint32_t owner)
 {
     char path[REGISTRY_PATH] = "";
@@ -599,6 +621,8 @@ static bool load_store(struct stack *stack, const struct registry_entry *entry, 
         return true;
     log_line(LOG_WARN, "the stored adapter \"%s\" of %s%s was left alone: %s", entry->name,
              entry->tenant[0] ? "tenant " : "the operator", entry->tenant, fault.text);
+    if (!is_there && owner != UINT32_MAX)
+        leave_alone(stack, entry, fault.text);
     return false;
 }
 

@@ -83,6 +83,12 @@ MUST_USE enum status stack_add_adapter(struct stack *stack, const char *name, co
 uint32_t stack_load_adapters(struct stack *stack,
                              uint32_t (*owner_of)(void *context, const char *tenant),
                              void *context);
+// Of these, by name, those that could not be registered; not those of unknown tenants.
+struct stack_left {
+    char name[ENGINE_ADAPTER_NAME], tenant[ENGINE_ADAPTER_NAME]; // tenant "": the operator's
+    char why[160];
+};
+const struct stack_left *stack_left_alone(const struct stack *stack, size_t *count);
 
 // What an adapter is converted for, without loading the model: its digest still reads every weight
 // once. base points into config.

@@ -109,7 +109,7 @@ static bool pin_adapter(struct engine *e, struct secured *held, uint32_t slot, u
     struct sequence *s = &e->sequences[slot];
     struct adapters *adapters = e->options.adapters;
     if (!holds_adapter(e, held, s->adapter))
-        *more = adapter_page_count(adapters, s->adapter);
+        *more = sequence_adapter_pages(e, true, s->adapter);
     uint32_t pages = held->beside + held->adapter_pages + *more - held_beside(e, s, *more);
     if (!sequence_pages_allow(e, pages)) {
         (void)sequence_make_room(e, slot, *more + e->options.kv_shape.pages_per_block);

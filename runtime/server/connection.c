@@ -77,6 +77,8 @@ void connection_set_tenant(struct connection *connection, uint32_t tenant)
 {
     struct server *server = connection->server;
     size_t held = connection->in.room + connection->output_charged;
+    if (connection->authenticated && connection->tenant != tenant)
+        upload_drop(connection); // it was the other one's
     server_discharge(server, connection_owner(connection), held);
     if (connection->authenticated)
         server->usage[connection->tenant].connections--;
@@ -317,8 +319,7 @@ static void connection_free(struct connection *connection)
     uint32_t owner = connection_owner(connection);
     while (connection->requests)
         request_detach(connection->requests);
-    upload_free(connection->upload);
-    connection->upload = NULL;
+    upload_drop(connection);
     bytes_free(server, owner, &connection->in);
     server_discharge(server, owner, connection->output_charged);
     bufferevent_free(connection->events);
@@ -365,6 +366,7 @@ void connection_tick(struct connection *connection, uint64_t now_us)
     const struct server_limits *limits = &server->limits;
     if (connection->doomed)
         return;
+    upload_tick(connection, now_us);
     if (connection->closing) {
         if (over(now_us, connection->closing_us, CLOSING_MS))
             connection_doom(connection);

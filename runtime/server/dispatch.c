@@ -26,7 +26,8 @@ static const struct method methods[] = {
     {"detokenize", method_detokenize, false, false},
     {"models", method_models, false, false},
     {"adapters.list", method_adapters_list, false, false},
-    {"adapters.add", method_adapters_add, false, false},
+    {"adapters.register", method_adapters_register, false, false},
+    {"adapters.add", method_adapters_register, false, false}, // its name of before
     {"adapters.remove", method_adapters_remove, false, false},
     {"adapters.load", method_adapters_load, false, false},
     {"adapters.unload", method_adapters_unload, false, false},

@@ -250,8 +250,14 @@ void generate_finish(struct request *request)
 {
     count_usage(request);
     if (request->failed && request->fault.status == STATUS_NOT_FOUND) {
-        (void)fault_set(&request->fault, STATUS_NOT_FOUND, "there is no model \"%.64s\".",
-                        request->model);
+        const char *why = broken_why(request->server, request->tenant, request->model);
+        if (why && !request->hidden)
+            (void)fault_set(&request->fault, STATUS_CORRUPT,
+                            "the stored adapter \"%.64s\" cannot be served: %s Register it anew.",
+                            request->model, why);
+        else
+            (void)fault_set(&request->fault, STATUS_NOT_FOUND, "there is no model \"%.64s\".",
+                            request->model);
     }
     if (request->connection && request->failed)
         reply_fault_for(request, &request->fault);

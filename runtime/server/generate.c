@@ -26,14 +26,6 @@ struct intake {
     bool hidden;
 };
 
-bool adapter_name_is_good(const char *name)
-{
-    size_t length = strlen(name);
-    return length && length < ENGINE_ADAPTER_NAME && *name != '.' &&
-           strspn(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-") ==
-               length;
-}
-
 // The prompt as token ids in server->tokens.
 static bool read_prompt(struct call *call, struct intake *intake)
 {

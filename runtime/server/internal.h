@@ -4,8 +4,9 @@
 // Files: server.c (life, signals, timers, draining), listen.c (addresses, accepting), connection.c
 // (bytes in and out, limits, closing), dispatch.c (message -> method), methods.c (the simple
 // methods), generate.c (parameters -> engine requests), events.c (engine events -> answers),
-// request.c (the request table), adapters.c (adapters.*, models, stats), upload.c, worker.c
-// (conversion thread), reply.c (packing), json.c.
+// request.c (the request table), adapters.c (who may; load, pin and the like), list.c (models,
+// adapters.list), stats.c, register.c, upload.c, broken.c (store files that are no good), worker.c
+// (threads that wait for disks), reply.c (packing), json.c.
 //
 //   bytes -> connection.in -> scan -> msgpack-c -> dispatch -> method --+--> reply
 //                                                                       +--> request --> engine
@@ -47,10 +48,10 @@ enum request_kind {
     REQUEST_MODELS,
     REQUEST_ADAPTER_LIST,
     REQUEST_ADAPTER_ADD,      // converting, then ENGINE_ADAPTER_ADD
-    REQUEST_ADAPTER_OWNER,    // adapters.remove: the list, to see whose it is; then
-    REQUEST_ADAPTER_REMOVE,   // ENGINE_ADAPTER_REMOVE
+    REQUEST_ADAPTER_REMOVE,   // ENGINE_ADAPTER_REMOVE, then its file
     REQUEST_ADAPTER_RESIDENT, // load, unload, pin, unpin
     REQUEST_ADAPTER_STATS,    // the list, for its sums
+    REQUEST_UPLOAD,           // its directory is being made
     REQUEST_UPLOAD_CHUNK,     // being written
     REQUEST_STATS
 };
@@ -72,17 +73,18 @@ struct request {
     struct request *next, *previous; // of the connection; next also links the free list
     uint64_t created_us, seed;
     uint32_t choices, done;
-    bool replace;                  // adapters.add
-    bool operators;                // the adapter is the operator's: adapters.add, adapters.remove
+    bool replace;                  // adapters.register
+    bool operators;                // the adapter is the operator's: adapters.register, remove
     bool stream, logprobs, hidden; // hidden: a model this tenant may not use
     bool want_pause, is_paused;    // by a slow reader; sent with the next flush
     bool control;                  // has controls to send
     bool failed;
     struct fault fault;                  // the first failure, when failed
     char model[ENGINE_ADAPTER_NAME * 2]; // or adapter name
-    char store_path[ENGINE_PATH];        // adapters.add
-    char *report;                        // adapters.add: JSON from the converter
+    char store_path[ENGINE_PATH];        // adapters.register
+    char *report;                        // adapters.register: JSON from the converter
     struct upload *upload;               // adapters.upload_commit: until it is converted, or NULL
+    struct listing *listing;             // models, adapters.list, adapters.stats; or NULL
     struct choice choice[GENERATE_CHOICES_MAX];
 };
 
@@ -121,6 +123,7 @@ struct tenant_usage {
 
 struct worker;
 struct upload;
+struct listing;
 
 struct server {
     struct server_options options;
@@ -152,6 +155,8 @@ struct server {
     struct worker *disk;   // everything else that waits for a disk; NULL: no state directory
     uint32_t uploads;      // open, or being converted
     uint64_t upload_bytes; // announced by these
+    struct server_broken *broken;
+    size_t broken_count;
     bool engine_stopped, quit_sent, drain_sent;
     enum status engine_status; // what it stopped with
     uint64_t accepted, refused_connections, protocol_errors, dropped_slow, messages;
@@ -172,6 +177,7 @@ static inline uint64_t server_now_us(const struct server *server)
 }
 
 // ---- server.c
+enum { SERVER_CONVERSIONS_MAX = 8 };
 // tenant UINT32_MAX: nobody's. false: the budget has no room.
 enum budget_use { BUDGET_CONNECTIONS, BUDGET_ANSWERS };
 bool server_charge(struct server *server, uint32_t tenant, enum budget_use use, size_t bytes);
@@ -180,6 +186,10 @@ void server_discharge(struct server *server, uint32_t tenant, size_t bytes);
 bool bytes_add(struct server *server, uint32_t tenant, enum budget_use use, struct bytes *bytes,
                const void *data, size_t count);
 void bytes_free(struct server *server, uint32_t tenant, struct bytes *bytes);
+
+// Of `places` (or bytes) that all tenants use, what one may have at a time: a quarter, or all when
+// no other manages adapters.
+uint64_t server_share(const struct server *server, uint64_t places);
 
 // Decodes ids into scratch, as valid UTF-8; *text is good until the next call.
 MUST_USE enum status server_decode(struct server *server, const int32_t *tokens, size_t count,
@@ -205,7 +215,7 @@ uint32_t connection_owner(const struct connection *connection); // tenant, or UI
 // ---- dispatch.c
 void dispatch_message(struct connection *connection, const uint8_t *frame, size_t bytes);
 
-// ---- methods.c, adapters.c, generate.c: one function per method
+// ---- one function per method, in the file of its subject
 void method_hello(struct call *call);
 void method_auth(struct call *call);
 void method_ping(struct call *call);
@@ -216,7 +226,7 @@ void method_generate(struct call *call);
 void method_models(struct call *call);
 void method_stats(struct call *call);
 void method_adapters_list(struct call *call);
-void method_adapters_add(struct call *call);
+void method_adapters_register(struct call *call);
 void method_adapters_remove(struct call *call);
 void method_adapters_load(struct call *call);
 void method_adapters_unload(struct call *call);
@@ -238,7 +248,6 @@ void request_pause(struct request *request, bool pause);
 void request_flush_controls(struct server *server);
 void request_fail(struct request *request, enum status status,
                   const char *sentence); // first one counts
-bool adapter_name_is_good(const char *name);
 
 // ---- events.c
 void events_drain(struct server *server);
@@ -246,13 +255,38 @@ void generate_finish(struct request *request);
 
 // ---- adapters.c
 void adapters_on_reply(struct request *request, const struct engine_reply *reply, const char *json);
-
 bool adapters_may_manage(struct call *call); // false: answered
+bool adapters_may_change(struct call *call); // counts it; false: answered
+// A request for what costs the I/O thread time; a tenant may have two. NULL: answered.
+struct request *adapters_question(struct call *call, enum request_kind kind);
+void adapters_answer_name(struct request *request);
+
+// ---- list.c, stats.c
+struct json_t;
+bool list_page(struct request *request, struct json_t *json); // true: it waits for the next one
+void listing_free(struct listing *listing);                   // NULL is fine
+void stats_answer(struct request *request, const struct json_t *engine);
+
+// ---- register.c
 // May this tenant register the name now? false: answered.
-bool adapters_may_add(struct call *call, const char *name);
-// Takes the descriptor; and the upload (may be NULL), when true. false: answered.
-bool adapters_start_job(struct call *call, const char *name, int directory, bool replace,
-                        struct upload *upload);
+bool register_may_begin(struct call *call, const char *name);
+// Begins: with an open directory, or (-1) with a path. true: the descriptor, and the upload (may be
+// NULL), are taken. false: answered.
+bool register_begin(struct call *call, const char *name, int directory, const char *path,
+                    bool replace, struct upload *upload);
+// The engine's word. true: the request waits on.
+bool register_added(struct request *request, const struct engine_reply *reply,
+                    const struct json_t *json);
+bool register_removed(struct request *request, const struct engine_reply *reply,
+                      const struct json_t *json);
+
+// ---- broken.c
+MUST_USE enum status broken_take(struct server *server, struct fault *fault);
+// The next one that this tenant may know of, by name; NULL: no more.
+const struct server_broken *broken_at(const struct server *server, uint32_t tenant, size_t *at);
+const char *broken_why(const struct server *server, uint32_t tenant, const char *name); // or NULL
+bool broken_is_own(const struct request *request); // request->model: this tenant's
+void broken_forget(struct server *server, const char *name);
 
 // ---- upload.c
 void method_adapters_upload(struct call *call);
@@ -260,6 +294,8 @@ void method_adapters_upload_chunk(struct call *call);
 void method_adapters_upload_commit(struct call *call);
 void method_adapters_upload_abort(struct call *call);
 void upload_free(struct upload *upload); // and its files; NULL is fine
+void upload_drop(struct connection *connection);
+void upload_tick(struct connection *connection, uint64_t now_us); // drops one that stands still
 
 // ---- worker.c: a thread and its queue of jobs
 struct worker_job {
@@ -273,7 +309,9 @@ struct worker_job {
     struct worker_job *next;
     // What run needs, by kind of job; freed with it:
     const struct server_converter *converter;
-    int directory; // or -1
+    int directory; // or -1: to be opened
+    const char *const *roots;
+    char path[ENGINE_PATH]; // below one of the roots
     char old_path[ENGINE_PATH], store_path[ENGINE_PATH];
     char *report; // JSON or NULL
     const char *state_dir;
@@ -302,6 +340,9 @@ bool call_params_known(struct call *call, const char *const *names, size_t count
 void reply_fault_for(struct request *request, const struct fault *fault);
 void reply_refusal(struct call *call, const struct tenant_refusal *refusal);
 void reply_error(struct call *call, enum status status, const char *format, ...) PRINTF_LIKE(3, 4);
+// The same with "; try again in N s", and retry_after_ms in the structured form.
+void reply_later(struct call *call, enum status status, uint64_t retry_after_ms, const char *format,
+                 ...) PRINTF_LIKE(4, 5);
 void notify_error(struct connection *connection, enum status status, const char *sentence);
 void put_map(msgpack_packer *packer, uint32_t pairs);
 void put_key(msgpack_packer *packer, const char *key);

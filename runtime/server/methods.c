@@ -24,12 +24,33 @@ static void put_limits(msgpack_packer *packer, const struct server *server)
     put_u64(packer, "logprobs", ENGINE_TOPS_MAX);
 }
 
+// What a client may ask of this server, apart from hello, auth and ping.
+static void put_capabilities(msgpack_packer *packer, const struct server *server)
+{
+    static const char *const always[] = {
+        "generate",        "stream",       "cancel",         "tokenize",         "logprobs",
+        "stats",           "models",       "adapters.list",  "adapters.stats",   "adapters.load",
+        "adapters.unload", "adapters.pin", "adapters.unpin", "structured_errors"};
+    bool registers = server->worker && server->options.adapter_dirs[0];
+    bool uploads = server->worker && server->options.upload_bytes_max;
+    put_key(packer, "capabilities");
+    (void)msgpack_pack_array(packer, ARRAY_COUNT(always) + 2u * registers + uploads +
+                                         (server->worker != NULL));
+    for (size_t i = 0; i < ARRAY_COUNT(always); i++)
+        put_key(packer, always[i]);
+    if (server->worker)
+        put_key(packer, "adapters.remove");
+    if (registers) {
+        put_key(packer, "adapters.register");
+        put_key(packer, "adapters.add");
+    }
+    if (uploads)
+        put_key(packer, "adapters.upload");
+}
+
 void method_hello(struct call *call)
 {
     static const char *const names[] = {"client", "version", "protocol", "structured_errors"};
-    static const char *const capabilities[] = {"generate",          "stream",      "cancel",
-                                               "tokenize",          "logprobs",    "stats",
-                                               "structured_errors", "adapters.add"};
     struct server *server = call->connection->server;
     struct text_view client = {0}, version = {0};
     uint64_t protocol = SERVER_PROTOCOL;
@@ -53,11 +74,7 @@ void method_hello(struct call *call)
     put_u64(packer, "protocol", SERVER_PROTOCOL);
     put_text(packer, "server", "polder " POLDER_VERSION);
     put_bool(packer, "authenticated", call->connection->authenticated);
-    put_key(packer, "capabilities");
-    size_t offered = ARRAY_COUNT(capabilities) - !server->options.converter.convert;
-    (void)msgpack_pack_array(packer, offered);
-    for (size_t i = 0; i < offered; i++)
-        put_key(packer, capabilities[i]);
+    put_capabilities(packer, server);
     put_limits(packer, server);
     reply_send(call->connection);
 }

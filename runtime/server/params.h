@@ -11,6 +11,7 @@
 
 #include <msgpack.h>
 
+#include "base/hash.h"
 #include "base/status.h"
 #include "runtime/engine/port.h"
 
@@ -69,5 +70,28 @@ bool generate_parse(struct params *params, const struct engine_limits *limits,
 // Copies checked prompt ids. false: params->fault.
 bool generate_prompt_tokens(struct params *params, const struct generate_params *in, uint32_t vocab,
                             size_t max, int32_t *out, size_t *count);
+
+// ---- adapters ----------------------------------------------------------------------------------
+
+enum { UPLOAD_CONFIG_BYTES_MAX = 4 << 20, UPLOAD_CHUNK_BYTES_MAX = 1 << 20 };
+
+bool adapter_name_is_good(const char *name);
+
+struct register_params {
+    char name[ENGINE_ADAPTER_NAME], path[ENGINE_PATH];
+    bool replace;
+};
+bool register_parse(struct params *params, struct register_params *out);
+
+struct upload_params {
+    char name[ENGINE_ADAPTER_NAME];
+    bool replace;
+    uint64_t config_bytes, weights_bytes;
+    struct digest digest;
+};
+bool upload_parse(struct params *params, uint64_t bytes_max, struct upload_params *out);
+// The next bytes of an upload that has received some of a total.
+bool upload_chunk_parse(struct params *params, uint64_t received, uint64_t total,
+                        struct text_view *out);
 
 #endif

@@ -122,7 +122,8 @@ void reply_send(struct connection *connection)
 
 // ---- errors ------------------------------------------------------------------------------------
 
-// [0|1, "code: message"], or a map once hello asked for it. refusal may be NULL.
+// [0|1, "code: message"], or a map once hello asked for it. refusal may be NULL; of kind NONE it
+// only says when to try again.
 static void pack_error(msgpack_packer *packer, bool structured, const struct fault *fault,
                        const struct tenant_refusal *refusal)
 {
@@ -137,16 +138,18 @@ static void pack_error(msgpack_packer *packer, bool structured, const struct fau
         (void)msgpack_pack_str_with_body(packer, line, strlen(line));
         return;
     }
-    put_map(packer, refusal ? 8 : 3);
+    bool of_tenant = refusal && refusal->kind != TENANT_LIMIT_NONE;
+    put_map(packer, of_tenant ? 8 : refusal ? 4 : 3);
     put_u64(packer, "type", (uint64_t)kind);
     put_text(packer, "code", status_code(fault->status));
     put_text(packer, "message", text);
-    if (!refusal)
+    if (refusal)
+        put_u64(packer, "retry_after_ms", refusal->retry_after_ms);
+    if (!of_tenant)
         return;
     put_text(packer, "kind", tenant_limit_name(refusal->kind));
     put_u64(packer, "limit", refusal->limit);
     put_u64(packer, "remaining", refusal->remaining);
-    put_u64(packer, "retry_after_ms", refusal->retry_after_ms);
     put_bool(packer, "billed", refusal->billed);
 }
 
@@ -187,6 +190,22 @@ void reply_error(struct call *call, enum status status, const char *format, ...)
     (void)vsnprintf(fault.text, sizeof fault.text, format, list);
     va_end(list);
     reply_fault(call, &fault);
+}
+
+void reply_later(struct call *call, enum status status, uint64_t retry_after_ms, const char *format,
+                 ...)
+{
+    struct tenant_refusal refusal = {.retry_after_ms = retry_after_ms};
+    struct fault fault = {.status = status};
+    va_list list;
+    va_start(list, format);
+    (void)vsnprintf(fault.text, sizeof fault.text, format, list);
+    va_end(list);
+    size_t used = strlen(fault.text);
+    (void)snprintf(fault.text + used, sizeof fault.text - used, "; retry after %llu ms.",
+                   (unsigned long long)retry_after_ms);
+    if (call->request)
+        send_error(call->connection, call->msgid, &fault, &refusal);
 }
 
 void reply_refusal(struct call *call, const struct tenant_refusal *refusal)

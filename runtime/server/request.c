@@ -119,6 +119,8 @@ void request_free(struct request *request)
     request->report = NULL;
     upload_free(request->upload);
     request->upload = NULL;
+    listing_free(request->listing);
+    request->listing = NULL;
     request->kind = REQUEST_FREE;
     request->next = server->free_requests;
     server->free_requests = request;

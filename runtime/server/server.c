@@ -26,7 +26,7 @@
 #include "base/check.h"
 #include "base/log.h"
 
-enum { TICK_MS = 50, ENGINE_STOP_MS = 10000, ROOM_MIN = 512, CONVERSIONS_MAX = 8 };
+enum { TICK_MS = 50, ENGINE_STOP_MS = 10000, ROOM_MIN = 512 };
 
 // ---- memory budget -----------------------------------------------------------------------------
 
@@ -91,6 +91,16 @@ void bytes_free(struct server *server, uint32_t tenant, struct bytes *bytes)
     *bytes = (struct bytes){0};
 }
 
+uint64_t server_share(const struct server *server, uint64_t places)
+{
+    uint32_t managers = 0;
+    for (uint32_t i = 0; i < tenants_count(server->tenants); i++) {
+        const struct tenant *tenant = tenants_at(server->tenants, i);
+        managers += tenant->active && tenant->manage_adapters;
+    }
+    return managers > 1 ? (places + 3) / 4 : places;
+}
+
 enum status server_decode(struct server *server, const int32_t *tokens, size_t count,
                           const char **text, size_t *bytes)
 {
@@ -140,6 +150,7 @@ struct server_limits server_limits_resolved(const struct server_options *options
     fill_u32(&limits.idle_timeout_ms, 600000);
     fill_u32(&limits.frame_timeout_ms, 30000);
     fill_u32(&limits.slow_reader_timeout_ms, 30000);
+    fill_u32(&limits.upload_timeout_ms, 60000);
     fill_u32(&limits.shutdown_timeout_ms, 30000);
     return limits;
 }
@@ -349,6 +360,8 @@ static enum status start(struct server *server, struct fault *fault)
                              : tenants_load(options->tenants_path, NULL, &server->tenants, fault);
     if (!status)
         status = allocate(server, fault);
+    if (!status)
+        status = broken_take(server, fault);
     if (status)
         return status;
     server->base = event_base_new();
@@ -358,8 +371,8 @@ static enum status start(struct server *server, struct fault *fault)
     if (!status && options->state_dir)
         status = start_worker(server, UINT32_MAX, true, &server->disk, &server->on_disk, fault);
     if (!status && options->converter.convert)
-        status = start_worker(server, CONVERSIONS_MAX, false, &server->worker, &server->on_worker,
-                              fault);
+        status = start_worker(server, SERVER_CONVERSIONS_MAX, false, &server->worker,
+                              &server->on_worker, fault);
     return status;
 }
 
@@ -445,6 +458,7 @@ static void release(struct server *server)
     tenants_free(server->tenants);
     msgpack_sbuffer_destroy(&server->scratch);
     free(server->usage);
+    free(server->broken);
     free(server->connections);
     free(server->requests);
     free(server->tokens);

@@ -42,6 +42,7 @@ struct server_limits {
     uint32_t idle_timeout_ms;  // [600 000] without a message and without an unfinished request
     uint32_t frame_timeout_ms; // [30 000] from the first to the last byte of a message
     uint32_t slow_reader_timeout_ms; // [30 000] of being slow
+    uint32_t upload_timeout_ms;      // [60 000] between two chunks of an upload
     uint32_t shutdown_timeout_ms;    // [30 000] for running requests after SIGTERM
 };
 
@@ -68,6 +69,12 @@ struct server_converter {
                            struct fault *fault);
 };
 
+// An adapter whose store file could not be registered: its owner is told why.
+struct server_broken {
+    char name[ENGINE_ADAPTER_NAME], tenant[ENGINE_ADAPTER_NAME]; // tenant "": the operator's
+    char why[160];                                               // a sentence
+};
+
 struct server_options {
     // "127.0.0.1:7077", "[::1]:7077", ":7077" (all interfaces), "host:0" (any port), "unix:/path".
     const char *listen[SERVER_LISTEN_MAX];
@@ -75,8 +82,10 @@ struct server_options {
     struct engine_limits engine;
     struct server_tokenizer tokenizer;
     struct server_converter converter;                 // convert NULL: no adapter can be added
-    const char *adapter_dirs[SERVER_ADAPTER_DIRS_MAX]; // roots of what adapters.add may read
-    const char *state_dir;     // its adapters/ gets converted adapters; needed with convert
+    const char *adapter_dirs[SERVER_ADAPTER_DIRS_MAX]; // roots of what adapters.register may read
+    const char *state_dir; // its adapters/ gets converted adapters; needed with convert
+    const struct server_broken *broken; // [broken_count], by name; copied
+    size_t broken_count;
     uint64_t upload_bytes_max; // of all adapters being uploaded together; 0: not offered
     const char *tenants_path;  // tenants.yaml, read again at SIGHUP
     bool open_access;          // instead of tenants_path: no keys; refused unless loopback or Unix
