@@ -5,7 +5,8 @@
 // Store file (docs/formats.md): header page(s) with the slice table (JSON-free, fixed binary form,
 // digest), then the adapter's pages: A as `rank` rows of d_in, B transposed as `rank` rows of
 // d_out, compute dtype, slices (layer, module[, expert]) packed one after another, rows padded to
-// 64 bytes, no row straddling a page. alpha/rank is kept as a scale, not multiplied in.
+// 64 bytes, no row straddling a page (kernels/lora.h says what differs for embed_tokens and
+// lm_head). alpha/rank is kept as a scale, not multiplied in.
 //
 // adapter_convert, adapter_verify: any thread. Everything else: engine thread, nothing allocates in
 // the step loop (adapter_register may allocate).
@@ -25,23 +26,28 @@
 #include "kernels/tile.h"
 #include "unified_pool/pool.h"
 
-enum { ADAPTER_NAME_MAX = 64, ADAPTER_LAYOUT_BYTES = 48 };
+enum { ADAPTER_NAME_MAX = 64, ADAPTER_LAYOUT_BYTES = 64 };
 
 // What an adapter may be applied to: shapes of the base model, without runtime's types.
 struct adapter_base {
     uint32_t layers, hidden, heads, kv_heads, head_dim;
     uint32_t intermediate;              // dense MLP
     uint32_t experts, moe_intermediate; // 0: dense
+    uint32_t vocab;                     // 0: nothing is known of embed_tokens and lm_head
+    bool tied;                          // lm_head is embed_tokens
     const uint8_t *is_moe;              // [layers]
     enum dtype dtype;
     struct digest digest;
+    // safetensors_digest of its tensors "model.embed_tokens.weight" and "lm_head.weight"; zero: not
+    // known, or there is none.
+    struct digest embedding_weights, head_weights;
 };
 
 struct adapter_report {
     uint32_t matrices_applied, matrices_possible; // "applied to N of M matrices"
     uint32_t rank_min, rank_max;
     uint64_t bytes; // in the store, pages rounded
-    // "attention, dense, fused, transposed, by version": what the file holds, and in which order
+    // "attention, dense, fused, head, transposed, by version": what the file holds, in which order
     char layout[ADAPTER_LAYOUT_BYTES];
     char ignored[512];    // adapter_config fields that were ignored, comma separated
     struct digest digest; // content

@@ -3,10 +3,10 @@
 //
 // Reads adapter_config.json and adapter_model.safetensors through confined readers (nothing outside
 // the directory is opened), asks peft__plan what goes where, and writes rows in the order of the
-// store: first what every row of a step needs by (layer, module), then what experts need by (layer,
-// expert, module), A before B. The tensors of one layer are held in memory at a time, already in
-// the compute dtype; a value that is not finite is refused while it is read. Their bytes are read
-// once: source.c hashes them as they come.
+// store: first what every row of a step needs by (layer, module), embed_tokens and lm_head last,
+// then what experts need by (layer, expert, module), A before B. The tensors of one layer are held
+// in memory at a time, already in the compute dtype; a value that is not finite is refused while it
+// is read. Its bytes are read once: source.c hashes them as they come.
 //
 // Does not decide what is accepted (peft_*.c) nor how it is stored (store.c).
 #include <stdlib.h>
@@ -95,9 +95,10 @@ static void loaded_free(struct conversion *conversion)
     free(conversion->loaded);
 }
 
+// Row r, element i of a slice (of its first block) is element first + r * row_step + i * step.
 struct gather {
-    const struct peft_source *source;
     const void *data;
+    size_t first, row_step, step;
     enum dtype dtype;
 };
 
@@ -128,56 +129,73 @@ static void transpose_eight(const uint16_t *from, size_t from_step, uint8_t *out
 static void gather_band(const struct gather *gather, size_t at, uint32_t rows, uint32_t dim,
                         uint8_t *out, size_t row_bytes)
 {
-    const struct peft_source *source = gather->source;
     uint32_t i = 0;
     if (gather->dtype == DTYPE_BF16) {
         const uint16_t *from = (const uint16_t *)gather->data + at;
-        if (rows == 8 && source->rank_step == 1)
+        if (rows == 8 && gather->row_step == 1)
             for (; i + 8 <= dim; i += 8)
-                transpose_eight(from + i * source->dim_step, source->dim_step,
-                                out + i * sizeof *from, row_bytes);
+                transpose_eight(from + i * gather->step, gather->step, out + i * sizeof *from,
+                                row_bytes);
         for (; i < dim; i++)
             for (uint32_t j = 0; j < rows; j++)
                 memcpy(out + j * row_bytes + i * sizeof *from,
-                       &from[i * source->dim_step + j * source->rank_step], sizeof *from);
+                       &from[i * gather->step + j * gather->row_step], sizeof *from);
     } else {
         const float *from = (const float *)gather->data + at;
         for (; i < dim; i++)
             for (uint32_t j = 0; j < rows; j++)
                 memcpy(out + j * row_bytes + i * sizeof *from,
-                       &from[i * source->dim_step + j * source->rank_step], sizeof *from);
+                       &from[i * gather->step + j * gather->row_step], sizeof *from);
     }
 }
 
-static void gather_rows(const void *context, uint32_t first, uint32_t rows, uint32_t dim,
-                        uint8_t *out, uint32_t row_bytes)
+// `rows` rows of `count` elements, all of one block.
+static void gather_run(const struct gather *gather, size_t at, uint32_t rows, uint32_t count,
+                       uint8_t *out, size_t row_bytes)
 {
     enum { BAND = 8 };
-    const struct gather *gather = context;
-    const struct peft_source *source = gather->source;
     size_t element = dtype_bytes(gather->dtype), done;
     for (uint32_t row = 0; row < rows; row += (uint32_t)done, out += done * row_bytes) {
-        size_t at = source->first + (first + row) * source->rank_step;
-        if (source->dim_step == 1) {
-            memcpy(out, (const uint8_t *)gather->data + at * element, dim * element);
+        if (gather->step == 1) {
+            memcpy(out, (const uint8_t *)gather->data + at * element, count * element);
             done = 1;
         } else {
             done = min_size(rows - row, BAND);
-            gather_band(gather, at, (uint32_t)done, dim, out, row_bytes);
+            gather_band(gather, at, (uint32_t)done, count, out, row_bytes);
         }
+        at += done * gather->row_step;
     }
 }
 
-static enum status side_put(struct conversion *conversion, const struct peft_pair *pair,
-                            const struct peft_source *source, uint32_t dim, struct lora_slice *out,
+static void gather_rows(const void *context, const struct adapter_side *side, uint32_t first,
+                        uint32_t rows, uint8_t *out)
+{
+    const struct gather *gather = context;
+    for (uint32_t row = first, n; row < first + rows; row += n) {
+        uint32_t left = first + rows - row, j = side->by_token ? row : row % side->rank;
+        size_t skipped = side->by_token ? 0 : (size_t)(row / side->rank) * side->columns;
+        n = side->by_token || left < side->rank - j ? left : side->rank - j;
+        size_t at = gather->first + j * gather->row_step + skipped * gather->step;
+        gather_run(gather, at, n, adapter__side_elements(side, row), out, side->row_bytes);
+        out += (size_t)n * side->row_bytes;
+    }
+}
+
+static enum status side_put(struct conversion *conversion, enum lora_module module, bool is_b,
+                            const struct peft_pair *pair, struct lora_slice *out,
                             struct fault *fault)
 {
-    struct gather gather = {.source = source, .dtype = conversion->base->dtype};
+    const struct peft_source *source = is_b ? &pair->b : &pair->a;
+    struct adapter_side side =
+        adapter__side(conversion->base, module, is_b, pair->rank, is_b ? pair->d_out : pair->d_in);
+    struct gather gather = {.first = source->first,
+                            .row_step = side.by_token ? source->dim_step : source->rank_step,
+                            .step = side.by_token ? source->rank_step : source->dim_step,
+                            .dtype = conversion->base->dtype};
     enum status status = tensor_load(conversion, source->tensor, &gather.data, fault);
     if (status)
         return status;
-    return adapter__store_put(conversion->writer, pair->rank, dim, gather_rows, &gather, out,
-                              fault);
+    return adapter__store_put(conversion->writer, &side, gather_rows, &gather, out, fault);
 }
 
 // Writes one matrix; *a_before is the A slice of the matrix before it.
@@ -191,11 +209,11 @@ static enum status pair_put(struct conversion *conversion, uint32_t layer, enum 
     struct adapter_record record = {.layer = layer, .module = module, .expert = expert};
     enum status status = STATUS_OK;
     if (!pair->shares_a)
-        status = side_put(conversion, pair, &pair->a, pair->d_in, a_before, fault);
+        status = side_put(conversion, module, false, pair, a_before, fault);
     record.pair.a = *a_before;
     record.pair.scale = pair->scale;
     if (!status)
-        status = side_put(conversion, pair, &pair->b, pair->d_out, &record.pair.b, fault);
+        status = side_put(conversion, module, true, pair, &record.pair.b, fault);
     if (!status)
         status = adapter__store_record(conversion->writer, &record, fault);
     if (pair->rank < report->rank_min)
@@ -241,6 +259,18 @@ static enum status config_load(const char *directory, struct peft_config *out, s
     return status;
 }
 
+// embed_tokens and lm_head.
+static enum status model_put(struct conversion *conversion, struct fault *fault)
+{
+    struct lora_slice a;
+    enum status status = STATUS_OK;
+    for (int m = LORA_EMBED; m <= LORA_HEAD && !status; m++) {
+        status = pair_put(conversion, conversion->base->layers, (enum lora_module)m, 0, &a, fault);
+        conversion->loaded_count = 0;
+    }
+    return status;
+}
+
 static enum status store_write(struct conversion *conversion, size_t page_bytes,
                                const char *store_path, struct fault *fault)
 {
@@ -253,6 +283,8 @@ static enum status store_write(struct conversion *conversion, size_t page_bytes,
     report->rank_min = ADAPTER_RANK_MAX;
     for (uint32_t layer = 0; layer < conversion->base->layers && !status; layer++)
         status = trunk_put(conversion, layer, fault);
+    if (!status)
+        status = model_put(conversion, fault);
     for (uint32_t layer = 0; layer < conversion->base->layers && !status; layer++)
         status = experts_put(conversion, layer, fault);
     if (!status)

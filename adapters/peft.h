@@ -41,7 +41,9 @@ struct peft_names {
 
 struct peft_rule { // one entry of rank_pattern or alpha_pattern
     struct peft_pattern *pattern;
+    char *key;
     double value;
+    bool used; // it has decided for some matrix
 };
 
 struct peft_config {
@@ -57,6 +59,7 @@ struct peft_config {
     uint32_t layer_patterns_count;
     struct peft_rule *ranks, *alphas;
     uint32_t ranks_count, alphas_count;
+    bool ties; // ensure_weight_tying: the LoRA of tied embeddings is lm_head's too
     bool has_version;
     uint32_t version[3]; // peft_version, written by PEFT >= 0.18
     char ignored[512];   // names, comma separated
@@ -73,6 +76,8 @@ bool peft__config_targets_parameter(const struct peft_config *config, const char
 uint32_t peft__config_rank(const struct peft_config *config, const char *name);
 // lora_alpha / rank, or / sqrt(rank).
 float peft__config_scale(const struct peft_config *config, const char *name, uint32_t rank);
+// Lists the patterns that decided for nothing, after all ranks and scales were asked for.
+void peft__config_ignore_rules(struct peft_config *config);
 // Was the file written by a PEFT that reads a 3-D parameter as (experts, out, in)? (>= 0.19.1)
 bool peft__config_is_linear_order(const struct peft_config *config);
 
@@ -83,13 +88,14 @@ enum peft_form {
     PEFT_FUSED_OUTER, // mlp.experts.lora_*: the parameter that was wrapped last
     PEFT_FUSED_INNER, // mlp.experts.base_layer.lora_*: the parameter that was wrapped first
     PEFT_STACKED,     // mlp.experts.{gate_proj,up_proj,down_proj}.lora_*: 3-D over the experts
-    PEFT_STACKED_GATE_UP
+    PEFT_STACKED_GATE_UP,
+    PEFT_BASE_WEIGHTS // embed_tokens or lm_head as the base model has it
 };
 
 struct peft_key {
     enum peft_form form;
-    uint32_t layer, expert;
-    enum lora_module module; // PEFT_PLAIN, PEFT_STACKED
+    uint32_t layer, expert;  // layer: not of LORA_EMBED and LORA_HEAD
+    enum lora_module module; // PEFT_PLAIN, PEFT_STACKED, PEFT_BASE_WEIGHTS
     bool is_expert;          // PEFT_PLAIN: mlp.experts.E.
     bool is_b;
 };
@@ -98,7 +104,7 @@ struct peft_key {
 MUST_USE enum status peft__key_parse(const char *name, struct peft_key *out, struct fault *fault);
 
 enum { PEFT_NAME_MAX = 128 };
-// "model.layers.3.mlp.experts.7.gate_proj"; expert < 0: no expert part.
+// "model.layers.3.mlp.experts.7.gate_proj", "lm_head"; expert < 0: no expert part.
 void peft__module_name(uint32_t layer, enum lora_module module, int64_t expert,
                        char out[PEFT_NAME_MAX]);
 // "model.layers.3.mlp.experts.gate_up_proj" or "...down_proj"
@@ -124,7 +130,7 @@ struct peft_pair {
 
 struct peft_plan {
     uint32_t experts;        // slots per module: base->experts, at least 1
-    struct peft_pair *pairs; // [layers][LORA_MODULES][experts]
+    struct peft_pair *pairs; // [lora_pair_rows(layers)][experts]
     uint32_t applied;
     char layout[ADAPTER_LAYOUT_BYTES];
 };
@@ -137,7 +143,7 @@ void peft__plan_clear(struct peft_plan *plan); // also after a failed peft__plan
 static inline struct peft_pair *peft__pair_at(const struct peft_plan *plan, uint32_t layer,
                                               enum lora_module module, uint32_t expert)
 {
-    return &plan->pairs[((size_t)layer * LORA_MODULES + module) * plan->experts + expert];
+    return &plan->pairs[lora_pair_row(layer, module) * plan->experts + expert];
 }
 
 // ---- inside the plan ----
@@ -149,7 +155,7 @@ void peft__stack_name(uint32_t layer, uint32_t stack, char out[PEFT_NAME_MAX]);
 
 // Tensors [A, B] as the file has them, before they are understood.
 struct peft_tensors {
-    const struct tensor *(*plain)[2];   // [layers][LORA_MODULES][experts]
+    const struct tensor *(*plain)[2];   // [lora_pair_rows(layers)][experts]
     const struct tensor *(*fused)[2];   // [layers][inner, outer]
     const struct tensor *(*stacked)[2]; // [layers][PEFT_STACKS]
 };
@@ -160,6 +166,7 @@ struct peft_reading {
     struct peft_tensors tensors;
     struct peft_plan *plan;
     bool has_attention, has_dense, has_single, has_fused, has_stacked; // for the layout text
+    bool has_embed, has_head;
     bool is_transposed, is_by_version;
 };
 

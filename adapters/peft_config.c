@@ -6,10 +6,11 @@
 // adapter is refused with the reason. `ignored` fields do not matter for inference, and are listed
 // in the report when set. A field that is not in the table comes from a newer PEFT: it is listed as
 // ignored, except "use_..." set to true, which in PEFT has always changed the maths, and is
-// refused. Three depend on the rest: `bias` matters only when the file has bias tensors, which
+// refused. Four depend on the rest: `bias` matters only when the file has bias tensors, which
 // peft_keys.c refuses; `fan_in_fan_out` PEFT sets to false at an nn.Linear, and this base has no
 // others, but it refuses it for a parameter; `layers_pattern` is nothing without
-// layers_to_transform.
+// layers_to_transform; `ensure_weight_tying` is nothing unless the base's lm_head is its embeddings
+// (peft_weights.c).
 //
 // Matching of names is PEFT's, to the letter:
 //   target_modules list    the name, or its end after a "."; layers_to_transform applies to the
@@ -58,10 +59,7 @@ static const struct {
     {"bias", FIELD_READ, NULL},
     {"init_lora_weights", FIELD_READ, NULL},
     {"peft_version", FIELD_READ, NULL},
-    // a name proves nothing: shapes and digest decide
-    {"base_model_name_or_path", FIELD_READ, NULL},
-    {"revision", FIELD_READ, NULL},
-    {"inference_mode", FIELD_READ, NULL},
+    {"ensure_weight_tying", FIELD_READ, NULL},
     {"use_dora", FIELD_REFUSED, "DoRA is not supported"},
     {"modules_to_save", FIELD_REFUSED, "whole modules in an adapter are not supported"},
     {"lora_bias", FIELD_REFUSED, "biases are not supported"},
@@ -73,6 +71,10 @@ static const struct {
     {"arrow_config", FIELD_REFUSED, "Arrow routing is not supported"},
     {"kasa_config", FIELD_REFUSED, "KaSA is not supported"},
     {"monteclora_config", FIELD_REFUSED, "MonteCLoRA is not supported"},
+    // a name proves nothing: shapes and digest decide
+    {"base_model_name_or_path", FIELD_IGNORED, NULL},
+    {"revision", FIELD_IGNORED, NULL},
+    {"inference_mode", FIELD_IGNORED, NULL},
     {"fan_in_fan_out", FIELD_IGNORED, NULL},
     {"lora_dropout", FIELD_IGNORED, NULL},
     {"task_type", FIELD_IGNORED, NULL},
@@ -86,8 +88,6 @@ static const struct {
     {"velora_config", FIELD_IGNORED, NULL}, // the backward pass only
     {"runtime_config", FIELD_IGNORED, NULL},
     {"qalora_group_size", FIELD_IGNORED, NULL},
-    // matters for embeddings, whose tensors are refused
-    {"ensure_weight_tying", FIELD_IGNORED, NULL},
 };
 
 // Ways to initialise that leave the base model as it is; the others subtract from it (or we do not
@@ -258,10 +258,12 @@ static void names_report(const struct peft_names *names, const char *field,
                          struct peft_config *config)
 {
     bool are_parameters = names == &config->parameters;
+    int first = are_parameters ? LORA_DOWN : LORA_Q;
+    int end = are_parameters ? LORA_MODULES : LORA_MODULES_ALL;
     for (uint32_t i = 0; i < names->count; i++) {
         const char *dot = strrchr(names->names[i], '.'), *word = dot ? dot + 1 : names->names[i];
         bool known = strcmp(word, "gate_up_proj") == 0;
-        for (int m = are_parameters ? LORA_DOWN : LORA_Q; m < LORA_MODULES && !known; m++)
+        for (int m = first; m < end && !known; m++)
             known = strcmp(word, peft__module_word((enum lora_module)m)) == 0;
         if (!known)
             peft__config_ignore(config, field, names->names[i]);
@@ -408,10 +410,13 @@ static enum status rules_parse(const struct json *root, const char *key, bool is
                              is_rank ? "a rank of 1 to 512" : "a number");
         if (is_rank)
             rule->value = rank;
+        rule->key = strdup(pair.key);
+        if (!rule->key)
+            return fault_set(fault, STATUS_NO_MEMORY, "out of memory for %s.", key);
+        (*count)++; // from here on rules_clear knows of it
         status = peft__pattern_create(pair.key, PEFT_MATCH_SUFFIX, key, &rule->pattern, fault);
         if (status)
             return json_fault_within(fault, LABEL, status);
-        (*count)++;
     }
     return STATUS_OK;
 }
@@ -437,6 +442,8 @@ static enum status numbers_parse(const struct json *root, struct peft_config *co
         status = json_get_double(root, "lora_alpha", &config->alpha, fault);
     if (!status)
         status = json_get_bool_or(root, "use_rslora", false, &config->use_rslora, fault);
+    if (!status)
+        status = json_get_bool_or(root, "ensure_weight_tying", false, &config->ties, fault);
     if (status)
         return json_fault_within(fault, LABEL, status);
     if (!alpha_is_good(config->alpha))
@@ -478,8 +485,10 @@ enum status peft__config_parse(const char *text, size_t bytes, struct peft_confi
 
 static void rules_clear(struct peft_rule *rules, uint32_t count)
 {
-    for (uint32_t i = 0; i < count; i++)
+    for (uint32_t i = 0; i < count; i++) {
         peft__pattern_destroy(rules[i].pattern);
+        free(rules[i].key);
+    }
     free(rules);
 }
 
@@ -544,8 +553,8 @@ bool peft__config_targets(const struct peft_config *config, const char *name)
     switch (config->targets_form) {
     case PEFT_TARGETS_NONE:
         return false;
-    case PEFT_TARGETS_ALL:
-        return true;
+    case PEFT_TARGETS_ALL: // PEFT leaves out the output layer, and embeddings are not linear
+        return strncmp(name, "model.layers.", strlen("model.layers.")) == 0;
     case PEFT_TARGETS_REGEX:
         return peft__pattern_matches(config->targets_pattern, name, NULL);
     case PEFT_TARGETS_NAMES:
@@ -560,13 +569,25 @@ bool peft__config_targets_parameter(const struct peft_config *config, const char
     return names_have(&config->parameters, name) || names_have_end(&config->parameters, name);
 }
 
-static double rule_value(const struct peft_rule *rules, uint32_t count, const char *name,
+static double rule_value(struct peft_rule *rules, uint32_t count, const char *name,
                          double otherwise)
 {
     for (uint32_t i = 0; i < count; i++)
-        if (peft__pattern_matches(rules[i].pattern, name, NULL))
+        if (peft__pattern_matches(rules[i].pattern, name, NULL)) {
+            rules[i].used = true;
             return rules[i].value;
+        }
     return otherwise;
+}
+
+void peft__config_ignore_rules(struct peft_config *config)
+{
+    for (uint32_t i = 0; i < config->ranks_count; i++)
+        if (!config->ranks[i].used)
+            peft__config_ignore(config, "rank_pattern:", config->ranks[i].key);
+    for (uint32_t i = 0; i < config->alphas_count; i++)
+        if (!config->alphas[i].used)
+            peft__config_ignore(config, "alpha_pattern:", config->alphas[i].key);
 }
 
 uint32_t peft__config_rank(const struct peft_config *config, const char *name)

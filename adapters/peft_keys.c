@@ -9,6 +9,10 @@
 //   base_model.model.model.layers.N.mlp.experts[.base_layer].lora_{A,B}.weight
 //     target_parameters
 //   base_model.model.model.layers.N.mlp.experts.{gate,up,down,gate_up}_proj.lora_{A,B}.weight   3-D
+//   base_model.model.model.embed_tokens.lora_embedding_{A,B}
+//   base_model.model.lm_head.lora_{A,B}.weight
+//   base_model.model.{model.embed_tokens,lm_head}[.base_layer].weight
+//     the base model's own, which PEFT saves beside their LoRA unless it is told not to
 //
 // Numbers have no leading zeros, so that no two names mean the same matrix. Whether a tensor fits
 // the base is peft_weights.c's question.
@@ -18,8 +22,9 @@
 #include "adapters/peft.h"
 #include "base/check.h"
 
-static const char *const words[LORA_MODULES] = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
-                                                "gate_proj", "up_proj", "down_proj"};
+static const char *const words[LORA_MODULES_ALL] = {"q_proj",    "k_proj",       "v_proj",
+                                                    "o_proj",    "gate_proj",    "up_proj",
+                                                    "down_proj", "embed_tokens", "lm_head"};
 
 // Parts of names that are known and refused, with the reason and what to do; the first that is
 // found counts.
@@ -30,16 +35,6 @@ static const struct {
     {"trainable_tokens", "trained tokens are not supported; train without trainable_token_indices"},
     {"modules_to_save", "whole modules are not supported; train without modules_to_save"},
     {"original_module", "whole modules are not supported; train without modules_to_save"},
-    {".embed_tokens.weight",
-     "PEFT saved the whole embeddings; if they were not trained, save again with "
-     "save_embedding_layers=False, else put them into the base model"},
-    {".lm_head.weight", "PEFT saved the whole lm_head; if it was not trained, save again with "
-                        "save_embedding_layers=False, else put it into the base model"},
-    {"embed_tokens",
-     "LoRA on embeddings is not supported; train without embed_tokens in target_modules"},
-    {"lora_embedding_",
-     "LoRA on embeddings is not supported; train without embed_tokens in target_modules"},
-    {"lm_head", "LoRA on lm_head is not supported; train without lm_head in target_modules"},
     {".bias", "biases are not supported; train with bias=\"none\" and lora_bias=False"},
     {".mlp.gate.",
      "LoRA on the router is not supported; train without mlp.gate in target_modules and "
@@ -62,6 +57,11 @@ void peft__module_name(uint32_t layer, enum lora_module module, int64_t expert,
                        char out[PEFT_NAME_MAX])
 {
     char part[32] = "";
+    if (module >= LORA_MODULES) {
+        (void)snprintf(out, PEFT_NAME_MAX, "%s%s", module == LORA_EMBED ? "model." : "",
+                       words[module]);
+        return;
+    }
     if (expert >= 0)
         (void)snprintf(part, sizeof part, "experts.%u.", (unsigned)expert);
     (void)snprintf(out, PEFT_NAME_MAX, "model.layers.%u.%s.%s%s", layer,
@@ -131,9 +131,31 @@ static bool experts_parse(const char **at, struct peft_key *out)
            module_word(at, LORA_GATE, LORA_DOWN, &out->module);
 }
 
+// What follows "embed_tokens" or "lm_head". lora_embedding_ is a parameter of its own, without
+// ".weight".
+static bool model_module_parse(const char *at, struct peft_key *out)
+{
+    bool is_whole = strcmp(at, ".weight") == 0 || strcmp(at, ".base_layer.weight") == 0;
+    out->form = is_whole ? PEFT_BASE_WEIGHTS : PEFT_PLAIN;
+    if (is_whole)
+        return true;
+    const char *a = ".lora_embedding_A", *b = ".lora_embedding_B";
+    if (out->module == LORA_HEAD) {
+        a = ".lora_A.weight";
+        b = ".lora_B.weight";
+    }
+    out->is_b = strcmp(at, b) == 0;
+    return out->is_b || strcmp(at, a) == 0;
+}
+
 static bool grammar(const char *name, struct peft_key *out)
 {
     const char *at = name;
+    bool is_embed = skip(&at, "base_model.model.model.embed_tokens");
+    if (is_embed || skip(&at, "base_model.model.lm_head")) {
+        out->module = is_embed ? LORA_EMBED : LORA_HEAD;
+        return model_module_parse(at, out);
+    }
     if (!skip(&at, "base_model.model.model.layers.") || !number(&at, &out->layer))
         return false;
     if (skip(&at, ".self_attn.")) {

@@ -12,7 +12,7 @@
 // and shapes are compared with the base matrix by matrix: an adapter for another base stops there.
 //
 // Steps: collect (tensor by key) -> plain matrices -> fused and stacked experts (peft_experts.c) ->
-// missing.
+// missing. embed_tokens and lm_head are plain matrices of layer base->layers.
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,7 +26,7 @@
 static size_t plain_index(const struct peft_reading *reading, uint32_t layer,
                           enum lora_module module, uint32_t expert)
 {
-    return ((size_t)layer * LORA_MODULES + module) * reading->plan->experts + expert;
+    return lora_pair_row(layer, module) * reading->plan->experts + expert;
 }
 
 static enum status tensors_allocate(struct peft_reading *reading, struct fault *fault)
@@ -34,7 +34,7 @@ static enum status tensors_allocate(struct peft_reading *reading, struct fault *
     size_t layers = reading->base->layers;
     struct peft_tensors *tensors = &reading->tensors;
     struct peft_plan *plan = reading->plan;
-    size_t matrices = layers * LORA_MODULES * plan->experts;
+    size_t matrices = lora_pair_rows((uint32_t)layers) * plan->experts;
     plan->pairs = calloc(matrices, sizeof *plan->pairs);
     tensors->plain = calloc(matrices, sizeof *tensors->plain);
     tensors->fused = calloc(layers * 2, sizeof *tensors->fused);
@@ -48,6 +48,12 @@ static enum status tensors_allocate(struct peft_reading *reading, struct fault *
 static enum status key_check(const struct adapter_base *base, const struct peft_key *key,
                              const char *name, struct fault *fault)
 {
+    if (key->form == PEFT_PLAIN && key->module >= LORA_MODULES)
+        return base->vocab ? STATUS_OK
+                           : fault_set(fault, STATUS_UNSUPPORTED,
+                                       "\"%.150s\": the shape of the base model's vocabulary is "
+                                       "not known here.",
+                                       name);
     if (key->layer >= base->layers)
         return fault_set(
             fault, STATUS_INVALID,
@@ -70,6 +76,40 @@ static enum status key_check(const struct adapter_base *base, const struct peft_
     return STATUS_OK;
 }
 
+static bool is_zero(const struct digest *digest)
+{
+    static const struct digest zero = {.bytes = {0}};
+    return digest_equal(digest, &zero);
+}
+
+// embed_tokens or lm_head beside its LoRA: served when it is what this base has, bit for bit (also
+// bf16 that was widened). Another would change the model for everybody.
+static enum status base_weights_check(const struct peft_reading *reading,
+                                      const struct safetensors *file, const struct tensor *tensor,
+                                      enum lora_module module, struct fault *fault)
+{
+    const struct adapter_base *base = reading->base;
+    bool is_head = module == LORA_HEAD && !base->tied;
+    const struct digest *want = is_head ? &base->head_weights : &base->embedding_weights;
+    const char *name = is_head ? "lm_head.weight" : "model.embed_tokens.weight";
+    struct digest got = {.bytes = {0}};
+    enum status status = STATUS_OK;
+    if (!is_zero(want))
+        status = safetensors_digest(file, tensor, name, tensor->type, NULL, NULL, &got, fault);
+    if (!status && !digest_equal(want, &got) && tensor->type == TENSOR_F32)
+        status = safetensors_digest(file, tensor, name, TENSOR_BF16, NULL, NULL, &got, fault);
+    if (status && status != STATUS_INVALID)
+        return status;
+    if (status || is_zero(want) || !digest_equal(want, &got))
+        return fault_set(fault, STATUS_UNSUPPORTED,
+                         "the tensor \"%.150s\" is a whole matrix that is not known to be the base "
+                         "model's own: if it was not trained, save the adapter again with "
+                         "save_embedding_layers=False, else put it into the base model.",
+                         tensor->name);
+    peft__config_ignore(reading->config, "tensor:", tensor->name + strlen("base_model.model."));
+    return STATUS_OK;
+}
+
 static enum status collect(struct peft_reading *reading, const struct safetensors *file,
                            struct fault *fault)
 {
@@ -80,11 +120,17 @@ static enum status collect(struct peft_reading *reading, const struct safetensor
         const struct tensor *tensor = safetensors_at(file, i);
         struct peft_key key;
         enum status status = peft__key_parse(tensor->name, &key, fault);
-        if (!status)
+        if (!status && key.form == PEFT_BASE_WEIGHTS)
+            status = base_weights_check(reading, file, tensor, key.module, fault);
+        else if (!status)
             status = key_check(reading->base, &key, tensor->name, fault);
         if (status)
             return status;
+        if (key.form == PEFT_BASE_WEIGHTS)
+            continue;
         const struct tensor *(*pair)[2];
+        if (key.form == PEFT_PLAIN && key.module >= LORA_MODULES)
+            key.layer = reading->base->layers;
         uint32_t stack = key.form == PEFT_STACKED_GATE_UP ? 0 : 1 + key.module - LORA_GATE;
         if (key.form == PEFT_PLAIN)
             pair = &tensors->plain[plain_index(reading, key.layer, key.module, key.expert)];
@@ -115,7 +161,24 @@ enum status peft__plan_put(struct peft_reading *reading, uint32_t layer, enum lo
 
 static bool is_moe_mlp(const struct peft_reading *reading, uint32_t layer, enum lora_module module)
 {
-    return module >= LORA_GATE && reading->base->is_moe[layer];
+    return module >= LORA_GATE && module < LORA_MODULES && reading->base->is_moe[layer];
+}
+
+// With ensure_weight_tying on a base whose lm_head is its embeddings PEFT trains one LoRA for both,
+// whichever is named.
+static bool is_tied(const struct peft_reading *reading)
+{
+    return reading->config->ties && reading->base->tied;
+}
+
+static bool is_targeted(const struct peft_reading *reading, enum lora_module module,
+                        const char *name)
+{
+    if (peft__config_targets(reading->config, name))
+        return true;
+    return module >= LORA_MODULES && is_tied(reading) &&
+           peft__config_targets(reading->config,
+                                module == LORA_HEAD ? "model.embed_tokens" : "lm_head");
 }
 
 static enum status plain_shape(const struct tensor *a, const struct tensor *b, uint32_t d_in,
@@ -159,7 +222,7 @@ static enum status plain_pair(struct peft_reading *reading, uint32_t layer, enum
     if (!a || !b)
         return fault_set(fault, STATUS_INVALID, "%s has %s but no %s.", name,
                          a ? "lora_A" : "lora_B", a ? "lora_B" : "lora_A");
-    if (!peft__config_targets(reading->config, name))
+    if (!is_targeted(reading, module, name))
         return fault_set(fault, STATUS_INVALID,
                          "the file has LoRA for %s, which adapter_config.json does not target.",
                          name);
@@ -172,8 +235,10 @@ static enum status plain_pair(struct peft_reading *reading, uint32_t layer, enum
     out.a = (struct peft_source){.tensor = a, .rank_step = out.d_in, .dim_step = 1};
     out.b = (struct peft_source){.tensor = b, .rank_step = 1, .dim_step = out.rank};
     reading->has_attention |= module < LORA_GATE;
-    reading->has_dense |= module >= LORA_GATE && !is_expert;
+    reading->has_dense |= module >= LORA_GATE && module < LORA_MODULES && !is_expert;
     reading->has_single |= is_expert;
+    reading->has_embed |= module == LORA_EMBED;
+    reading->has_head |= module == LORA_HEAD;
     return peft__plan_put(reading, layer, module, expert, &out, fault);
 }
 
@@ -183,29 +248,64 @@ static enum status missing_fault(const char *name, struct fault *fault)
                      "adapter_config.json targets %s, but the file has no LoRA for it.", name);
 }
 
-// Every plain matrix, and what target_modules asks for outside the experts and the file does not
-// have.
+// The plain matrices of one module, and what target_modules asks for outside the experts and the
+// file does not have.
+static enum status module_pairs(struct peft_reading *reading, uint32_t layer,
+                                enum lora_module module, struct fault *fault)
+{
+    uint32_t count = adapter__module_count(reading->base, layer, module);
+    for (uint32_t expert = 0; expert < count; expert++) {
+        bool present;
+        char name[PEFT_NAME_MAX];
+        enum status status = plain_pair(reading, layer, module, expert, &present, fault);
+        if (status)
+            return status;
+        if (present || is_moe_mlp(reading, layer, module))
+            continue;
+        peft__module_name(layer, module, -1, name);
+        if (is_targeted(reading, module, name))
+            return missing_fault(name, fault);
+    }
+    return STATUS_OK;
+}
+
+// lm_head's LoRA where the file has that of the tied embeddings alone: E + s B A (as columns of
+// tokens) is the change of both, so that A and B change roles.
+static enum status tied_pair(struct peft_reading *reading, struct fault *fault)
+{
+    uint32_t layer = reading->base->layers;
+    const struct peft_pair *embed = peft__pair_at(reading->plan, layer, LORA_EMBED, 0);
+    const struct tensor *const *head =
+        reading->tensors.plain[plain_index(reading, layer, LORA_HEAD, 0)];
+    if (head[0] || head[1] || !embed->rank || !is_tied(reading))
+        return module_pairs(reading, layer, LORA_HEAD, fault);
+    struct peft_pair pair = {.a = embed->b,
+                             .b = embed->a,
+                             .rank = embed->rank,
+                             .d_in = embed->d_out,
+                             .d_out = embed->d_in,
+                             .scale = peft__config_scale(reading->config, "lm_head", embed->rank)};
+    reading->has_head = true;
+    return peft__plan_put(reading, layer, LORA_HEAD, 0, &pair, fault);
+}
+
 static enum status plain_pairs(struct peft_reading *reading, struct fault *fault)
 {
-    const struct adapter_base *base = reading->base;
-    for (uint32_t layer = 0; layer < base->layers; layer++)
+    uint32_t layers = reading->base->layers;
+    for (uint32_t layer = 0; layer < layers; layer++)
         for (int m = 0; m < LORA_MODULES; m++) {
-            enum lora_module module = (enum lora_module)m;
-            uint32_t count = adapter__module_count(base, layer, module);
-            for (uint32_t expert = 0; expert < count; expert++) {
-                bool present;
-                char name[PEFT_NAME_MAX];
-                enum status status = plain_pair(reading, layer, module, expert, &present, fault);
-                if (status)
-                    return status;
-                if (present || is_moe_mlp(reading, layer, module))
-                    continue;
-                peft__module_name(layer, module, -1, name);
-                if (peft__config_targets(reading->config, name))
-                    return missing_fault(name, fault);
-            }
+            enum status status = module_pairs(reading, layer, (enum lora_module)m, fault);
+            if (status)
+                return status;
         }
-    return STATUS_OK;
+    if (!reading->base->vocab)
+        return STATUS_OK;
+    enum status status = module_pairs(reading, layers, LORA_EMBED, fault);
+    if (!status)
+        status = tied_pair(reading, fault);
+    if (reading->config->ties && !(is_tied(reading) && reading->has_embed))
+        peft__config_ignore(reading->config, "ensure_weight_tying", "");
+    return status;
 }
 
 // The experts of one module in one layer, after all layouts were read: a matrix that is targeted
@@ -275,6 +375,8 @@ void peft__layout_text(const struct peft_reading *reading, char out[ADAPTER_LAYO
         {layouts == 1 && reading->has_stacked, "stacked"},
         {layouts == 1 && reading->has_fused, "fused"},
         {layouts > 1, "mixed"},
+        {reading->has_embed, "embed"},
+        {reading->has_head, "head"},
         {reading->is_transposed, "transposed"},
         {reading->is_by_version, "by version"},
     };
@@ -302,6 +404,8 @@ enum status peft__plan(const struct safetensors *file, const struct adapter_base
         status = peft__plan_experts(&reading, fault);
     if (!status)
         status = experts_missing(&reading, fault);
+    if (!status)
+        peft__config_ignore_rules(config);
     if (!status)
         peft__layout_text(&reading, out->layout);
     free((void *)reading.tensors.plain);

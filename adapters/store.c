@@ -136,17 +136,22 @@ static void page_close(struct adapter_writer *writer)
     adapter__pages_put(writer->pages);
 }
 
-enum status adapter__store_put(struct adapter_writer *writer, uint32_t rank, uint32_t dim,
+enum status adapter__store_put(struct adapter_writer *writer, const struct adapter_side *side,
                                adapter_row_source source, const void *context,
                                struct lora_slice *out, struct fault *fault)
 {
-    uint32_t row_bytes = adapter__row_bytes(writer->base, dim);
-    size_t bytes = dim * dtype_bytes(writer->base->dtype);
+    uint32_t row_bytes = side->row_bytes;
+    size_t element = dtype_bytes(writer->base->dtype);
     if (row_bytes > writer->page_bytes)
         return fault_set(fault, STATUS_UNSUPPORTED,
                          "a row of %u bytes does not fit a page of %zu: use a larger page size.",
                          row_bytes, writer->page_bytes);
-    for (uint32_t row = 0; row < rank;) {
+    size_t gap = writer->page ? round_up(writer->used, ADAPTER_ROW_ALIGN) - writer->used : 0;
+    if (gap) { // after rows by token
+        memset(writer->page + writer->used, 0, gap);
+        writer->used += gap;
+    }
+    for (uint32_t row = 0; row < side->rows;) {
         enum status status = STATUS_OK;
         if (writer->page && writer->page_bytes - writer->used < row_bytes)
             page_close(writer);
@@ -158,13 +163,15 @@ enum status adapter__store_put(struct adapter_writer *writer, uint32_t rank, uin
             *out = (struct lora_slice){.first_slot = writer->count,
                                        .first_byte = (uint32_t)writer->used,
                                        .row_bytes = row_bytes,
-                                       .rank = rank};
+                                       .rank = side->rank};
         size_t fit = (writer->page_bytes - writer->used) / row_bytes;
-        uint32_t rows = (uint32_t)min_size(fit, rank - row);
+        uint32_t rows = (uint32_t)min_size(fit, side->rows - row);
         uint8_t *at = writer->page + writer->used;
-        source(context, row, rows, dim, at, row_bytes);
-        for (uint32_t i = 0; bytes < row_bytes && i < rows; i++)
+        source(context, side, row, rows, at);
+        for (uint32_t i = 0; i < rows; i++) {
+            size_t bytes = adapter__side_elements(side, row + i) * element;
             memset(at + (size_t)i * row_bytes + bytes, 0, row_bytes - bytes);
+        }
         writer->used += (size_t)rows * row_bytes;
         row += rows;
     }

@@ -19,17 +19,35 @@
 #include "base/status.h"
 #include "kernels/lora.h"
 
-enum { ADAPTER_RANK_MAX = 512, ADAPTER_ROW_ALIGN = 64 };
+// Longer rows of lm_head's B^T are cut (kernels/lora.h): a whole number of tasks of every backend,
+// and not longer than the smallest page.
+enum { ADAPTER_RANK_MAX = 512, ADAPTER_ROW_ALIGN = 64, ADAPTER_CUT_BYTES = 4096 };
+enum { ADAPTER_TOKEN_ALIGN = 16 }; // of rows by token
 
-// Input and output dimensions of a module at a layer of the base; false when the base has none
-// there.
+// Input and output dimensions of a module at a layer of the base (LORA_EMBED, LORA_HEAD: at layer
+// base->layers); false when the base has none there.
 bool adapter__module_dims(const struct adapter_base *base, uint32_t layer, enum lora_module module,
                           uint32_t *d_in, uint32_t *d_out);
 // Matrices of this module at this layer: experts for a MoE layer's MLP, else 1.
 uint32_t adapter__module_count(const struct adapter_base *base, uint32_t layer,
                                enum lora_module module);
 uint32_t adapter__matrices_possible(const struct adapter_base *base);
-uint32_t adapter__row_bytes(const struct adapter_base *base, uint32_t dim);
+
+// How A, or B transposed, of a matrix lies in its slice.
+struct adapter_side {
+    uint32_t rank, dim;       // of the matrix
+    uint32_t rows, row_bytes; // of the slice
+    uint32_t columns;         // of `dim` in a row that is cut, else all
+    bool by_token;            // a row for each of `dim`, rank elements
+};
+// Elements in a row of the slice: fewer in the last block of what is cut.
+static inline uint32_t adapter__side_elements(const struct adapter_side *side, uint32_t row)
+{
+    uint32_t before = row / side->rank * side->columns, left = side->dim - before;
+    return side->by_token ? side->rank : left < side->columns ? left : side->columns;
+}
+struct adapter_side adapter__side(const struct adapter_base *base, enum lora_module module,
+                                  bool is_b, uint32_t rank, uint32_t dim);
 
 // What a store file says, decoded and checked.
 struct adapter_store {
@@ -38,7 +56,7 @@ struct adapter_store {
     uint64_t header_bytes; // pages begin here
     uint32_t pages;
     uint32_t experts;        // slices per module in `pairs`: the base's experts, or 1
-    struct lora_pair *pairs; // [layers][LORA_MODULES][experts]; the holder frees
+    struct lora_pair *pairs; // [lora_pair_rows(layers)][experts]; the holder frees
     uint32_t modules;        // bit set of enum lora_module
     // Pages [0, trunk_pages) hold what every row needs; parts, NULL without expert LoRA, says which
     // of the others each (layer, expert) needs, at most part_pages_max.
@@ -90,14 +108,15 @@ struct adapter_writer;
 MUST_USE enum status adapter__store_create(const char *path, const struct adapter_base *base,
                                            size_t page_bytes, uint32_t records,
                                            struct adapter_writer **out, struct fault *fault);
-// Gives `rows` rows of a slice, from row `first`: each `dim` elements of the compute dtype, the
-// first at `out`, the next row_bytes behind it.
-typedef void (*adapter_row_source)(const void *context, uint32_t first, uint32_t rows, uint32_t dim,
-                                   uint8_t *out, uint32_t row_bytes);
-// Places `rank` rows of `dim` elements and says where they went.
-MUST_USE enum status adapter__store_put(struct adapter_writer *writer, uint32_t rank, uint32_t dim,
-                                        adapter_row_source source, const void *context,
-                                        struct lora_slice *out, struct fault *fault);
+// Gives `rows` rows of a slice, from row `first`: elements of the compute dtype, the first row at
+// `out`, the next row_bytes of the side behind it.
+typedef void (*adapter_row_source)(const void *context, const struct adapter_side *side,
+                                   uint32_t first, uint32_t rows, uint8_t *out);
+// Places the rows of a side and says where they went.
+MUST_USE enum status adapter__store_put(struct adapter_writer *writer,
+                                        const struct adapter_side *side, adapter_row_source source,
+                                        const void *context, struct lora_slice *out,
+                                        struct fault *fault);
 MUST_USE enum status adapter__store_record(struct adapter_writer *writer,
                                            const struct adapter_record *record,
                                            struct fault *fault);

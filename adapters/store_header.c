@@ -4,12 +4,13 @@
 //
 //   0    "polderLA", u32 version, u32 dtype, u64 header_bytes, u64 page_bytes, u32 pages, records
 //   40   base digest
-//   72   u32 layers, hidden, heads, kv_heads, head_dim, intermediate, experts, moe_intermediate
-//   104  u32 matrices_applied, matrices_possible, rank_min, rank_max; u64 bytes
-//   128  layout[48], ignored[512]
-//   688  content digest, pages digest, seal (BLAKE2b of the whole header with the seal zero)
-//   784  u32 version of the name, 0 as good as 1; 800 digest of what it was made from
-//   832  records of 48 bytes: u32 layer, module, expert, scale (float bits), slice A, slice B;
+//   72   u32 layers, hidden, heads, kv_heads, head_dim, intermediate, experts, moe_intermediate,
+//        vocab
+//   108  u32 matrices_applied, matrices_possible, rank_min, rank_max; 128 u64 bytes
+//   136  layout[64], ignored[512]
+//   712  content digest, pages digest, seal (BLAKE2b of the whole header with the seal zero)
+//   808  u32 version of the name, 0 as good as 1; 816 digest of what it was made from
+//   848  records of 48 bytes: u32 layer, module, expert, scale (float bits), slice A, slice B;
 //        a slice is u32 first_slot, first_byte, row_bytes, rank
 //   ...  zeros up to header_bytes, a multiple of page_bytes; then `pages` pages; nothing after them
 //
@@ -17,6 +18,7 @@
 // (layer, module), then the experts' by (layer, expert, module). So the pages that every row of a
 // step needs come first and what a (layer, expert) needs stands together behind them. Slices stand
 // in the order of their records; a page may hold the end of one part and the beginning of the next.
+// embed_tokens and lm_head are the trunk's last, as a layer of their own.
 //
 // Invariants of a store that adapter__store_open accepted: 1. the base digest and shapes are those
 // of the given base. 2. every slice lies inside the pages, its rows have the length the base's
@@ -33,7 +35,7 @@
 #include "base/check.h"
 
 enum {
-    STORE_VERSION = 3,
+    STORE_VERSION = 4,
     AT_DTYPE = 12,
     AT_HEADER_BYTES = 16,
     AT_PAGE_BYTES = 24,
@@ -41,18 +43,18 @@ enum {
     AT_RECORDS = 36,
     AT_BASE = 40,
     AT_SHAPE = 72,
-    AT_COUNTS = 104,
-    AT_BYTES = 120,
-    AT_LAYOUT = 128,
-    AT_IGNORED = 176,
-    AT_CONTENT = 688,
-    AT_PAGES_DIGEST = 720,
-    AT_SEAL = 752,
-    AT_VERSION = 784,
-    AT_SOURCE = 800,
-    FIXED_BYTES = 832,
+    AT_COUNTS = 108,
+    AT_BYTES = 128,
+    AT_LAYOUT = 136,
+    AT_IGNORED = 200,
+    AT_CONTENT = 712,
+    AT_PAGES_DIGEST = 744,
+    AT_SEAL = 776,
+    AT_VERSION = 808,
+    AT_SOURCE = 816,
+    FIXED_BYTES = 848,
     RECORD_BYTES = 48,
-    SHAPE_FIELDS = 8,
+    SHAPE_FIELDS = 9,
     PAGE_BYTES_MIN = 4096,
     PAGE_BYTES_MAX = 2 << 20
 };
@@ -88,22 +90,34 @@ bool adapter__module_dims(const struct adapter_base *base, uint32_t layer, enum 
                           uint32_t *d_in, uint32_t *d_out)
 {
     uint32_t q = base->heads * base->head_dim, kv = base->kv_heads * base->head_dim;
-    uint32_t inner = base->is_moe[layer] ? base->moe_intermediate : base->intermediate;
-    const uint32_t dims[LORA_MODULES][2] = {
-        [LORA_Q] = {base->hidden, q},        [LORA_K] = {base->hidden, kv},
-        [LORA_V] = {base->hidden, kv},       [LORA_O] = {q, base->hidden},
-        [LORA_GATE] = {base->hidden, inner}, [LORA_UP] = {base->hidden, inner},
+    bool is_moe = layer < base->layers && base->is_moe[layer];
+    uint32_t inner = is_moe ? base->moe_intermediate : base->intermediate;
+    const uint32_t dims[LORA_MODULES_ALL][2] = {
+        [LORA_Q] = {base->hidden, q},
+        [LORA_K] = {base->hidden, kv},
+        [LORA_V] = {base->hidden, kv},
+        [LORA_O] = {q, base->hidden},
+        [LORA_GATE] = {base->hidden, inner},
+        [LORA_UP] = {base->hidden, inner},
         [LORA_DOWN] = {inner, base->hidden},
+        [LORA_EMBED] = {base->vocab, base->hidden},
+        [LORA_HEAD] = {base->hidden, base->vocab},
     };
     *d_in = dims[module][0];
     *d_out = dims[module][1];
     return *d_in && *d_out;
 }
 
+// Is it a matrix of each expert?
+static bool is_expert(const struct adapter_base *base, uint32_t layer, enum lora_module module)
+{
+    return module >= LORA_GATE && module < LORA_MODULES && base->is_moe[layer];
+}
+
 uint32_t adapter__module_count(const struct adapter_base *base, uint32_t layer,
                                enum lora_module module)
 {
-    return module >= LORA_GATE && base->is_moe[layer] ? base->experts : 1;
+    return is_expert(base, layer, module) ? base->experts : 1;
 }
 
 uint32_t adapter__matrices_possible(const struct adapter_base *base)
@@ -111,12 +125,26 @@ uint32_t adapter__matrices_possible(const struct adapter_base *base)
     uint32_t total = 0;
     for (uint32_t layer = 0; layer < base->layers; layer++)
         total += 4 + 3 * adapter__module_count(base, layer, LORA_GATE);
-    return total;
+    return total + (base->vocab ? LORA_MODULES_ALL - LORA_MODULES : 0);
 }
 
-uint32_t adapter__row_bytes(const struct adapter_base *base, uint32_t dim)
+struct adapter_side adapter__side(const struct adapter_base *base, enum lora_module module,
+                                  bool is_b, uint32_t rank, uint32_t dim)
 {
-    return (uint32_t)round_up(dim * dtype_bytes(base->dtype), ADAPTER_ROW_ALIGN);
+    size_t element = dtype_bytes(base->dtype);
+    size_t row_bytes = round_up(dim * element, ADAPTER_ROW_ALIGN);
+    struct adapter_side side = {
+        .rank = rank, .dim = dim, .rows = rank, .row_bytes = (uint32_t)row_bytes, .columns = dim};
+    if (module == LORA_EMBED && !is_b) {
+        side.by_token = true;
+        side.rows = dim;
+        side.row_bytes = (uint32_t)round_up(rank * element, ADAPTER_TOKEN_ALIGN);
+    } else if (module == LORA_HEAD && is_b && row_bytes > ADAPTER_CUT_BYTES) {
+        side.columns = (uint32_t)(ADAPTER_CUT_BYTES / element);
+        side.rows = rank * (uint32_t)div_up(dim, side.columns);
+        side.row_bytes = ADAPTER_CUT_BYTES;
+    }
+    return side;
 }
 
 size_t adapter__header_bytes(uint32_t records, size_t page_bytes)
@@ -126,9 +154,10 @@ size_t adapter__header_bytes(uint32_t records, size_t page_bytes)
 
 static void shape_encode(const struct adapter_base *base, uint8_t *out)
 {
-    const uint32_t shape[SHAPE_FIELDS] = {base->layers,   base->hidden,          base->heads,
-                                          base->kv_heads, base->head_dim,        base->intermediate,
-                                          base->experts,  base->moe_intermediate};
+    const uint32_t shape[SHAPE_FIELDS] = {
+        base->layers,   base->hidden,           base->heads,
+        base->kv_heads, base->head_dim,         base->intermediate,
+        base->experts,  base->moe_intermediate, base->vocab};
     for (int i = 0; i < SHAPE_FIELDS; i++)
         put_u32(out + 4 * i, shape[i]);
 }
@@ -300,11 +329,11 @@ static enum status report_decode(const uint8_t *at, const char *label, struct ad
 }
 
 // The page behind the last one of a slice.
-static uint64_t slice_end(const struct lora_slice *slice, size_t page_bytes)
+static uint64_t slice_end(const struct lora_slice *slice, uint32_t rows, size_t page_bytes)
 {
     size_t in_first = (page_bytes - slice->first_byte) / slice->row_bytes;
     size_t per_page = page_bytes / slice->row_bytes;
-    size_t later = slice->rank > in_first ? div_up(slice->rank - in_first, per_page) : 0;
+    size_t later = rows > in_first ? div_up(rows - in_first, per_page) : 0;
     return (uint64_t)slice->first_slot + 1 + later;
 }
 
@@ -313,46 +342,68 @@ static uint32_t pair_first(const struct lora_pair *pair)
     return pair->a.first_slot < pair->b.first_slot ? pair->a.first_slot : pair->b.first_slot;
 }
 
-// Of slices that are inside the pages.
-static uint32_t pair_end(const struct lora_pair *pair, size_t page_bytes)
+// A matrix of the base: a row of the table.
+struct place {
+    uint32_t layer;
+    enum lora_module module;
+};
+
+static struct place place_of(const struct adapter_base *base, size_t row)
 {
-    uint64_t a = slice_end(&pair->a, page_bytes), b = slice_end(&pair->b, page_bytes);
+    struct place at = {.layer = (uint32_t)(row / LORA_MODULES)};
+    size_t module = row % LORA_MODULES;
+    at.module = (enum lora_module)(at.layer < base->layers ? module : LORA_MODULES + module);
+    return at;
+}
+
+// Of slices that are inside the pages.
+static uint32_t pair_end(const struct adapter_base *base, const struct place *at,
+                         const struct lora_pair *pair, size_t page_bytes)
+{
+    uint32_t d_in = 0, d_out = 0, rank = pair->a.rank;
+    (void)adapter__module_dims(base, at->layer, at->module, &d_in, &d_out);
+    uint64_t a =
+        slice_end(&pair->a, adapter__side(base, at->module, false, rank, d_in).rows, page_bytes);
+    uint64_t b =
+        slice_end(&pair->b, adapter__side(base, at->module, true, rank, d_out).rows, page_bytes);
     return (uint32_t)(a > b ? a : b);
 }
 
-static bool slice_is_inside(const struct lora_slice *slice, uint32_t row_bytes, size_t page_bytes,
-                            uint32_t pages)
+static bool slice_is_inside(const struct lora_slice *slice, const struct adapter_side *side,
+                            size_t page_bytes, uint32_t pages)
 {
+    uint32_t row_bytes = side->row_bytes;
     if (!slice->rank || slice->rank > ADAPTER_RANK_MAX || slice->row_bytes != row_bytes ||
         !row_bytes || row_bytes > page_bytes || slice->first_byte >= page_bytes ||
         slice->first_byte % ADAPTER_ROW_ALIGN)
         return false;
-    return slice_end(slice, page_bytes) <= pages;
+    return slice_end(slice, side->rows, page_bytes) <= pages;
 }
 
 static bool record_is_good(const struct adapter_record *record, const struct adapter_base *base,
                            size_t page_bytes, uint32_t pages)
 {
-    uint32_t d_in, d_out;
-    if (record->layer >= base->layers || record->module >= LORA_MODULES)
+    const struct lora_pair *pair = &record->pair;
+    uint32_t d_in, d_out, rank = pair->a.rank;
+    if (record->layer > base->layers || record->module >= LORA_MODULES_ALL ||
+        (record->layer == base->layers) != (record->module >= LORA_MODULES))
         return false;
     enum lora_module module = (enum lora_module)record->module;
-    return adapter__module_dims(base, record->layer, module, &d_in, &d_out) &&
-           record->expert < adapter__module_count(base, record->layer, module) &&
-           isfinite(record->pair.scale) && record->pair.a.rank == record->pair.b.rank &&
-           slice_is_inside(&record->pair.a, adapter__row_bytes(base, d_in), page_bytes, pages) &&
-           slice_is_inside(&record->pair.b, adapter__row_bytes(base, d_out), page_bytes, pages);
-}
-
-static bool is_expert(const struct adapter_base *base, const struct adapter_record *record)
-{
-    return record->module >= LORA_GATE && base->is_moe[record->layer];
+    if (!adapter__module_dims(base, record->layer, module, &d_in, &d_out) ||
+        record->expert >= adapter__module_count(base, record->layer, module) ||
+        !isfinite(pair->scale) || pair->b.rank != rank || rank > ADAPTER_RANK_MAX)
+        return false;
+    struct adapter_side a = adapter__side(base, module, false, rank, d_in);
+    struct adapter_side b = adapter__side(base, module, true, rank, d_out);
+    return slice_is_inside(&pair->a, &a, page_bytes, pages) &&
+           slice_is_inside(&pair->b, &b, page_bytes, pages);
 }
 
 // Places of records in the file, ascending.
 static uint64_t record_order(const struct adapter_base *base, const struct adapter_record *record)
 {
-    return (uint64_t)is_expert(base, record) << 63 | (uint64_t)record->layer << 40 |
+    bool of_expert = is_expert(base, record->layer, (enum lora_module)record->module);
+    return (uint64_t)of_expert << 63 | (uint64_t)record->layer << 40 |
            (uint64_t)record->expert << 8 | record->module;
 }
 
@@ -368,7 +419,7 @@ static void part_add(struct lora_part *part, uint32_t first, uint32_t end)
 // The pages of the trunk, and for every (layer, expert) those of its slices behind the trunk.
 static enum status parts_find(const struct adapter_base *base, struct adapter_store *store)
 {
-    size_t rows = (size_t)base->layers * LORA_MODULES, experts = store->experts;
+    size_t rows = lora_pair_rows(base->layers), experts = store->experts;
     store->trunk_pages = experts > 1 ? 1 : store->pages; // one: so that it has any
     if (experts == 1)
         return STATUS_OK;
@@ -377,20 +428,19 @@ static enum status parts_find(const struct adapter_base *base, struct adapter_st
         return STATUS_NO_MEMORY;
     for (size_t i = 0; i < rows * experts; i++) {
         const struct lora_pair *pair = &store->pairs[i];
-        bool of_expert =
-            i / experts % LORA_MODULES >= LORA_GATE && base->is_moe[i / experts / LORA_MODULES];
-        if (!pair->a.rank || of_expert)
+        struct place at = place_of(base, i / experts);
+        if (!pair->a.rank || is_expert(base, at.layer, at.module))
             continue;
-        uint32_t end = pair_end(pair, store->page_bytes);
+        uint32_t end = pair_end(base, &at, pair, store->page_bytes);
         store->trunk_pages = end > store->trunk_pages ? end : store->trunk_pages;
     }
     for (size_t i = 0; i < rows * experts; i++) {
         const struct lora_pair *pair = &store->pairs[i];
-        size_t layer = i / experts / LORA_MODULES;
-        if (!pair->a.rank || i / experts % LORA_MODULES < LORA_GATE || !base->is_moe[layer])
+        struct place at = place_of(base, i / experts);
+        if (!pair->a.rank || !is_expert(base, at.layer, at.module))
             continue;
-        uint32_t first = pair_first(pair), end = pair_end(pair, store->page_bytes);
-        struct lora_part *part = &store->parts[layer * experts + i % experts];
+        uint32_t first = pair_first(pair), end = pair_end(base, &at, pair, store->page_bytes);
+        struct lora_part *part = &store->parts[at.layer * experts + i % experts];
         if (end > store->trunk_pages)
             part_add(part, first > store->trunk_pages ? first : store->trunk_pages, end);
         if (part->count > store->part_pages_max)
@@ -414,7 +464,7 @@ static enum status table_decode(const uint8_t *at, const struct adapter_header *
             return fault_set(fault, STATUS_CORRUPT, "%s: record %u of %u is wrong.", label, i,
                              header->records);
         before = record_order(base, &record);
-        if (is_expert(base, &record))
+        if (is_expert(base, record.layer, (enum lora_module)record.module))
             out->experts = base->experts;
         out->modules |= 1u << record.module;
         rank_min = record.pair.a.rank < rank_min ? record.pair.a.rank : rank_min;
@@ -426,12 +476,12 @@ static enum status table_decode(const uint8_t *at, const struct adapter_header *
         report->matrices_possible != adapter__matrices_possible(base) ||
         report->bytes != (uint64_t)header->pages * header->page_bytes)
         return fault_set(fault, STATUS_CORRUPT, "%s: its summary does not fit its table.", label);
-    out->pairs = calloc((size_t)base->layers * LORA_MODULES * out->experts, sizeof *out->pairs);
+    out->pairs = calloc(lora_pair_rows(base->layers) * out->experts, sizeof *out->pairs);
     if (!out->pairs)
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory for the table of %s.", label);
     for (uint32_t i = 0; i < header->records; i++) {
         struct adapter_record record = record_decode(at + (size_t)i * RECORD_BYTES);
-        size_t row = (size_t)record.layer * LORA_MODULES + record.module;
+        size_t row = lora_pair_row(record.layer, (enum lora_module)record.module);
         out->pairs[row * out->experts + record.expert] = record.pair;
     }
     return parts_find(base, out)

@@ -54,7 +54,7 @@ enum status adapter__tables_upload(struct adapters *adapters, struct adapter *ad
                                    uint32_t slot, struct fault *fault)
 {
     struct device *device = adapters->options.device;
-    size_t bytes = (size_t)adapters->options.base.layers * LORA_MODULES * adapter->store.experts *
+    size_t bytes = lora_pair_rows(adapters->options.base.layers) * adapter->store.experts *
                    sizeof *adapter->pairs;
     enum status status = device->table->alloc(device, bytes, (void **)&adapter->pairs);
     if (status)

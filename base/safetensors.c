@@ -20,8 +20,9 @@
 
 #include "base/arith.h"
 #include "base/check.h"
+#include "base/hash.h"
 
-enum { LENGTH_BYTES = 8, CONVERT_ELEMENTS = 8192 };
+enum { LENGTH_BYTES = 8, CONVERT_ELEMENTS = 8192, DIGEST_CHUNK = 1 << 20 };
 
 struct safetensors {
     struct reader *reader;
@@ -425,5 +426,54 @@ enum status safetensors_read_bf16(const struct safetensors *file, const struct t
             status = numeric(file, tensor, fault);
         done += n;
     }
+    return status;
+}
+
+// F32 that are bf16 values become those, in place.
+static bool narrow(uint8_t *chunk, size_t bytes)
+{
+    for (size_t i = 0; i < bytes / 4; i++) {
+        uint32_t bits;
+        memcpy(&bits, chunk + 4 * i, sizeof bits);
+        uint16_t half = (uint16_t)(bits >> 16);
+        memcpy(chunk + 2 * i, &half, sizeof half);
+        if (bits & 0xffff)
+            return false;
+    }
+    return true;
+}
+
+enum status safetensors_digest(const struct safetensors *file, const struct tensor *tensor,
+                               const char *name, enum tensor_type type,
+                               void (*progress)(void *context, uint64_t bytes), void *context,
+                               struct digest *out, struct fault *fault)
+{
+    bool narrows = type != tensor->type;
+    CHECK(!narrows || (type == TENSOR_BF16 && tensor->type == TENSOR_F32));
+    uint8_t *chunk = malloc(DIGEST_CHUNK);
+    if (!chunk)
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory while reading %s.", file->label);
+    enum status status = STATUS_OK;
+    const char *type_name = tensor_type_name(type);
+    uint64_t dims = tensor->dims;
+    struct hash_stream stream;
+    hash_begin(&stream, NULL);
+    hash_update(&stream, name, strlen(name) + 1);
+    hash_update(&stream, type_name, strlen(type_name) + 1);
+    hash_update(&stream, &dims, sizeof dims);
+    hash_update(&stream, tensor->shape, tensor->dims * sizeof tensor->shape[0]);
+    for (uint64_t at = 0; at < tensor->bytes && !status;) {
+        size_t n = min_size((size_t)(tensor->bytes - at), DIGEST_CHUNK);
+        status = safetensors_read(file, tensor, at, chunk, n, fault);
+        if (!status && narrows && !narrow(chunk, n))
+            status = STATUS_INVALID;
+        if (!status)
+            hash_update(&stream, chunk, narrows ? n / 2 : n);
+        if (progress)
+            progress(context, n);
+        at += n;
+    }
+    free(chunk);
+    *out = hash_end(&stream);
     return status;
 }

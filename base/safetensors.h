@@ -13,13 +13,15 @@
 // exactly. Scalars (shape []) and dimensions of 0 are legal.
 //
 // Data is read with reader_read (pread), never mapped: a file cut short while serving gives
-// STATUS_IO, not a signal. Offsets need not be aligned. Any thread; reading allocates nothing.
+// STATUS_IO, not a signal. Offsets need not be aligned. Any thread; reading allocates nothing but
+// for safetensors_digest.
 #ifndef POLDER_BASE_SAFETENSORS_H
 #define POLDER_BASE_SAFETENSORS_H
 
 #include <stddef.h>
 #include <stdint.h>
 
+#include "base/hash.h"
 #include "base/reader.h"
 #include "base/status.h"
 
@@ -82,6 +84,13 @@ const char *safetensors_metadata(const struct safetensors *file, const char *key
 // Bytes [begin, begin + bytes) of a tensor as they stand in the file.
 MUST_USE enum status safetensors_read(const struct safetensors *file, const struct tensor *tensor,
                                       uint64_t begin, void *out, size_t bytes, struct fault *fault);
+
+// Digest of a tensor: of its name, type, dimensions and bytes. `name` and `type` may be others than
+// its own: BF16 of an F32 tensor, INVALID when that would round a value. progress may be NULL.
+MUST_USE enum status safetensors_digest(const struct safetensors *file, const struct tensor *tensor,
+                                        const char *name, enum tensor_type type,
+                                        void (*progress)(void *context, uint64_t bytes),
+                                        void *context, struct digest *out, struct fault *fault);
 
 // Elements [first, first + count) of an F32, F16 or BF16 tensor (others: UNSUPPORTED), converted;
 // to bf16 with round to nearest even. A value that is NaN or infinite, in the file or after

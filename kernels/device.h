@@ -174,6 +174,7 @@ struct device_table {
     void (*rmsnorm)(struct stream *s, const struct rmsnorm_args *a);
     void (*gemm)(struct stream *s, const struct gemm_args *a);
     void (*swiglu)(struct stream *s, const struct swiglu_args *a);
+    void (*lora_gather)(struct stream *s, const struct lora_gather_args *a);
     void (*lora_shrink)(struct stream *s, const struct lora_shrink_args *a);
     void (*lora_expand)(struct stream *s, const struct lora_expand_args *a);
     void (*qk_norm_rope_kv)(struct stream *s, const struct qk_args *a);

@@ -1,5 +1,5 @@
 # The engine under simulation, and the pure parts of runtime/engine.
-add_executable(sim_engine sim_engine.c sim_requests.c sim_world.c sim_model.c fake_device.c fakes.c)
+add_executable(sim_engine sim_engine.c sim_requests.c sim_world.c sim_model.c fake_device.c fake_lora.c fakes.c)
 target_link_libraries(sim_engine PRIVATE polder_engine polder_flags m)
 add_test(NAME sim_engine COMMAND sim_engine --seed 1 --seeds 20 --steps 100000)
 add_test(NAME sim_engine_forced COMMAND sim_engine --mode forced --seed 1 --seeds 8 --steps 8000)

@@ -11,8 +11,8 @@
 #include <stdlib.h>
 
 #include "base/check.h"
+#include "fake_lora.h"
 #include "kernels/plain.h"
-#include "sim_fingerprint.h"
 
 enum command_kind {
     DO_COPY,
@@ -23,6 +23,7 @@ enum command_kind {
     DO_RMSNORM,
     DO_GEMM,
     DO_SWIGLU,
+    DO_LORA_GATHER,
     DO_SHRINK,
     DO_EXPAND,
     DO_QK,
@@ -52,6 +53,7 @@ struct command {
         struct rmsnorm_args rmsnorm;
         struct gemm_args gemm;
         struct swiglu_args swiglu;
+        struct lora_gather_args lora_gather;
         struct lora_shrink_args shrink;
         struct lora_expand_args expand;
         struct qk_args qk;
@@ -84,25 +86,6 @@ struct fake_device {
 static struct fake_device *device_of(struct fake_stream *s)
 {
     return (struct fake_device *)s->base.device;
-}
-
-// ---- rows ----
-
-static void put(void *rows, size_t stride_bytes, size_t row, uint64_t word)
-{
-    memcpy((uint8_t *)rows + row * stride_bytes, &word, sizeof word);
-}
-
-static uint64_t get(const void *rows, size_t stride_bytes, size_t row)
-{
-    return print_word((const uint8_t *)rows + row * stride_bytes);
-}
-
-enum { ACT = sizeof(uint64_t) }; // bytes of a row of an activation
-
-static size_t f32(size_t columns)
-{
-    return columns * sizeof(float);
 }
 
 // ---- dense ----
@@ -175,78 +158,6 @@ static void run_sample(const struct sample_args *a)
             a->top_logprob[(size_t)r * a->tops + i] = -(float)i;
         }
     }
-}
-
-// ---- adapters ----
-
-static uint64_t lora_word(const struct lora_batch *b, const struct lora_adapter_view *view,
-                          const struct lora_slice *slice, uint32_t row)
-{
-    size_t in_first = (b->page_bytes - slice->first_byte) / slice->row_bytes;
-    if (row >= in_first)
-        CHECK(view->pages[slice->first_slot + 1] != PAGE_NONE);
-    else
-        CHECK(view->pages[slice->first_slot] != PAGE_NONE);
-    return print_word(lora_row_at(b->arena, b->page_bytes, view->pages, slice, row));
-}
-
-static void run_shrink(const struct lora_shrink_args *a)
-{
-    const struct lora_batch *b = a->batch;
-    for (uint32_t s = 0; s < b->segments; s++) {
-        if (b->adapter[s] == 0xffffffff)
-            continue;
-        const struct lora_adapter_view *view = &b->adapters[b->adapter[s]];
-        const struct lora_pair *pair = lora_pair_at(view, a->layer, a->module, 0);
-        CHECK(pair->a.rank <= b->rank_max);
-        for (uint32_t j = 0; j < pair->a.rank; j++) {
-            uint64_t weight = lora_word(b, view, &pair->a, j);
-            for (uint32_t r = b->row_begin[s]; r < b->row_begin[s + 1]; r++) {
-                uint32_t h = print_shrink(get(a->x, ACT, r), weight, j);
-                memcpy(a->hidden + (size_t)r * b->rank_max + j, &h, sizeof h);
-            }
-        }
-    }
-}
-
-static void run_expand(const struct lora_expand_args *a)
-{
-    const struct lora_batch *b = a->batch;
-    float *y = a->interleave_half == 1 ? a->y + 8 : a->y;
-    for (uint32_t s = 0; s < b->segments; s++) {
-        if (b->adapter[s] == 0xffffffff)
-            continue;
-        const struct lora_adapter_view *view = &b->adapters[b->adapter[s]];
-        const struct lora_pair *pair = lora_pair_at(view, a->layer, a->module, 0);
-        for (uint32_t r = b->row_begin[s]; pair->b.rank && r < b->row_begin[s + 1]; r++) {
-            uint64_t sum = 0;
-            for (uint32_t j = 0; j < pair->b.rank; j++) {
-                uint32_t h;
-                memcpy(&h, a->hidden + (size_t)r * b->rank_max + j, sizeof h);
-                sum += print_expand(h, lora_word(b, view, &pair->b, j), j);
-            }
-            put(y, f32(a->y_stride), r,
-                get(y, f32(a->y_stride), r) + print_scaled(sum, pair->scale));
-        }
-    }
-}
-
-// What the adapter of a row adds to an expert's product; 0 without one.
-static uint64_t expert_lora(const struct lora_batch *b, uint32_t row, uint32_t layer,
-                            enum lora_module module, uint32_t expert, uint64_t x)
-{
-    uint32_t s = 0;
-    while (b && s < b->segments && row >= b->row_begin[s + 1])
-        s++;
-    if (!b || s == b->segments || b->adapter[s] == 0xffffffff)
-        return 0;
-    const struct lora_adapter_view *view = &b->adapters[b->adapter[s]];
-    const struct lora_pair *pair = lora_pair_at(view, layer, module, expert);
-    uint64_t sum = 0;
-    for (uint32_t j = 0; j < pair->a.rank; j++)
-        sum += print_expand(print_shrink(x, lora_word(b, view, &pair->a, j), j),
-                            lora_word(b, view, &pair->b, j), j);
-    return pair->a.rank ? print_scaled(sum, pair->scale) : 0;
 }
 
 // ---- attention ----
@@ -406,8 +317,8 @@ static void run_gate_up(const struct moe_gemm_args *a)
             uint32_t pair = w->order[i], row = pair / a->top_k;
             uint64_t x = get(a->x, ACT, row), gate = print_mix(x, weight);
             uint64_t up = print_column(gate, 8);
-            gate += expert_lora(a->lora, row, a->layer, LORA_GATE, e, x);
-            up += expert_lora(a->lora, row, a->layer, LORA_UP, e, x);
+            gate += fake_expert_lora(a->lora, row, a->layer, LORA_GATE, e, x);
+            up += fake_expert_lora(a->lora, row, a->layer, LORA_UP, e, x);
             put(w->hidden, ACT, pair, print_mix(gate, up));
         }
     }
@@ -426,7 +337,7 @@ static void run_down(const struct moe_gemm_args *a)
             uint64_t x = get(w->hidden, ACT, pair);
             put(w->out, f32(a->dim), pair,
                 print_mix(x, weight) +
-                    expert_lora(a->lora, pair / a->top_k, a->layer, LORA_DOWN, e, x));
+                    fake_expert_lora(a->lora, pair / a->top_k, a->layer, LORA_DOWN, e, x));
         }
         w->state[e] = 3;
     }
@@ -452,6 +363,20 @@ static void count_half(struct fake_device *d, uint32_t rows)
 {
     d->counts.halves++;
     d->counts.rows += rows;
+}
+
+static void run_moe(struct fake_stream *s, const struct command *c)
+{
+    if (c->kind == DO_MAP)
+        run_map(s, &c->a.map);
+    else if (c->kind == DO_GATE_UP)
+        run_gate_up(&c->a.moe);
+    else if (c->kind == DO_DOWN)
+        run_down(&c->a.moe);
+    else
+        run_combine(&c->a.combine);
+    if (c->kind == DO_COMBINE)
+        count_half(device_of(s), c->a.combine.rows);
 }
 
 static void run_one(struct fake_stream *s, const struct command *c)
@@ -487,11 +412,14 @@ static void run_one(struct fake_stream *s, const struct command *c)
         run_swiglu(&c->a.swiglu);
         count_half(d, c->a.swiglu.rows);
         break;
+    case DO_LORA_GATHER:
+        fake_run_lora_gather(&c->a.lora_gather);
+        break;
     case DO_SHRINK:
-        run_shrink(&c->a.shrink);
+        fake_run_shrink(&c->a.shrink);
         break;
     case DO_EXPAND:
-        run_expand(&c->a.expand);
+        fake_run_expand(&c->a.expand);
         break;
     case DO_QK:
         run_qk(d, &c->a.qk);
@@ -504,17 +432,10 @@ static void run_one(struct fake_stream *s, const struct command *c)
         run_router(&c->a.router);
         break;
     case DO_MAP:
-        run_map(s, &c->a.map);
-        break;
     case DO_GATE_UP:
-        run_gate_up(&c->a.moe);
-        break;
     case DO_DOWN:
-        run_down(&c->a.moe);
-        break;
     case DO_COMBINE:
-        run_combine(&c->a.combine);
-        count_half(d, c->a.combine.rows);
+        run_moe(s, c);
         break;
     case DO_ALL_REDUCE: // one rank: nothing to add
         CHECK(!c->a.all_reduce.comm || c->a.all_reduce.comm->world == 1);
@@ -631,6 +552,7 @@ RECORDER(fake_embed, embed_args, DO_EMBED, embed)
 RECORDER(fake_rmsnorm, rmsnorm_args, DO_RMSNORM, rmsnorm)
 RECORDER(fake_gemm, gemm_args, DO_GEMM, gemm)
 RECORDER(fake_swiglu, swiglu_args, DO_SWIGLU, swiglu)
+RECORDER(fake_lora_gather, lora_gather_args, DO_LORA_GATHER, lora_gather)
 RECORDER(fake_shrink, lora_shrink_args, DO_SHRINK, shrink)
 RECORDER(fake_expand, lora_expand_args, DO_EXPAND, expand)
 RECORDER(fake_qk, qk_args, DO_QK, qk)
@@ -748,6 +670,7 @@ static const struct device_table table = {
     .rmsnorm = fake_rmsnorm,
     .gemm = fake_gemm,
     .swiglu = fake_swiglu,
+    .lora_gather = fake_lora_gather,
     .lora_shrink = fake_shrink,
     .lora_expand = fake_expand,
     .qk_norm_rope_kv = fake_qk,

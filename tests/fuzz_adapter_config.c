@@ -35,7 +35,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         CHECK(fault.status == status && fault.text[0]);
     } else {
         char name[PEFT_NAME_MAX];
-        for (int m = 0; m < LORA_MODULES; m++) {
+        for (int m = 0; m < LORA_MODULES_ALL; m++) {
             peft__module_name(17, (enum lora_module)m, -1, name);
             ask(&config, name);
             peft__module_name(0, (enum lora_module)m, 3, name);

@@ -86,7 +86,7 @@ static void fill_weights(struct sim_model *sim)
     m->final_norm = cell(sim, 2);
     m->inv_freq = cell(sim, 3);
     m->dtype = DTYPE_BF16;
-    m->digest.bytes[0] = (uint8_t)(sim->variant + 1);
+    m->digests.model.bytes[0] = (uint8_t)(sim->variant + 1);
 }
 
 static void fill_kv_shape(struct sim_model *sim, const struct variant *v)
@@ -133,14 +133,16 @@ static void fill_experts(struct sim_model *sim, const struct variant *v)
 
 // ---- adapters ----
 
-static const char *const words[LORA_MODULES] = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
-                                                "gate_proj", "up_proj", "down_proj"};
+static const char *const words[LORA_MODULES_ALL] = {"q_proj",    "k_proj",       "v_proj",
+                                                    "o_proj",    "gate_proj",    "up_proj",
+                                                    "down_proj", "embed_tokens", "lm_head"};
 
-// Forms: attention only, all-linear, experts (or dense MLP) only; ranks mixed inside one adapter.
-static const uint32_t ranks[SIM_CONTENTS][LORA_MODULES] = {
-    {4, 0, 4, 0, 0, 0, 0}, {16, 16, 16, 16, 0, 0, 0}, {8, 2, 5, 8, 4, 4, 3},
-    {0, 0, 0, 1, 0, 0, 0}, {32, 32, 32, 32, 3, 3, 3}, {0, 0, 0, 0, 8, 8, 8},
-    {4, 0, 4, 0, 0, 0, 0}, {1, 0, 0, 1, 2, 0, 0},
+// Forms: attention only, all-linear, experts (or dense MLP) only, embed_tokens and lm_head; ranks
+// mixed inside one adapter.
+static const uint32_t ranks[SIM_CONTENTS][LORA_MODULES_ALL] = {
+    {4, 0, 4, 0, 0, 0, 0, 0, 0}, {16, 16, 16, 16, 0, 0, 0, 0, 2}, {8, 2, 5, 8, 4, 4, 3, 3, 5},
+    {0, 0, 0, 1, 0, 0, 0, 0, 0}, {32, 32, 32, 32, 3, 3, 3, 0, 0}, {0, 0, 0, 0, 8, 8, 8, 5, 0},
+    {4, 0, 4, 0, 0, 0, 0, 0, 0}, {1, 0, 0, 1, 2, 0, 0, 0, 1},
 };
 
 struct side {
@@ -157,17 +159,20 @@ static uint16_t element(const struct side *s, uint32_t row, uint32_t i)
 
 static uint32_t matrices(const struct sim_model *sim, uint32_t layer, uint32_t module)
 {
-    return module >= LORA_GATE && sim->is_moe[layer] ? sim->model.config.experts : 1;
+    bool is_mlp = module >= LORA_GATE && module < LORA_MODULES;
+    return is_mlp && sim->is_moe[layer] ? sim->model.config.experts : 1;
 }
 
 static uint32_t dimension(const struct sim_model *sim, const struct side *s)
 {
     const struct model_config *c = &sim->model.config;
     uint32_t q = c->heads * c->head_dim, kv = c->kv_heads * c->head_dim;
-    uint32_t inner = sim->is_moe[s->layer] ? c->moe_intermediate : c->intermediate;
-    const uint32_t dims[LORA_MODULES][2] = {
-        {c->hidden, q},     {c->hidden, kv},    {c->hidden, kv},   {q, c->hidden},
-        {c->hidden, inner}, {c->hidden, inner}, {inner, c->hidden}};
+    bool is_moe = s->layer < c->layers && sim->is_moe[s->layer];
+    uint32_t inner = is_moe ? c->moe_intermediate : c->intermediate;
+    const uint32_t dims[LORA_MODULES_ALL][2] = {
+        {c->hidden, q},     {c->hidden, kv},       {c->hidden, kv},
+        {q, c->hidden},     {c->hidden, inner},    {c->hidden, inner},
+        {inner, c->hidden}, {c->vocab, c->hidden}, {c->hidden, c->vocab}};
     return dims[s->module][s->is_b];
 }
 
@@ -185,6 +190,10 @@ static void for_each_side(struct sim_model *sim, const struct sim_adapter *a, si
             }
         }
     }
+    for (uint32_t m = LORA_EMBED; m < LORA_MODULES_ALL; m++) {
+        for (uint32_t b = 0; a->rank[m] && b < 2; b++)
+            visit(sim, a, &(struct side){a->number, sim->model.config.layers, m, 0, b}, context);
+    }
 }
 
 struct tensor_file {
@@ -193,19 +202,33 @@ struct tensor_file {
     bool first;
 };
 
+// "base_model.model." goes before it.
+static void name_side(const struct sim_model *sim, const struct side *s, char *out, size_t room)
+{
+    char expert[24] = "", side = s->is_b ? 'B' : 'A';
+    if (s->module == LORA_EMBED) {
+        (void)snprintf(out, room, "model.embed_tokens.lora_embedding_%c", side);
+    } else if (s->module == LORA_HEAD) {
+        (void)snprintf(out, room, "lm_head.lora_%c.weight", side);
+    } else {
+        if (matrices(sim, s->layer, s->module) > 1)
+            (void)snprintf(expert, sizeof expert, "experts.%u.", s->expert);
+        (void)snprintf(out, room, "model.layers.%u.%s.%s%s.lora_%c.weight", s->layer,
+                       s->module < LORA_GATE ? "self_attn" : "mlp", expert, words[s->module], side);
+    }
+}
+
 static void put_header(struct sim_model *sim, const struct sim_adapter *a, const struct side *s,
                        void *context)
 {
     struct tensor_file *f = context;
-    char expert[24] = "";
+    char name[120];
     uint32_t rank = a->rank[s->module], dim = dimension(sim, s);
-    if (s->module >= LORA_GATE && sim->is_moe[s->layer])
-        (void)snprintf(expert, sizeof expert, "experts.%u.", s->expert);
+    name_side(sim, s, name, sizeof name);
     fprintf(f->file,
-            "%s\"base_model.model.model.layers.%u.%s.%s%s.lora_%c.weight\":{\"dtype\":\"BF16\","
-            "\"shape\":[%u,%u],\"data_offsets\":[%llu,%llu]}",
-            f->first ? "" : ",", s->layer, s->module < LORA_GATE ? "self_attn" : "mlp", expert,
-            words[s->module], s->is_b ? 'B' : 'A', s->is_b ? dim : rank, s->is_b ? rank : dim,
+            "%s\"base_model.model.%s\":{\"dtype\":\"BF16\",\"shape\":[%u,%u],"
+            "\"data_offsets\":[%llu,%llu]}",
+            f->first ? "" : ",", name, s->is_b ? dim : rank, s->is_b ? rank : dim,
             (unsigned long long)f->at, (unsigned long long)(f->at + 2ull * rank * dim));
     f->first = false;
     f->at += 2ull * rank * dim;
@@ -229,7 +252,8 @@ static void keep_words(struct sim_model *sim, const struct sim_adapter *a, const
 {
     (void)context;
     uint32_t experts = sim->model.config.experts ? sim->model.config.experts : 1;
-    size_t at = (((size_t)s->layer * LORA_MODULES + s->module) * experts + s->expert) * 2 + s->is_b;
+    size_t row = lora_pair_row(s->layer, (enum lora_module)s->module);
+    size_t at = (row * experts + s->expert) * 2 + s->is_b;
     for (uint32_t j = 0; j < a->rank[s->module]; j++) {
         uint16_t value[4];
         for (uint32_t i = 0; i < 4; i++)
@@ -255,13 +279,13 @@ static void write_config(const struct sim_adapter *a, const char *directory)
         file,
         "{\"peft_type\":\"LORA\",\"r\":8,\"lora_alpha\":%d,\"bias\":\"none\",\"target_modules\":[",
         ALPHA);
-    for (int m = 0; m < LORA_MODULES; m++) {
+    for (int m = 0; m < LORA_MODULES_ALL; m++) {
         if (a->rank[m])
             fprintf(file, "%s\"%s\"", comma, words[m]), comma = ",";
     }
     fprintf(file, "],\"rank_pattern\":{");
     comma = "";
-    for (int m = 0; m < LORA_MODULES; m++) {
+    for (int m = 0; m < LORA_MODULES_ALL; m++) {
         if (a->rank[m])
             fprintf(file, "%s\"%s\":%u", comma, words[m], a->rank[m]), comma = ",";
     }
@@ -306,7 +330,7 @@ static void make_adapter(struct sim_model *sim, uint32_t number)
         fprintf(stderr, "adapter %u: %s\n", number, fault.text);
         abort();
     }
-    a->words = calloc(c->layers * LORA_MODULES * experts * 2 * SIM_RANK_MAX, sizeof *a->words);
+    a->words = calloc(lora_pair_rows(c->layers) * experts * 2 * SIM_RANK_MAX, sizeof *a->words);
     CHECK(a->words);
     for_each_side(sim, a, keep_words, NULL);
     (void)snprintf(part, sizeof part, "%s/adapter_config.json", directory);
@@ -336,9 +360,10 @@ void sim_model_make(struct sim_model *sim, uint32_t variant)
                                       .intermediate = c->intermediate,
                                       .experts = c->experts,
                                       .moe_intermediate = c->moe_intermediate,
+                                      .vocab = c->vocab,
                                       .is_moe = c->is_moe,
                                       .dtype = DTYPE_BF16,
-                                      .digest = sim->model.digest};
+                                      .digest = sim->model.digests.model};
     (void)snprintf(sim->directory, sizeof sim->directory, "/tmp/polder-sim-XXXXXX");
     CHECK(mkdtemp(sim->directory));
     for (uint32_t i = 0; i < SIM_CONTENTS; i++)
@@ -370,11 +395,30 @@ static uint64_t lora(const struct sim_reference *r, uint32_t layer, uint32_t mod
         return 0;
     uint32_t experts = r->sim->model.config.experts ? r->sim->model.config.experts : 1;
     uint32_t rank = r->adapter->rank[module];
-    size_t at = (((size_t)layer * LORA_MODULES + module) * experts + expert) * 2;
+    size_t at = (lora_pair_row(layer, (enum lora_module)module) * experts + expert) * 2;
     const uint64_t *a = r->adapter->words + at * SIM_RANK_MAX, *b = a + SIM_RANK_MAX;
     uint64_t sum = 0;
     for (uint32_t j = 0; j < rank; j++)
         sum += print_expand(print_shrink(x, a[j], j), b[j], j);
+    return print_scaled(sum, (float)((double)ALPHA / rank));
+}
+
+// A of embed_tokens is read by token: what stands there for a token is its `rank` elements.
+static uint64_t embedding_lora(const struct sim_reference *r, int32_t token)
+{
+    const struct model_config *c = &r->sim->model.config;
+    uint32_t rank = r->adapter ? r->adapter->rank[LORA_EMBED] : 0;
+    if (!rank)
+        return 0;
+    const struct side a = {r->adapter->number, c->layers, LORA_EMBED, 0, 0};
+    uint16_t value[4] = {0};
+    for (uint32_t j = 0; j < rank && j < 4; j++)
+        value[j] = element(&a, j, (uint32_t)token);
+    size_t at = lora_pair_row(c->layers, LORA_EMBED) * (c->experts ? c->experts : 1) * 2;
+    const uint64_t *b = r->adapter->words + (at + 1) * SIM_RANK_MAX;
+    uint64_t sum = 0;
+    for (uint32_t j = 0; j < rank; j++)
+        sum += print_expand(print_shrink(1, print_word(value), j), b[j], j);
     return print_scaled(sum, (float)((double)ALPHA / rank));
 }
 
@@ -429,12 +473,14 @@ static uint64_t moe(const struct sim_reference *r, uint32_t layer, uint32_t moe_
 void sim_reference_feed(struct sim_reference *r, int32_t token)
 {
     const struct model *m = &r->sim->model;
-    uint64_t x = print_mix((uint64_t)token + 1, print_word(m->embedding));
+    uint64_t x =
+        print_mix((uint64_t)token + 1, print_word(m->embedding)) + embedding_lora(r, token);
     uint32_t moe_layer = 0;
     for (uint32_t layer = 0; layer < m->config.layers; layer++) {
         x = attention(r, layer, x);
         x = r->sim->is_moe[layer] ? moe(r, layer, moe_layer++, x) : dense(r, layer, x);
     }
     r->position++;
-    r->logits = print_mix(print_mix(x, print_word(m->final_norm)), print_word(m->head));
+    uint64_t act = print_mix(x, print_word(m->final_norm));
+    r->logits = print_mix(act, print_word(m->head)) + lora(r, m->config.layers, LORA_HEAD, 0, act);
 }

@@ -21,9 +21,9 @@ enum {
 // One adapter's content, by formula; `store` is the file made of it.
 struct sim_adapter {
     uint32_t number;
-    uint32_t rank[LORA_MODULES]; // 0: not in the adapter
+    uint32_t rank[LORA_MODULES_ALL]; // 0: not in the adapter
     char store[256];
-    uint64_t *words; // [layers][LORA_MODULES][experts][A, B][SIM_RANK_MAX]
+    uint64_t *words; // [lora_pair_rows(layers)][experts][A, B][SIM_RANK_MAX]
 };
 
 struct sim_model {

@@ -167,15 +167,18 @@ static void test_adapters_config_ignored_is_listed(void **state)
                 "\"CAUSAL_LM\", \"auto_mapping\": null, \"loftq_config\": {}, "
                 "\"megatron_core\": \"megatron.core\", \"init_lora_weights\": \"gaussian\", "
                 "\"something_new\": {\"a\": 1}, \"use_dora\": false, \"use_magic\": false, "
-                "\"revision\": \"main\"");
+                "\"revision\": \"main\", \"rank_pattern\": {\"k_proj\": 2, \"[qv]_proj\": 4, "
+                "\".*self_attn.*\": 4}, \"alpha_pattern\": {\"lm_head\": 3, \"v_proj\": 2}");
     tool_adapter_write(&adapter);
     assert_int_equal(convert(&adapter, DTYPE_BF16, &report, &fault), STATUS_OK);
-    // In file order; what is null, false or empty changes nothing and is not listed.
+    // In file order; what is null, false or empty changes nothing and is not listed. Patterns that
+    // decide for nothing: they match nothing of the file, or another comes first.
     assert_string_equal(report.ignored,
-                        "init_lora_weights, task_type, megatron_core, something_new, "
-                        "target_modules:wqkv");
+                        "init_lora_weights, task_type, megatron_core, something_new, revision, "
+                        "target_modules:wqkv, rank_pattern:k_proj, rank_pattern:.*self_attn.*, "
+                        "alpha_pattern:lm_head");
     assert_int_equal(report.matrices_applied, 4);
-    assert_int_equal(report.matrices_possible, 4 + 3 + 4 + 3 * 4);
+    assert_int_equal(report.matrices_possible, 4 + 3 + 4 + 3 * 4 + 2);
     assert_int_equal(report.rank_min, 4);
     assert_int_equal(report.rank_max, 4);
     assert_string_equal(report.layout, "attention");
@@ -211,22 +214,27 @@ static const struct {
 } keys[] = {
     {"model.layers.0.self_attn.q_proj.lora_magnitude_vector", STATUS_UNSUPPORTED,
      "DoRA is not supported; train with use_dora=False"},
-    {"model.embed_tokens.lora_embedding_A", STATUS_UNSUPPORTED,
-     "LoRA on embeddings is not supported; train without embed_tokens in target_modules"},
+    {"model.embed_tokens.lora_embedding_A", STATUS_INVALID,
+     "model.embed_tokens has lora_A but no lora_B"},
+    {"model.embed_tokens.lora_embedding_A.weight", STATUS_INVALID, "is not a LoRA matrix"},
+    {"model.embed_tokens.lora_A.weight", STATUS_INVALID, "is not a LoRA matrix"},
+    {"model.norm.lora_embedding_B", STATUS_INVALID, "is not a LoRA matrix"},
     {"model.embed_tokens.base_layer.weight",
      STATUS_UNSUPPORTED, // PEFT saves it beside the LoRA
-     "LoRA on embeddings is not supported; train without embed_tokens in target_modules"},
+     "embed_tokens.base_layer.weight\" is a whole matrix that is not known to be the base model's "
+     "own: if it was not trained, save the adapter again with save_embedding_layers=False, else "
+     "put it into the base model"},
     {"model.embed_tokens.weight", STATUS_UNSUPPORTED, // after the vocabulary was resized
-     "PEFT saved the whole embeddings; if they were not trained, save again with "
-     "save_embedding_layers=False, else put them into the base model"},
+     "model.embed_tokens.weight\" is a whole matrix that is not known to be"},
     {"model.embed_tokens.token_adapter.trainable_tokens_delta", STATUS_UNSUPPORTED,
      "trained tokens are not supported; train without trainable_token_indices"},
-    {"lm_head.lora_A.weight", STATUS_UNSUPPORTED,
-     "LoRA on lm_head is not supported; train without lm_head in target_modules"},
-    {"lm_head.base_layer.weight", STATUS_UNSUPPORTED, "LoRA on lm_head is not supported"},
+    {"lm_head.lora_B.weight", STATUS_INVALID, "lm_head has lora_B but no lora_A"},
+    {"lm_head.lora_embedding_A", STATUS_INVALID, "is not a LoRA matrix"},
+    {"lm_head.lora_B.bias", STATUS_UNSUPPORTED, "biases are not supported"},
+    {"lm_head.base_layer.weight", STATUS_UNSUPPORTED,
+     "lm_head.base_layer.weight\" is a whole matrix"},
     {"lm_head.weight", STATUS_UNSUPPORTED,
-     "PEFT saved the whole lm_head; if it was not trained, save again with "
-     "save_embedding_layers=False, else put it into the base model"},
+     "lm_head.weight\" is a whole matrix that is not known to be the base model's own"},
     {"model.layers.1.mlp.gate.lora_A.weight", STATUS_UNSUPPORTED,
      "LoRA on the router is not supported; train without mlp.gate"},
     {"model.layers.1.mlp.shared_expert.up_proj.lora_A.weight", STATUS_UNSUPPORTED,

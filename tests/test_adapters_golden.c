@@ -59,6 +59,14 @@ static const struct {
     {"layers-plain", "attention, dense"},
     {"layers-per-expert", "dense, per-expert"},
     {"no-effect", "attention"},
+    {"embed", "attention, embed"},
+    {"head", "head"},
+    {"embed-head-text", "attention, embed, head"},
+    {"tied", "attention, embed, head"},
+    {"tied-embed", "embed"},
+    {"tied-both-head", "embed, head"},
+    {"embed-head-base", "dense, embed, head"},
+    {"tied-both", "attention, embed, head"},
 };
 
 struct golden {
@@ -70,11 +78,35 @@ struct golden {
     struct safetensors *file;
 };
 
+static bool flag(const struct json *root, const char *key)
+{
+    bool value = false;
+    (void)json_as_bool(json_find(root, key), &value);
+    return value;
+}
+
 static uint32_t field(const struct json *root, const char *key)
 {
     uint32_t value = 0;
     (void)json_as_u32(json_find(root, key), &value);
     return value;
+}
+
+static struct digest weights_digest(const char *directory, const char *name)
+{
+    struct reader *reader;
+    struct safetensors *file;
+    struct digest out = {.bytes = {0}};
+    assert_int_equal(reader_open_in(directory, "model.safetensors", &reader, NULL), STATUS_OK);
+    assert_int_equal(safetensors_open(reader, directory, &file, NULL), STATUS_OK);
+    const struct tensor *tensor = safetensors_find(file, name);
+    if (tensor)
+        assert_int_equal(
+            safetensors_digest(file, tensor, name, tensor->type, NULL, NULL, &out, NULL),
+            STATUS_OK);
+    safetensors_close(file);
+    reader_close(reader);
+    return out;
 }
 
 static void base_read(struct golden *golden, const char *name, enum dtype dtype)
@@ -94,6 +126,8 @@ static void base_read(struct golden *golden, const char *name, enum dtype dtype)
                                          .intermediate = field(root, "intermediate_size"),
                                          .experts = field(root, "num_local_experts"),
                                          .moe_intermediate = field(root, "moe_intermediate_size"),
+                                         .vocab = field(root, "vocab_size"),
+                                         .tied = flag(root, "tie_word_embeddings"),
                                          .is_moe = golden->is_moe,
                                          .dtype = dtype};
     memset(golden->is_moe, golden->base.experts != 0, sizeof golden->is_moe);
@@ -105,6 +139,8 @@ static void base_read(struct golden *golden, const char *name, enum dtype dtype)
     }
     json_free(root);
     free(text);
+    golden->base.embedding_weights = weights_digest(directory, "model.embed_tokens.weight");
+    golden->base.head_weights = weights_digest(directory, "lm_head.weight");
 }
 
 static void golden_open(struct golden *golden, const char *name, enum dtype dtype)
@@ -132,12 +168,17 @@ static void golden_close(struct golden *golden)
     reader_close(golden->reader);
 }
 
-// "delta:model.layers.2.mlp.experts.3.gate_proj"
-static const struct lora_pair *pair_named(const struct lora_adapter_view *view, const char *name)
+// "delta:model.layers.2.mlp.experts.3.gate_proj", "delta:lm_head"
+static const struct lora_pair *pair_named(const struct lora_adapter_view *view, uint32_t layers,
+                                          const char *name)
 {
     static const char *const words[] = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
                                         "gate_proj", "up_proj", "down_proj"};
     unsigned layer, expert = 0;
+    if (strcmp(name, "delta:model.embed_tokens") == 0)
+        return lora_pair_at(view, layers, LORA_EMBED, 0);
+    if (strcmp(name, "delta:lm_head") == 0)
+        return lora_pair_at(view, layers, LORA_HEAD, 0);
     const char *word = strrchr(name, '.') + 1, *experts = strstr(name, ".experts.");
     assert_int_equal(sscanf(name, "delta:model.layers.%u", &layer), 1);
     if (experts)
@@ -153,7 +194,8 @@ static const struct lora_pair *pair_named(const struct lora_adapter_view *view, 
 static double delta_compare(const struct tool_rig *rig, const struct golden *golden,
                             const struct lora_adapter_view *view, const struct tensor *tensor)
 {
-    const struct lora_pair *pair = pair_named(view, tensor->name);
+    const struct lora_pair *pair = pair_named(view, golden->base.layers, tensor->name);
+    bool by_token = strcmp(tensor->name, "delta:model.embed_tokens") == 0;
     float *want = malloc(tensor->elements * sizeof *want);
     // two roundings to 8 bits
     double worst = 0, unit = golden->base.dtype == DTYPE_F32 ? 1e-6 : 1.01 / 128;
@@ -162,15 +204,18 @@ static double delta_compare(const struct tool_rig *rig, const struct golden *gol
                      STATUS_OK);
     assert_true(pair->a.rank && pair->a.rank == pair->b.rank);
     uint32_t d_out = (uint32_t)tensor->shape[0], d_in = (uint32_t)tensor->shape[1];
+    for (uint32_t i = 0; by_token && i < d_in; i++)
+        assert_true(tool_padding_is_zero(rig, &golden->base, view, &pair->a, i, pair->a.rank));
     for (uint32_t j = 0; j < pair->a.rank; j++) {
-        assert_true(tool_padding_is_zero(rig, &golden->base, view, &pair->a, j, d_in));
+        assert_true(by_token || tool_padding_is_zero(rig, &golden->base, view, &pair->a, j, d_in));
         assert_true(tool_padding_is_zero(rig, &golden->base, view, &pair->b, j, d_out));
     }
     for (uint32_t o = 0; o < d_out; o++)
         for (uint32_t i = 0; i < d_in; i++) {
             double sum = 0, size = 0;
             for (uint32_t j = 0; j < pair->a.rank; j++) {
-                double a = tool_element(rig, &golden->base, view, &pair->a, j, i);
+                double a = tool_element(rig, &golden->base, view, &pair->a, by_token ? i : j,
+                                        by_token ? j : i);
                 double b = tool_element(rig, &golden->base, view, &pair->b, j, o);
                 sum += a * b;
                 size += fabs(a * b);
@@ -239,8 +284,9 @@ static void test_adapters_golden_bf16(void **state)
         case_run(cases[i].name, cases[i].layout, DTYPE_BF16, *state);
 }
 
-// What PEFT's own functions answer about names, in a file of `configurations` times 84 questions.
-static void matching_run(const char *file, size_t configurations)
+// What PEFT's own functions answer about names, in a file of `configurations` times `names`
+// questions.
+static void matching_run(const char *file, size_t configurations, size_t names)
 {
     char *text;
     size_t bytes, asked = 0;
@@ -274,7 +320,7 @@ static void matching_run(const char *file, size_t configurations)
         }
         peft__config_clear(&config);
     }
-    assert_int_equal(asked, configurations * 84);
+    assert_int_equal(asked, configurations * names);
     json_free(root);
     free(text);
 }
@@ -282,8 +328,8 @@ static void matching_run(const char *file, size_t configurations)
 static void test_adapters_golden_matching(void **state)
 {
     (void)state;
-    matching_run("adapters_names.json", 31);
-    matching_run("adapters_names_old.json", 4); // by PEFT 0.18
+    matching_run("adapters_names.json", 36, 86);
+    matching_run("adapters_names_old.json", 4, 84); // by PEFT 0.18
 }
 
 static int setup(void **state)

@@ -25,6 +25,7 @@ struct adapter_base tool_base(enum dtype dtype)
                                 .intermediate = 96,
                                 .experts = 4,
                                 .moe_intermediate = 24,
+                                .vocab = 100,
                                 .is_moe = is_moe,
                                 .dtype = dtype};
     base.digest = hash_bytes(NULL, "tiny", 4);

@@ -383,7 +383,7 @@ def test_e2e_adapters_by_manifest(server):
         said = out.split("\n")
         assert said[0] == "5 listed: %d registered, %d unchanged, 3 failed, 0 not tried" % (added, unchanged), out
         assert ["own-b" in said[1], "permission_denied" in said[2], "not_found" in said[3]] == [True] * 3, out
-        assert err.startswith("[1/5] own-a: " + ("applied to 32 of 800 matrices, rank 8" if added else "registered with")), err
+        assert err.startswith("[1/5] own-a: " + ("applied to 32 of 802 matrices, rank 8" if added else "registered with")), err
     with server.peer("key-alpha") as peer:
         assert {"own-a", "own-c"} < {a["name"] for a in peer.call("adapters.list")}
         for name in ("own-a", "own-c"):
@@ -504,7 +504,7 @@ def test_e2e_adapter_upload(server):
         peer.call("adapters.register", name="own-path", path="pl")
         assert peer.refused("adapters.register", name="own-up", path=outside)["code"] == "not_found"
         code, out, err = cli(server, "adapter", "add", "own-up", outside, "--upload")
-        assert code == 0 and "applied to 32 of 800" in err and json.loads(out)["report"]["version"] == 1, (out, err)
+        assert code == 0 and "applied to 32 of 802" in err and json.loads(out)["report"]["version"] == 1, (out, err)
         code, _, err = cli(server, "adapter", "add", "own-up", outside, "--upload")
         assert code == 0 and "already" in err, err
         listed = {a["name"]: a for a in peer.call("adapters.list")}

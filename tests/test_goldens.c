@@ -4,7 +4,8 @@
 //   float32 path   logits within 1e-4 of transformers' float32, relative to the largest logit
 //   as shipped     error at most twice that of transformers' own bfloat16
 //   adapters       float32 path within 1e-4 of transformers + PEFT in float32, each alone and all
-//   in one batch
+//   in one batch; those of the dense base also as shipped, on the device under test, within
+//   AS_SHIPPED (a router that rounding turns would be right, and far off)
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -26,6 +27,8 @@
 #define ADAPTERS POLDER_SOURCE_DIR "/tests/golden/adapters"
 
 enum { CASES_MAX = 64 };
+
+#define AS_SHIPPED 0.15
 
 static struct driver *open_model(const char *directory, const char *state, enum dtype dtype)
 {
@@ -243,13 +246,14 @@ static void check_mixed(struct driver *d, struct adapter_case *cases, const int 
     }
 }
 
-static void check_base(struct adapter_case *cases, int count, const char *base)
+static void check_base(struct adapter_case *cases, int count, const char *base, enum dtype dtype)
 {
     char directory[512], path[600], state[64];
+    double allowed = dtype == DTYPE_F32 ? 1e-4 : AS_SHIPPED;
     int mine[CASES_MAX], n = 0;
     (void)snprintf(directory, sizeof directory, "%s/%s", ADAPTERS, base);
     driver_make_directory(state, sizeof state);
-    struct driver *d = open_model(directory, state, DTYPE_F32);
+    struct driver *d = open_model(directory, state, dtype);
     for (int i = 0; i < count; i++) {
         struct adapter_report report;
         struct fault fault = {.text = ""};
@@ -260,13 +264,13 @@ static void check_base(struct adapter_case *cases, int count, const char *base)
             (void)fprintf(stderr, "%s: %s\n", cases[i].name, fault.text);
         assert_int_equal(fault.text[0], 0);
         struct error e = check_case(d, &cases[i]);
-        (void)printf("%-24s on %-20s %.1e of the largest; %s, applied to %u of %u\n", cases[i].name,
-                     base, e.worst / e.largest, report.layout, report.matrices_applied,
-                     report.matrices_possible);
-        assert_true(e.worst <= 1e-4 * e.largest);
+        (void)printf("%-24s on %-20s %s %.1e of the largest; %s, applied to %u of %u\n",
+                     cases[i].name, base, dtype == DTYPE_F32 ? "f32 " : "bf16", e.worst / e.largest,
+                     report.layout, report.matrices_applied, report.matrices_possible);
+        assert_true(e.worst <= allowed * e.largest);
         mine[n++] = i;
     }
-    if (n)
+    if (n && dtype == DTYPE_F32)
         check_mixed(d, cases, mine, n);
     driver_destroy(d);
     driver_remove(state);
@@ -288,7 +292,8 @@ static void test_goldens_adapters(void **state)
     }
     (void)closedir(list);
     for (int b = 0; b < base_count; b++)
-        check_base(cases, count, bases[b]);
+        check_base(cases, count, bases[b], DTYPE_F32);
+    check_base(cases, count, "base-dense", DTYPE_BF16);
     for (int i = 0; i < count; i++)
         close_case(&cases[i]);
     assert_true(count >= 10 && base_count >= 2);

@@ -19,19 +19,21 @@ struct adapters {
     struct lora_adapter_view *view;         // [ADAPTERS_MAX]
     struct plain_pair *plain[ADAPTERS_MAX]; // as pairs
     uint32_t count, layers, experts;
-    uint32_t *row_begin, *adapter;               // [SEGMENTS_MAX]
-    uint32_t *free_pages, next_page, page, fill; // packing of slices, one after another
+    uint32_t *row_begin, *adapter;                      // [SEGMENTS_MAX]
+    uint32_t *free_pages, next_page, page, fill, align; // packing of slices, one after another
     uint8_t *arena;
     uint32_t *slots, slot_count;
 };
 
 // Adapters of the given ranks (0: an adapter with nothing). Modules LORA_GATE, LORA_UP map hidden
 // to intermediate, LORA_DOWN back; d_in and d_out for all others. Here gate and up are d_in x d_out
-// and down is d_out x d_in. Some (module, expert) are absent, ranks differ by module.
+// and down is d_out x d_in. Some (module, expert) are absent, ranks differ by module. LORA_EMBED
+// has d_in tokens, LORA_HEAD a vocabulary of d_out. What does not fit a page is absent, but
+// LORA_HEAD's B^T is cut.
 void adapters_make(struct adapters *l, struct rig *rig, const uint32_t *ranks, uint32_t count,
                    uint32_t layers, uint32_t experts, uint32_t d_in, uint32_t d_out,
                    size_t page_bytes);
-// Random segments over rows, base rows among them.
+// Random segments over rows, base rows and empty segments among them.
 void adapters_batch(struct adapters *l, uint32_t rows);
 uint32_t adapters_of(const struct adapters *l, uint32_t row); // 0xffffffff: base
 // Tells the views which pages each (layer, expert) needs: all that its slices stand in.

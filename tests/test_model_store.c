@@ -130,7 +130,7 @@ static void test_model_digest_does_not_depend_on_shards(void **state)
         struct fault fault = {0};
         if (model_load(device, &options, &model, &fault))
             fail_msg("%s", fault.text);
-        digests[i] = model->digest;
+        digests[i] = model->digests.model;
         model_destroy(model);
         device->table->destroy(device);
         files_remove(place.root);

@@ -101,6 +101,7 @@ struct command {
         struct rmsnorm_args rmsnorm;
         struct swiglu_args swiglu;
         struct gemm_args gemm;
+        struct lora_gather_args lora_gather;
         struct lora_shrink_args shrink;
         struct lora_expand_args expand;
         struct qk_args qk;
@@ -254,7 +255,7 @@ struct expand_rows {
     const struct lora_pair *pair;
     const float *hidden;
     size_t hidden_stride, rows;
-    size_t first, cols; // columns of B^T
+    size_t first, cols; // columns of B^T, of one block when it is cut
     float *y;
     size_t y_stride, to; // `to`: where column `first` goes, before interleaving
     int half;            // as interleave_half
@@ -279,6 +280,7 @@ void cpu__embed(struct stream *s, const struct embed_args *a);
 void cpu__rmsnorm(struct stream *s, const struct rmsnorm_args *a);
 void cpu__swiglu(struct stream *s, const struct swiglu_args *a);
 void cpu__gemm(struct stream *s, const struct gemm_args *a);
+void cpu__lora_gather(struct stream *s, const struct lora_gather_args *a);
 void cpu__lora_shrink(struct stream *s, const struct lora_shrink_args *a);
 void cpu__lora_expand(struct stream *s, const struct lora_expand_args *a);
 void cpu__qk_norm_rope_kv(struct stream *s, const struct qk_args *a);

@@ -57,6 +57,7 @@ static const struct device_table table = {
     .rmsnorm = cpu__rmsnorm,
     .gemm = cpu__gemm,
     .swiglu = cpu__swiglu,
+    .lora_gather = cpu__lora_gather,
     .lora_shrink = cpu__lora_shrink,
     .lora_expand = cpu__lora_expand,
     .qk_norm_rope_kv = cpu__qk_norm_rope_kv,

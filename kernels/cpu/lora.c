@@ -2,10 +2,12 @@
 // LoRA at true rank: shrink hidden = A x (dots over rows of A), expand y += scale * B^T hidden (mix
 // over rows of B^T, j ascending). Rows of one adapter stand together, so that a task reads a row of
 // A or B once for up to ROWS_TASK rows of the batch. Bound by the bytes of the distinct adapters at
-// decode. Adapters without the module, rank 0 and base rows cost a look.
+// decode. Adapters without the module, rank 0 and base rows cost a look. gather copies a row of A
+// for each row.
 //
-// Tasks: shrink c->parts rows x RANK_TASK ranks, expand c->parts rows x COLUMNS_CHUNK columns;
-// parts: ROWS_TASK rows, fewer when the batch is small, so that all threads have some.
+// Tasks: shrink c->parts rows x RANK_TASK ranks, expand c->parts rows x COLUMNS_CHUNK columns
+// (blocks of B^T that is cut are whole chunks), gather ROWS_TASK rows; parts: ROWS_TASK rows, fewer
+// when the batch is small, so that all threads have some.
 #include <string.h>
 
 #include "kernels/cpu/cpu.h"
@@ -94,6 +96,53 @@ static void fetch_next(const struct command *c, const struct lora_batch *b, uint
         cpu__lora_fetch(b, view, slice, first, (uint32_t)min_size(most, slice->rank - first));
 }
 
+static void gather_task(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task)
+{
+    (void)slot;
+    const struct lora_gather_args *a = &c->a.lora_gather;
+    const struct lora_batch *b = a->batch;
+    uint32_t row = task * ROWS_TASK, last;
+    uint32_t end = (uint32_t)min_size(row + ROWS_TASK, b->row_begin[b->segments]);
+    for (; row < end; row = last) {
+        const struct lora_adapter_view *view = cpu__lora_view(b, row, &last);
+        last = last < end ? last : end;
+        const struct lora_slice *slice =
+            view ? &lora_pair_at(view, a->layer, a->module, 0)->a : NULL;
+        for (uint32_t r = row; view && slice->rank && r < last; r++) {
+            float *to = a->hidden + (size_t)r * b->rank_max;
+            uint32_t token = (uint32_t)a->token[r]; // negative: beyond any vocabulary
+            if (token < a->vocab)
+                cpu__kernel(s)->load(
+                    lora_row_at(b->arena, b->page_bytes, view->pages, slice, token), to,
+                    slice->rank);
+            else
+                memset(to, 0, slice->rank * sizeof *to);
+        }
+    }
+}
+
+static uint32_t gather_prepare(struct cpu_stream *s, struct command *c)
+{
+    (void)s;
+    const struct lora_batch *b = c->a.lora_gather.batch;
+    return (uint32_t)div_up(b->row_begin[b->segments], ROWS_TASK);
+}
+
+static const struct operation gather_operation = {.prepare = gather_prepare, .task = gather_task};
+
+void cpu__lora_gather(struct stream *s, const struct lora_gather_args *a)
+{
+    CHECK(a->batch->rank_max <= RANK_MAX && a->module == LORA_EMBED);
+    if (!a->batch->segments || !a->batch->rank_max)
+        return;
+    struct command *c = cpu__record(s, &gather_operation, 0);
+    c->a.lora_gather = *a;
+    size_t rows = a->batch->rows; // row_begin is device memory: it may not be there yet
+    cpu__reads(c, a->token, rows * sizeof *a->token, 0, 1);
+    cpu__writes(c, a->hidden, rows * a->batch->rank_max * sizeof(float), 0, 1);
+    cpu__record_end(s, c);
+}
+
 static void shrink_task(struct cpu_stream *s, struct slot *slot, struct command *c, uint32_t task)
 {
     const struct lora_shrink_args *a = &c->a.shrink;
@@ -141,7 +190,8 @@ static const struct operation shrink_operation = {.prepare = shrink_prepare, .ta
 
 void cpu__lora_shrink(struct stream *s, const struct lora_shrink_args *a)
 {
-    CHECK(a->batch->rank_max <= RANK_MAX && a->module < LORA_MODULES);
+    CHECK(a->batch->rank_max <= RANK_MAX && a->module < LORA_MODULES_ALL);
+    CHECK(a->module != LORA_EMBED);
     if (!a->batch->segments || !a->batch->rank_max)
         return;
     struct command *c = cpu__record(s, &shrink_operation, 0);
@@ -165,11 +215,13 @@ void cpu__lora_add(struct cpu_stream *s, float *y, const float *from, float scal
 void cpu__lora_expand_rows(struct cpu_stream *s, struct slot *slot, const struct expand_rows *e)
 {
     size_t stride = round_up(e->cols, MIX_PAD), count = e->pair->b.rank;
+    size_t columns = e->pair->b.row_bytes / cpu__element(s), block = e->first / columns;
     CHECK(e->rows * stride <= ARRAY_COUNT(slot->mixed) && count <= RANK_MAX);
-    cpu__lora_rows(e->batch, e->view, &e->pair->b, 0, (uint32_t)count, slot->values);
+    cpu__lora_rows(e->batch, e->view, &e->pair->b, (uint32_t)(block * count), (uint32_t)count,
+                   slot->values);
     memset(slot->mixed, 0, e->rows * stride * sizeof(float));
-    cpu__kernel(s)->mix(e->hidden, e->hidden_stride, slot->values, count, e->first, e->cols,
-                        slot->mixed, stride, e->rows);
+    cpu__kernel(s)->mix(e->hidden, e->hidden_stride, slot->values, count,
+                        e->first - block * columns, e->cols, slot->mixed, stride, e->rows);
     for (size_t r = 0; r < e->rows; r++)
         cpu__lora_add(s, e->y + r * e->y_stride, slot->mixed + r * stride, e->pair->scale, e->to,
                       e->cols, e->half);
@@ -216,7 +268,7 @@ static const struct operation expand_operation = {.prepare = expand_prepare, .ta
 
 void cpu__lora_expand(struct stream *s, const struct lora_expand_args *a)
 {
-    CHECK(a->batch->rank_max <= RANK_MAX && a->module < LORA_MODULES);
+    CHECK(a->batch->rank_max <= RANK_MAX && a->module < LORA_MODULES_ALL);
     if (!a->batch->segments || !a->batch->rank_max || !a->d_out)
         return;
     struct command *c = cpu__record(s, &expand_operation, 0);

@@ -116,6 +116,7 @@ void cuda__embed(const struct cuda_launch *l, const struct embed_args *a);
 void cuda__rmsnorm(const struct cuda_launch *l, const struct rmsnorm_args *a);
 void cuda__swiglu(const struct cuda_launch *l, const struct swiglu_args *a);
 void cuda__gemm(const struct cuda_launch *l, const struct gemm_args *a);
+void cuda__lora_gather(const struct cuda_launch *l, const struct lora_gather_args *a);
 // Shrinks (expands) of one step that follow each other are launched together: count 1..3, same
 // batch; shrinks of the same x and d_in.
 void cuda__lora_shrink(const struct cuda_launch *l, const struct lora_shrink_args *a,

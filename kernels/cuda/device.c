@@ -195,6 +195,7 @@ static const struct device_table table = {
     .rmsnorm = cuda__record_rmsnorm,
     .gemm = cuda__record_gemm,
     .swiglu = cuda__record_swiglu,
+    .lora_gather = cuda__record_lora_gather,
     .lora_shrink = cuda__record_lora_shrink,
     .lora_expand = cuda__record_lora_expand,
     .qk_norm_rope_kv = cuda__record_qk_norm_rope_kv,

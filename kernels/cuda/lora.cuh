@@ -38,7 +38,7 @@ struct lora_work {
     const struct lora_adapter_view *adapters;
     uint32_t slot, count;
     bool settled;
-    uint32_t pair[MODULES];    // layer * LORA_MODULES + module
+    uint32_t pair[MODULES];    // lora_pair_row
     uint32_t columns[MODULES]; // expand: tasks over the columns
 };
 

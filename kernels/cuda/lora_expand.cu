@@ -5,8 +5,9 @@
 // these are fp32 FMAs on the CUDA cores, for every (row, column) the even ranks ascending, the odd
 // ranks ascending, then both: the same bits alone or in a batch. They reach y as one reduction,
 // which nobody waits for. Each warp walks the same share of all units, from column to column, so
-// that going on costs little. The columns of two expands of a launch are disjoint. FIFO:
-// EXPAND_DEPTH units a warp (36 KiB).
+// that going on costs little. The columns of two expands of a launch are disjoint. Where B^T is cut
+// (lora.h) a block is a whole number of tasks, and its rows are found anew. FIFO: EXPAND_DEPTH
+// units a warp (36 KiB).
 //
 // Tolerance: fp32 sums in another order than the CPU's.
 #include "kernels/cuda/lora.cuh"
@@ -45,6 +46,7 @@ __device__ __forceinline__ float bf16_high(uint32_t pair)
 // Where a warp stands: a task, and the unit of it.
 struct expand_cursor {
     uint32_t segment, module, column, group; // column: block of TASK_COLUMNS
+    uint32_t cut;                            // column at which the block of B^T begins
     uint32_t task_unit, unit;                // first unit of the task, unit within it
     uint32_t mine; // lane l: where the columns of rank l (of 32) begin in the arena, in 64 bytes
 };
@@ -59,6 +61,12 @@ __device__ __forceinline__ uint32_t task_rows(const struct segment &s, uint32_t 
     return min(s.rows - group * ROWS_EXPAND, ROWS_EXPAND);
 }
 
+// Bytes of a row of B^T before the cursor's columns.
+__device__ __forceinline__ uint32_t bytes_before(const struct expand_cursor &c)
+{
+    return (c.column - c.cut) * (TASK_COLUMNS * 2);
+}
+
 // Finds the rows of B^T of the 32 ranks that the cursor's unit belongs to.
 __device__ __forceinline__ void expand_rows_find(const struct expand_work &a,
                                                  const struct survey &v, struct expand_cursor &c)
@@ -66,12 +74,15 @@ __device__ __forceinline__ void expand_rows_find(const struct expand_work &a,
     const struct segment &s = v.table[c.segment];
     const struct lora_slice &slice = s.slice[c.module];
     uint32_t rank = c.unit * UNIT_RANKS + threadIdx.x % 32;
+    uint32_t block = c.column / div_up32(slice.row_bytes, TASK_COLUMNS * 2); // 0 but when cut
+    c.cut = block * (slice.row_bytes / (TASK_COLUMNS * 2));
     c.mine = 0;
     if (rank < slice.rank)
-        c.mine =
-            (uint32_t)((lora_row(a.w.arena, a.w.page_bytes, s.pages, &slice, rank) - a.w.arena) /
-                       64) +
-            c.column * (TASK_COLUMNS * 2 / 64);
+        c.mine = (uint32_t)((lora_row(a.w.arena, a.w.page_bytes, s.pages, &slice,
+                                      block * slice.rank + rank) -
+                             a.w.arena) /
+                            64) +
+                 bytes_before(c) / 64;
 }
 
 // To a segment and module that have tasks, from `module` of the cursor's segment on.
@@ -109,6 +120,8 @@ __device__ __forceinline__ void expand_next(const struct expand_work &a, const s
             c.module++;
             expand_module_find(a, v, c);
             same_rows = false;
+        } else if (bytes_before(c) >= s.slice[c.module].row_bytes) {
+            same_rows = false; // the next block
         }
     }
     if (!same_rows)
@@ -154,7 +167,7 @@ __device__ __forceinline__ void expand_issue(const struct expand_work &a, const 
         const struct lora_slice &slice = s.slice[c.module];
         uint32_t lane = threadIdx.x % 32, j = c.unit * UNIT_RANKS;
         if (B) {
-            bool has = c.column * TASK_COLUMNS * 2 + lane % 16 * 16 < slice.row_bytes;
+            bool has = bytes_before(c) + lane % 16 * 16 < slice.row_bytes;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 uint32_t rank = j + i * 2 + lane / 16;
@@ -333,8 +346,8 @@ void cuda__lora_expand(const struct cuda_launch *l, const struct lora_expand_arg
     e.w = work_of(l, a->batch);
     e.w.count = count;
     for (uint32_t i = 0; i < count; i++) {
-        CHECK(a[i].module < LORA_MODULES && a[i].interleave_half <= 1);
-        e.w.pair[i] = a[i].layer * LORA_MODULES + a[i].module;
+        CHECK(a[i].module < LORA_MODULES_ALL && a[i].interleave_half <= 1);
+        e.w.pair[i] = (uint32_t)lora_pair_row(a[i].layer, a[i].module);
         e.w.columns[i] = (uint32_t)div_up(a[i].d_out, TASK_COLUMNS);
         e.hidden[i] = a[i].hidden;
         e.y[i] = a[i].y;

@@ -292,8 +292,9 @@ void cuda__lora_shrink(const struct cuda_launch *l, const struct lora_shrink_arg
     s.x_row_bytes = cuda__act_cols(a->d_in) * sizeof(bf16);
     s.chunks = (uint32_t)div_up(a->d_in * sizeof(bf16), CHUNK_BYTES);
     for (uint32_t i = 0; i < count; i++) {
-        CHECK(a[i].x == a->x && a[i].d_in == a->d_in && a[i].module < LORA_MODULES);
-        s.w.pair[i] = a[i].layer * LORA_MODULES + a[i].module;
+        CHECK(a[i].x == a->x && a[i].d_in == a->d_in &&
+              a[i].module < LORA_MODULES_ALL && a[i].module != LORA_EMBED);
+        s.w.pair[i] = (uint32_t)lora_pair_row(a[i].layer, a[i].module);
         s.hidden[i] = a[i].hidden;
     }
     launch_kernel(l, lora_shrink_kernel, grid_of(l), dim3(THREADS), SHRINK_SHARED, s);

@@ -186,6 +186,18 @@ static void record_lora(struct cuda_stream *s, struct command *c, const struct l
     record_batch(s, c, batch);
 }
 
+void cuda__record_lora_gather(struct stream *stream, const struct lora_gather_args *a)
+{
+    struct cuda_stream *s = (struct cuda_stream *)stream;
+    if (!a->batch->segments || !a->batch->rank_max)
+        return;
+    struct command *c = record(s, OP_lora_gather);
+    c->a.lora_gather = *a;
+    CLEAR_PADDING(&c->a.lora_gather);
+    c->a.lora_gather.batch = NULL;
+    record_lora(s, c, a->batch);
+}
+
 void cuda__record_lora_shrink(struct stream *stream, const struct lora_shrink_args *a)
 {
     struct cuda_stream *s = (struct cuda_stream *)stream;
@@ -301,6 +313,13 @@ static uint32_t launch_lora(const struct cuda_launch *l, struct command *c, uint
     return n;
 }
 
+static void launch_gather(const struct cuda_launch *l, const struct command *c)
+{
+    struct lora_gather_args a = c->a.lora_gather;
+    a.batch = &c->batch;
+    cuda__lora_gather(l, &a);
+}
+
 static void launch_moe(const struct cuda_launch *l, const struct command *c)
 {
     struct moe_gemm_args a = c->op == OP_moe_down ? c->a.moe_down : c->a.moe_gate_up;
@@ -342,6 +361,9 @@ static void launch_commands(struct cuda_stream *s, uint32_t begin, uint32_t end,
             break;
         case OP_SCATTER:
             cuda__scatter(&l, &c->a.scatter);
+            break;
+        case OP_lora_gather:
+            launch_gather(&l, c);
             break;
         case OP_lora_shrink:
         case OP_lora_expand:

@@ -21,6 +21,7 @@
 
 // Those that know the adapters of the step: they carry a copy of its lora_batch.
 #define CUDA_LORA_OPERATIONS(X)                                                                    \
+    X(lora_gather, lora_gather_args, batch)                                                        \
     X(lora_shrink, lora_shrink_args, batch)                                                        \
     X(lora_expand, lora_expand_args, batch)                                                        \
     X(moe_map, moe_map_args, lora)                                                                 \

@@ -122,6 +122,7 @@ static size_t place_arrays(const struct engine_options *o, uint8_t *base, struct
     PLACE(sequence, rows);
     PLACE(lora_row, runs + 1);
     PLACE(lora_adapter, runs);
+    PLACE(lora_sample, runs + 1);
     PLACE(gather, runs);
     PLACE(follow, runs);
     PLACE(sample, runs);

@@ -3,9 +3,10 @@
 // backends. What a half-layer leaves behind is the residual rows x and the KV it wrote, nothing
 // else, so a step can be left after any half and entered again.
 //
+//   begin     : x = Embed(token)                                                          (+ LoRA)
 //   half 2l   : x += O(attention(rope(norm(QKV(rmsnorm(x))))))            (+ LoRA on q, k, v, o)
 //   half 2l+1 : x += MLP(rmsnorm(x)), dense or router -> map -> experts -> combine    (+ LoRA)
-//   head      : sample(Head(rmsnorm(x[last rows])))
+//   head      : sample(Head(rmsnorm(x[last rows])))                                       (+ LoRA)
 //
 // With several ranks (kernels/comm.h) each computes its share of heads, units and experts, and x is
 // the same on all of them: rank 0 adds its part of a half-layer to x itself, the others put theirs
@@ -30,13 +31,19 @@ static bool has(const struct step *step, enum lora_module module)
     return step->lora_modules >> module & 1;
 }
 
+// The step's rows, or those that are sampled.
+static const struct lora_batch *batch_of(const struct step *step, enum lora_module module)
+{
+    return module == LORA_HEAD ? &step->lora_head : &step->lora;
+}
+
 // Shrinks stand right before their expands: the expand then begins while they still run.
 static void shrink(struct engine *e, struct step *step, enum lora_module module, uint32_t layer,
                    const void *x, uint32_t d_in, uint32_t buffer)
 {
     if (!has(step, module))
         return;
-    struct lora_shrink_args a = {.batch = &step->lora,
+    struct lora_shrink_args a = {.batch = batch_of(step, module),
                                  .x = x,
                                  .hidden = e->scratch.lora_hidden[buffer],
                                  .layer = layer,
@@ -50,7 +57,7 @@ static void expand(struct engine *e, struct step *step, enum lora_module module,
 {
     if (!has(step, module))
         return;
-    struct lora_expand_args a = {.batch = &step->lora,
+    struct lora_expand_args a = {.batch = batch_of(step, module),
                                  .hidden = e->scratch.lora_hidden[buffer],
                                  .y = y,
                                  .y_stride = stride,
@@ -259,6 +266,28 @@ static void follow_tokens(struct engine *e, const struct step *step)
     e->table->scatter(e->stream, &a);
 }
 
+static void embed(struct engine *e, struct step *step)
+{
+    const struct model_config *c = &e->options.model->config;
+    struct embed_args a = {.token = step->device.token,
+                           .table = e->options.model->embedding,
+                           .x = step->x,
+                           .rows = step->plan.rows,
+                           .dim = c->hidden,
+                           .vocab = c->vocab};
+    e->table->embed(e->stream, &a);
+    if (!has(step, LORA_EMBED))
+        return;
+    struct lora_gather_args g = {.batch = &step->lora,
+                                 .token = step->device.token,
+                                 .hidden = e->scratch.lora_hidden[0],
+                                 .layer = c->layers,
+                                 .vocab = c->vocab,
+                                 .module = LORA_EMBED};
+    e->table->lora_gather(e->stream, &g);
+    expand(e, step, LORA_EMBED, c->layers, step->x, c->hidden, c->hidden, 0, -1);
+}
+
 void forward_begin(struct engine *engine, struct step *step)
 {
     const struct engine_options *o = &engine->options;
@@ -273,15 +302,8 @@ void forward_begin(struct engine *engine, struct step *step)
     if (begins && step->followed)
         follow_tokens(engine, step);
     engine->table->unit(engine->stream);
-    if (begins) {
-        struct embed_args a = {.token = step->device.token,
-                               .table = o->model->embedding,
-                               .x = step->x,
-                               .rows = step->plan.rows,
-                               .dim = o->model->config.hidden,
-                               .vocab = o->model->config.vocab};
-        engine->table->embed(engine->stream, &a);
-    }
+    if (begins)
+        embed(engine, step);
 }
 
 void forward_half(struct engine *engine, struct step *step, uint32_t half, bool from_gate)
@@ -316,6 +338,8 @@ void forward_head(struct engine *engine, struct step *step)
                              .epsilon = c->rms_epsilon};
     engine->table->rmsnorm(engine->stream, &n);
     gemm(engine, s->last_act, m->head, s->logits, c->vocab, rows, c->vocab, c->hidden, false);
+    shrink(engine, step, LORA_HEAD, c->layers, s->last_act, c->hidden, 0);
+    expand(engine, step, LORA_HEAD, c->layers, s->logits, c->vocab, c->vocab, 0, -1);
     struct sample_args a = {.logits = s->logits,
                             .stride = c->vocab,
                             .vocab = c->vocab,

@@ -103,7 +103,8 @@ struct step_block {
 struct step_arrays {
     int32_t *token;
     uint32_t *position, *sequence, *lora_row, *lora_adapter, *gather;
-    uint32_t *follow; // by sample of the step before: the row its token goes to, or rows_max
+    uint32_t *lora_sample; // as lora_row, over the samples
+    uint32_t *follow;      // by sample of the step before: the row its token goes to, or rows_max
     struct sample_params *sample;
     uint32_t *pages;
 };
@@ -115,7 +116,8 @@ struct step {
     struct step_block block;
     struct step_arrays host, device;
     float *x; // [rows_max][hidden] residual rows: with the KV, all that a paused step keeps
-    struct lora_batch lora;
+    // Of all rows; of the sampled ones, in the same segments.
+    struct lora_batch lora, lora_head;
     uint32_t lora_modules; // bit m: some adapter of the step has module m
     bool has_parts;        // some adapter has parts that come expert by expert
     uint32_t tops;         // top_logprobs asked for by the step's samples

@@ -517,7 +517,7 @@ static struct digest prefix_root(const struct engine *e, const struct sequence *
     } parts;
     memset(&parts, 0, sizeof parts);
     parts.salt = e->salts[s->tenant];
-    parts.base = e->options.model->digest;
+    parts.base = e->options.model->digests.model;
     if (s->has_adapter)
         parts.adapter = adapter_digest(e->options.adapters, s->adapter);
     return hash_bytes(&e->options.secret, &parts, sizeof parts);

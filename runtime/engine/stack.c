@@ -228,8 +228,8 @@ static enum status make_kv(struct stack *s, struct fault *fault)
     return STATUS_OK;
 }
 
-static void fill_base(const struct model_config *c, enum dtype dtype, const struct digest *digest,
-                      struct adapter_base *out)
+static void fill_base(const struct model_config *c, enum dtype dtype,
+                      const struct model_digests *digests, struct adapter_base *out)
 {
     *out = (struct adapter_base){.layers = c->layers,
                                  .hidden = c->hidden,
@@ -239,9 +239,13 @@ static void fill_base(const struct model_config *c, enum dtype dtype, const stru
                                  .intermediate = c->intermediate,
                                  .experts = c->experts,
                                  .moe_intermediate = c->moe_intermediate,
+                                 .vocab = c->vocab,
+                                 .tied = c->tied_embeddings,
                                  .is_moe = c->is_moe,
                                  .dtype = dtype,
-                                 .digest = *digest};
+                                 .digest = digests->model,
+                                 .embedding_weights = digests->embedding,
+                                 .head_weights = digests->head};
 }
 
 enum status stack_identify(const struct stack_options *options, struct stack_identity *out,
@@ -251,11 +255,11 @@ enum status stack_identify(const struct stack_options *options, struct stack_ide
                                   .page_bytes = options->page_bytes,
                                   .progress = options->progress,
                                   .progress_context = options->progress_context};
-    struct digest digest;
+    struct model_digests digests;
     enum status status =
-        model_identify(&model, options->dtype, &out->config, &out->page_bytes, &digest, fault);
+        model_identify(&model, options->dtype, &out->config, &out->page_bytes, &digests, fault);
     if (!status)
-        fill_base(&out->config, options->dtype, &digest, &out->base);
+        fill_base(&out->config, options->dtype, &digests, &out->base);
     return status;
 }
 
@@ -280,7 +284,7 @@ static enum status make_residents(struct stack *s, struct fault *fault)
         status = experts_create(&experts, &s->experts, fault);
     if (status)
         return status;
-    fill_base(&s->model->config, s->model->dtype, &s->model->digest, &s->base);
+    fill_base(&s->model->config, s->model->dtype, &s->model->digests, &s->base);
     struct adapter_options adapters = {.pool = s->pool,
                                        .device = s->device,
                                        .arena = s->device_arena,

@@ -254,26 +254,29 @@ static void fill_places(struct engine *e, struct step *step)
 {
     const struct engine_options *o = &e->options;
     uint32_t blocks = (uint32_t)div_up(o->context_max, o->kv_shape.block_tokens), segment = 0;
-    uint32_t modules = 0, rank_max = 0;
+    uint32_t modules = 0, rank_max = 0, samples = 0;
     step->has_parts = false;
     for (uint32_t i = 0; i < step->plan.runs; i++) {
         const struct plan_run *run = &step->runs[i];
         const struct sequence *s = &e->sequences[run->slot];
         kv_fill_pages(o->kv, s->kv,
                       step->host.pages + (size_t)i * blocks * o->kv_shape.pages_per_block, blocks);
+        samples += run->samples;
         if (i && run->adapter == step->runs[i - 1].adapter)
             continue;
         step->host.lora_row[segment] = run->row;
+        step->host.lora_sample[segment] = samples - run->samples;
         step->host.lora_adapter[segment++] = run->adapter;
         if (!s->has_adapter)
             continue;
-        for (uint32_t m = 0; m < LORA_MODULES; m++)
+        for (uint32_t m = 0; m < LORA_MODULES_ALL; m++)
             modules |= (uint32_t)adapter_has_module(o->adapters, s->adapter, m) << m;
         step->has_parts |= adapter_has_parts(o->adapters, s->adapter);
         uint32_t rank = adapter_rank_max(o->adapters, s->adapter);
         rank_max = rank > rank_max ? rank : rank_max;
     }
     step->host.lora_row[segment] = step->plan.rows;
+    step->host.lora_sample[segment] = samples;
     step->places_changed = true;
     step->lora_modules = modules;
     step->lora = (struct lora_batch){.arena = o->arena,
@@ -284,6 +287,10 @@ static void fill_places(struct engine *e, struct step *step)
                                      .adapter = step->device.lora_adapter,
                                      .adapters = o->adapters ? adapters_views(o->adapters) : NULL,
                                      .rank_max = rank_max};
+    // The same segments; those without a sample are empty.
+    step->lora_head = step->lora;
+    step->lora_head.rows = samples;
+    step->lora_head.row_begin = step->device.lora_sample;
 }
 
 static void fill_step(struct engine *e, struct step *step)

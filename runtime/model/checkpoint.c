@@ -17,7 +17,7 @@
 #include "runtime/model/fields.h"
 
 // The largest published index (over 90,000 tensors) has 10 MB; one file descriptor per shard.
-enum { INDEX_BYTES_MAX = 64 << 20, SHARDS_MAX = 512, HASH_CHUNK = 1 << 20 };
+enum { INDEX_BYTES_MAX = 64 << 20, SHARDS_MAX = 512 };
 
 static const char SINGLE_NAME[] = "model.safetensors";
 static const char INDEX_NAME[] = "model.safetensors.index.json";
@@ -320,46 +320,23 @@ enum status weight_read(const struct weight *weight, enum dtype dtype, uint64_t 
 }
 
 // Every tensor has a digest of its own, so that they can be computed in any order.
-static enum status hash_tensor(const struct weight *weight, uint8_t *chunk, struct digest *out,
-                               void (*progress)(void *context, uint64_t bytes), void *context,
-                               struct fault *fault)
-{
-    const struct tensor *tensor = weight->tensor;
-    const char *type = tensor_type_name(tensor->type);
-    uint64_t dims = tensor->dims;
-    struct hash_stream stream;
-    hash_begin(&stream, NULL);
-    hash_update(&stream, tensor->name, strlen(tensor->name) + 1);
-    hash_update(&stream, type, strlen(type) + 1);
-    hash_update(&stream, &dims, sizeof dims);
-    hash_update(&stream, tensor->shape, tensor->dims * sizeof tensor->shape[0]);
-    for (uint64_t at = 0; at < tensor->bytes;) {
-        size_t n = min_size((size_t)(tensor->bytes - at), HASH_CHUNK);
-        enum status status = safetensors_read(weight->file, tensor, at, chunk, n, fault);
-        if (status)
-            return status;
-        hash_update(&stream, chunk, n);
-        at += n;
-        progress(context, n);
-    }
-    *out = hash_end(&stream);
-    return STATUS_OK;
-}
-
 enum status checkpoint_hash(const struct checkpoint *checkpoint, struct hash_stream *stream,
+                            struct checkpoint_digest *wanted, uint32_t wanted_count,
                             void (*progress)(void *context, uint64_t bytes), void *context,
                             struct fault *fault)
 {
-    uint8_t *chunk = malloc(HASH_CHUNK);
-    if (!chunk)
-        return fault_set(fault, STATUS_NO_MEMORY, "out of memory while reading the checkpoint.");
     enum status status = STATUS_OK;
     for (size_t i = 0; !status && i < checkpoint->count; i++) {
+        const struct weight *weight = &checkpoint->weights[i];
+        const struct tensor *tensor = weight->tensor;
         struct digest digest;
-        status = hash_tensor(&checkpoint->weights[i], chunk, &digest, progress, context, fault);
+        status = safetensors_digest(weight->file, tensor, tensor->name, tensor->type, progress,
+                                    context, &digest, fault);
         if (!status)
             hash_update(stream, digest.bytes, sizeof digest.bytes);
+        for (uint32_t w = 0; !status && w < wanted_count; w++)
+            if (strcmp(wanted[w].name, tensor->name) == 0)
+                wanted[w].digest = digest;
     }
-    free(chunk);
     return status;
 }

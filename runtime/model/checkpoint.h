@@ -48,10 +48,17 @@ MUST_USE enum status checkpoint_finish(const struct checkpoint *checkpoint, bool
 MUST_USE enum status weight_read(const struct weight *weight, enum dtype dtype, uint64_t first,
                                  void *out, size_t count, struct fault *fault);
 
-// Feeds the digest of each tensor (name, type, shape, bytes) in the order of their names:
-// independent of sharding.
+// The digest of one tensor by its name, also kept for whom asks for it.
+struct checkpoint_digest {
+    const char *name;
+    struct digest digest; // untouched when there is no such tensor
+};
+
+// Feeds the digest of each tensor (safetensors_digest) in the order of their names: independent of
+// sharding.
 MUST_USE enum status checkpoint_hash(const struct checkpoint *checkpoint,
-                                     struct hash_stream *stream,
+                                     struct hash_stream *stream, struct checkpoint_digest *wanted,
+                                     uint32_t wanted_count,
                                      void (*progress)(void *context, uint64_t bytes), void *context,
                                      struct fault *fault);
 

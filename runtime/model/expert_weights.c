@@ -194,7 +194,7 @@ enum status model__experts_store(struct loader *loader, const char *path, struct
                                     memory + 3 * matrix};
     struct expert_store_writer *writer = NULL;
     enum status status =
-        expert_store_create(path, &model->expert_shape, &model->digest, &writer, fault);
+        expert_store_create(path, &model->expert_shape, &model->digests.model, &writer, fault);
     for (uint32_t layer = 0, moe_layer = 0; !status && layer < model->config.layers; layer++)
         if (model->config.is_moe[layer])
             status = store_layer(loader, layer, moe_layer++, &buffers, writer, fault);

@@ -73,6 +73,8 @@ static enum status hash_file(const char *directory, const char *name, struct has
 static enum status make_digest(struct loader *loader, const char *directory, struct fault *fault)
 {
     static const char domain[] = "polder model 1";
+    struct checkpoint_digest wanted[] = {{.name = "model.embed_tokens.weight"},
+                                         {.name = "lm_head.weight"}};
     struct hash_stream stream;
     hash_begin(&stream, NULL);
     hash_update(&stream, domain, sizeof domain);
@@ -80,9 +82,10 @@ static enum status make_digest(struct loader *loader, const char *directory, str
     if (!status)
         status = hash_file(directory, "tokenizer.json", &stream, fault);
     if (!status)
-        status = checkpoint_hash(loader->checkpoint, &stream, loader->progress,
-                                 loader->progress_context, fault);
-    loader->model->digest = hash_end(&stream);
+        status = checkpoint_hash(loader->checkpoint, &stream, wanted, ARRAY_COUNT(wanted),
+                                 loader->progress, loader->progress_context, fault);
+    loader->model->digests = (struct model_digests){
+        .model = hash_end(&stream), .embedding = wanted[0].digest, .head = wanted[1].digest};
     return status;
 }
 
@@ -92,7 +95,7 @@ static enum status store_path(const struct model *model, const char *state_direc
                               char out[PATH_BYTES], struct fault *fault)
 {
     char hex[2 * DIGEST_BYTES + 1];
-    digest_hex(&model->digest, hex);
+    digest_hex(&model->digests.model, hex);
     int n =
         snprintf(out, PATH_BYTES, "%s/experts-%.32s-%s-%zuk.store", state_directory, hex,
                  model->dtype == DTYPE_F32 ? "f32" : "bf16", model->expert_shape.page_bytes >> 10);
@@ -115,15 +118,15 @@ static enum status open_store(struct loader *loader, const char *state_directory
     if (mkdir(state_directory, 0700) != 0 && errno != EEXIST)
         return fault_set(fault, STATUS_IO, "cannot create the state directory: %s.",
                          strerror(errno));
-    status =
-        expert_store_open(path, &model->expert_shape, &model->digest, &model->expert_store, fault);
+    status = expert_store_open(path, &model->expert_shape, &model->digests.model,
+                               &model->expert_store, fault);
     if (status != STATUS_NOT_FOUND && status != STATUS_CORRUPT)
         return status;
     if (status == STATUS_CORRUPT)
         log_line(LOG_WARN, "the expert store is damaged and is written anew");
     status = model__experts_store(loader, path, fault);
     return status ? status
-                  : expert_store_open(path, &model->expert_shape, &model->digest,
+                  : expert_store_open(path, &model->expert_shape, &model->digests.model,
                                       &model->expert_store, fault);
 }
 
@@ -204,7 +207,7 @@ static enum status load(struct loader *loader, const struct model_options *optio
     // part.
     progress->total = 2 * checkpoint_bytes(loader->checkpoint);
     if (loader->synth)
-        model->digest = synth_digest(loader->synth);
+        model->digests.model = synth_digest(loader->synth);
     else
         status = make_digest(loader, options->directory, fault);
     loader->fill = true;
@@ -300,8 +303,8 @@ enum status model_fit(const char *directory, enum dtype dtype, size_t page_bytes
 }
 
 enum status model_identify(const struct model_options *options, enum dtype dtype,
-                           struct model_config *config, size_t *page_bytes, struct digest *digest,
-                           struct fault *fault)
+                           struct model_config *config, size_t *page_bytes,
+                           struct model_digests *digests, struct fault *fault)
 {
     struct model model = {.dtype = dtype};
     struct progress progress = {.options = options};
@@ -310,14 +313,14 @@ enum status model_identify(const struct model_options *options, enum dtype dtype
     if (!status)
         progress.total = checkpoint_bytes(loader.checkpoint);
     if (!status && loader.synth)
-        model.digest = synth_digest(loader.synth);
+        model.digests.model = synth_digest(loader.synth);
     else if (!status)
         status = make_digest(&loader, options->directory, fault);
     checkpoint_close(loader.checkpoint);
     synth_close(loader.synth);
     free(model.layers);
     *config = model.config; // the caller's from here on
-    *digest = model.digest;
+    *digests = model.digests;
     if (status)
         model_config_clear(config);
     return status;

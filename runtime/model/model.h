@@ -52,6 +52,13 @@ struct model_share {
 MUST_USE enum status model_share(const struct model_config *config, uint32_t rank, uint32_t world,
                                  struct model_share *out, struct fault *fault);
 
+struct model_digests {
+    struct digest model; // of config, tokenizer and weights: what adapters and KV keys name
+    // safetensors_digest of the embeddings and of lm_head; zero: there is no such tensor, or none
+    // is read (synth).
+    struct digest embedding, head;
+};
+
 struct model_layer {
     float *attention_norm, *mlp_norm; // [hidden]
     float *q_norm, *k_norm;           // [head_dim]
@@ -75,7 +82,7 @@ struct model {
     size_t page_bytes;                // of the pool that will serve this model
     struct expert_shape expert_shape; // experts 0 for a dense model
     struct reader *expert_store;      // NULL for a dense model
-    struct digest digest; // of config, tokenizer and weights: what adapters and KV keys name
+    struct model_digests digests;
     size_t static_bytes;
 };
 
@@ -102,10 +109,10 @@ struct model_fit {
 MUST_USE enum status model_fit(const char *directory, enum dtype dtype, size_t page_bytes,
                                struct model_fit *out, struct fault *fault);
 
-// The page size and the digest that model_load would give, without a device or a store: reads
+// The page size and the digests that model_load would give, without a device or a store: reads
 // every weight once. The caller clears *config.
 MUST_USE enum status model_identify(const struct model_options *options, enum dtype dtype,
                                     struct model_config *config, size_t *page_bytes,
-                                    struct digest *digest, struct fault *fault);
+                                    struct model_digests *digests, struct fault *fault);
 
 #endif

@@ -16,8 +16,8 @@ tests/golden/adapters/NAME/:
                          delta:MATRIX (F32 [out, in]): the effective change of the matrix
                          applied (I32 [1]): matrices with LoRA; writer (U8): versions, as text
                          __metadata__: base = name of the base's directory
-../adapters_names.json: for 31 configurations and 84 names, what PEFT's own functions answer; ../adapters_names_old.json:
-the same of writer "old", for what changed since ("names" on the command line makes these).
+../adapters_names.json: for 36 configurations and 86 names, what PEFT's own functions answer; ../adapters_names_old.json:
+the same of writer "old" (84 names), for what changed since ("names" on the command line makes these).
 ../adapters_refused/NAME/ ("refused" on the command line): adapters that the server refuses by name, as PEFT wrote them.
 The bases are in tests/golden/adapters/base-*/ (config.json, model.safetensors, tokenizer.json), with a
 golden.safetensors of their own (tokens.I, logits.I); every writer's versions must agree with it.
@@ -145,6 +145,26 @@ CASES = {
     # set, and without effect: nn.Linear is never fan_in_fan_out, and this base has no biases
     "no-effect": ("new", "base-dense", dict(r=2, lora_alpha=5, target_modules=["v_proj"], bias="lora_only",
                                             written=dict(fan_in_fan_out=True))),
+    # embed_tokens and lm_head, with patterns of their own; saved without the base's own matrices
+    "embed": ("new", "base-dense", dict(r=5, lora_alpha=8, target_modules=["embed_tokens", "v_proj"], use_rslora=True,
+                                        rank_pattern={"v_proj": 2}, embeddings=False)),
+    "head": ("new", "base-dense", dict(r=3, lora_alpha=6, target_modules=["lm_head"], alpha_pattern={"lm_head": 4},
+                                       embeddings=False)),
+    "embed-head-text": ("new", "base-dense", dict(
+        r=4, lora_alpha=5, target_modules=r".*(embed_tokens|q_proj)|lm_head", rank_pattern={"model.embed_tokens": 9},
+        embeddings=False)),
+    # as PEFT saves it when it is not asked: the base's embeddings and head stand beside their LoRA
+    "embed-head-base": ("new", "base-dense", dict(r=4, lora_alpha=8,
+                                                  target_modules=["embed_tokens", "lm_head", "down_proj"])),
+    # tied embeddings: each has its own LoRA and the shared matrix stays ...
+    "tied": ("new", "base-moe", dict(r=4, lora_alpha=8, target_modules=["embed_tokens", "lm_head", "o_proj"],
+                                     embeddings=False)),
+    "tied-embed": ("new", "base-moe", dict(r=6, lora_alpha=8, target_modules=["embed_tokens"], embeddings=False)),
+    # ... unless one is asked for both
+    "tied-both": ("new", "base-moe", dict(r=6, lora_alpha=9, target_modules=["embed_tokens", "q_proj"],
+                                          ensure_weight_tying=True)),
+    "tied-both-head": ("new", "base-moe", dict(r=3, lora_alpha=9, target_modules=["lm_head"],
+                                               ensure_weight_tying=True)),
 }
 
 
@@ -154,10 +174,8 @@ REFUSED = {
     "modules-to-save": ("base-dense", dict(target_modules=["q_proj"], modules_to_save=["lm_head"]), {}),
     "lora-bias": ("base-dense", dict(target_modules=["q_proj"], lora_bias=True), {}),
     "trained-tokens": ("base-dense", dict(target_modules=["q_proj"], trainable_token_indices=[1, 2]), {}),
-    "embeddings": ("base-dense", dict(target_modules=["q_proj", "embed_tokens"]), dict(save_embedding_layers=False)),
     "embeddings-base": ("base-dense", dict(target_modules=["q_proj", "embed_tokens"]), {}),
     "embeddings-whole": ("base-dense", dict(target_modules=["q_proj"]), dict(save_embedding_layers=True)),
-    "lm-head": ("base-dense", dict(target_modules=["q_proj", "lm_head"]), dict(save_embedding_layers=False)),
     "router": ("base-moe", dict(target_modules=["q_proj"], target_parameters=["gate.weight"]), {}),
     "shared-experts": ("shared", dict(target_modules=["q_proj", "shared_expert.up_proj"]), {}),
 }
@@ -221,10 +239,13 @@ def deltas(model):
     """Effective change of every matrix, (out, in), by its name in the checkpoint."""
     out = {}
     for name, module in model.named_modules():
-        if not hasattr(module, "lora_A") or "default" not in module.lora_A:
+        is_embedding = "default" in getattr(module, "lora_embedding_A", {})
+        if not is_embedding and "default" not in getattr(module, "lora_A", {}):
             continue
         name = name.removeprefix("base_model.model.").replace(".base_layer", "")
         delta = module.get_delta_weight("default").detach().float()
+        if is_embedding:
+            delta = delta.T
         if delta.dim() == 2:
             out[name] = delta
             continue
@@ -241,6 +262,8 @@ def deltas(model):
 
 def kept(name):
     """Which deltas are committed: all of them would be 10 times the size."""
+    if name in ("model.embed_tokens", "lm_head"):
+        return True
     layer = int(name.split(".")[2])
     expert = int(name.split(".")[5]) if ".experts." in name else 0
     return layer in (0, 2) and expert in (0, 3)
@@ -281,6 +304,7 @@ def make_case(name, seed):
     arguments = dict(arguments)
     torch.manual_seed(seed)
     written, stacked = arguments.pop("written", {}), arguments.pop("stacked", None)
+    embeddings = arguments.pop("embeddings", "auto")
     if arguments.pop("no_dense", False):
         arguments["exclude_modules"] = ["layers.1.mlp." + word for word in MLP]
     model = get_peft_model(load_base(base), LoraConfig(task_type="CAUSAL_LM", **arguments)).eval()
@@ -290,7 +314,7 @@ def make_case(name, seed):
                 parameter.copy_(torch.randn_like(parameter) * 0.2)
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
-    model.save_pretrained(path / "adapter")
+    model.save_pretrained(path / "adapter", save_embedding_layers=embeddings)
     (path / "adapter/README.md").unlink(missing_ok=True)
     settings = json.loads((path / "adapter/adapter_config.json").read_text())
     settings["base_model_name_or_path"] = base  # no path of this machine
@@ -373,6 +397,11 @@ MATCHING = [
     dict(target_modules=["q_proj"], rank_pattern={r"(.)_(\w+)$": 3}),
     dict(target_modules=["q_proj"], alpha_pattern={"q_proj": 1, "up_proj": 0.5, "gate_up_proj": -3}, use_rslora=True),
     dict(target_modules=["q_proj"], alpha_pattern={"down_proj": 64}, rank_pattern={"mlp.down_proj": 48}),
+    dict(target_modules=["embed_tokens", "lm_head"], layers_to_transform=[0]),
+    dict(target_modules=["model.embed_tokens", "head"], rank_pattern={"embed_tokens": 3, "lm_head": 2}),
+    dict(target_modules=r"(model\.)?embed_tokens|lm_.*", exclude_modules=["lm_head"], alpha_pattern={".*head": 5}),
+    dict(target_modules=["lm_head", "q_proj"], layers_to_transform=[1], layers_pattern="layers", exclude_modules=r"model\.e.*"),
+    dict(target_modules=r".*", alpha_pattern={"model": 2, "model.embed_tokens": 7}, use_rslora=True),
 ]
 # Before 0.20 layers_to_transform without layers_pattern took the last number of a name, not the first.
 MATCHING_OLD = [
@@ -394,6 +423,9 @@ def matching_names():
                 yield f"model.layers.{layer}.mlp.experts.{expert}.{word}", False
         for word in ("gate_up_proj", "down_proj"):
             yield f"model.layers.{layer}.mlp.experts.{word}", True
+    if WRITER == "new":
+        yield "model.embed_tokens", False
+        yield "lm_head", False
 
 
 def make_matching(file, cases):
