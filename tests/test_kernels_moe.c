@@ -332,7 +332,7 @@ static void moe_bits(struct rig *rig)
     // The latter two have more pairs than the CPU keeps rows for, and more than it keeps A x for.
     static const struct bits_case cases[] = {{120, 1, 40, 96, 2, {8, 64, 3}},
                                              {1030, 41, 512, 24, 4, {8, 64, 3}},
-                                             {1030, 41, 512, 24, 4, {8, 520, 3}}};
+                                             {1030, 41, 512, 24, 4, {8, 512, 3}}};
     for (size_t i = 0; rig->exact && i < ARRAY_COUNT(cases); i++)
         moe_bits_case(rig, &cases[i]);
 }
