@@ -639,6 +639,11 @@ void adapter_rest(struct adapters *adapters, adapter_id id)
     adapters->running_whole -= adapter->runs ? 0 : adapter->store.pages;
 }
 
+bool adapter_is_running(const struct adapters *adapters, adapter_id id)
+{
+    return adapter__of(adapters, id)->runs;
+}
+
 uint64_t adapters_running_whole(const struct adapters *adapters, adapter_id except)
 {
     const struct adapter *adapter = &adapters->slots[slot_of(adapters, except)];

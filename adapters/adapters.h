@@ -160,6 +160,7 @@ uint32_t adapter_pages_whole(const struct adapters *adapters, adapter_id id);
 // that run need. Pages of distinct adapters, without `except` and those that tenants have pinned.
 void adapter_run(struct adapters *adapters, adapter_id id);
 void adapter_rest(struct adapters *adapters, adapter_id id);
+bool adapter_is_running(const struct adapters *adapters, adapter_id id);
 uint32_t adapters_running_pages(const struct adapters *adapters, adapter_id except);
 // The same with all their parts, those of tenants too.
 uint64_t adapters_running_whole(const struct adapters *adapters, adapter_id except);

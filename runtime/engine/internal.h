@@ -70,6 +70,7 @@ struct sequence {
     uint64_t parts_asked_us;
     uint32_t parts_next;
     bool parts_begun;
+    uint64_t crowded_us; // since when others leave its adapter's parts no room; 0: never
     uint64_t adapter_since_us, adapter_us; // waits for its adapter since (0: does not); has waited
     // the end
     enum status end_status;

@@ -13,7 +13,7 @@
 #include "base/check.h"
 #include "runtime/engine/internal.h"
 
-enum { PARTS_WAIT_US = 2000000 };
+enum { PARTS_WAIT_US = 2000000, PARTS_PATIENCE_US = 250000 };
 
 static bool goes_before(const struct sequence *a, const struct sequence *b)
 {
@@ -582,6 +582,30 @@ static bool queued_before(const struct engine *e, uint32_t slot)
     return false;
 }
 
+// Somebody in the queue waits until adapters that run leave room for its adapter's parts.
+struct crowd {
+    bool any, patient; // patient: not for long yet
+};
+
+// One that waits for the parts of others to go does not stop those behind it that need none; those
+// whose adapter runs already go on for a while, so that they cannot keep it out for ever.
+static bool waits_for_parts(struct engine *e, uint32_t slot, uint64_t awaited, struct crowd *crowd)
+{
+    struct sequence *s = &e->sequences[slot];
+    struct adapters *adapters = e->options.adapters;
+    if (!s->has_adapter || !adapter_has_parts(adapters, s->adapter))
+        return false;
+    bool goes_on = !crowd->any || (crowd->patient && adapter_is_running(adapters, s->adapter));
+    if (goes_on && parts_have_room(e, s, queued_before(e, slot) ? 0 : awaited))
+        return false;
+    uint64_t now = clock_now_us(&e->options.clock);
+    s->crowded_us = s->crowded_us ? s->crowded_us : now;
+    if (!crowd->any)
+        crowd->patient = now - s->crowded_us < PARTS_PATIENCE_US;
+    crowd->any = true;
+    return true;
+}
+
 // Queued sequences in order, as long as seats and pages last. A sequence whose adapter is on its
 // way waits alone; one that finds no pages stops those behind it, so that big requests are not
 // starved.
@@ -590,6 +614,7 @@ void sequence_admit(struct engine *engine)
     const struct engine_options *o = &engine->options;
     uint32_t awaited = 0, awaited_kv = 0; // pages of those whose adapter is on its way
     uint64_t awaited_whole = 0;
+    struct crowd crowd = {.any = false};
     for (uint32_t slot = engine->lists[SEQUENCE_QUEUED].head; slot != NO_SLOT;) {
         struct sequence *s = &engine->sequences[slot];
         uint32_t next = s->next, out = first_out(engine);
@@ -604,6 +629,10 @@ void sequence_admit(struct engine *engine)
             uint32_t adapters = adapters_beside(engine, s) + awaited - awaited_kv;
             if (!has_seat(engine, slot))
                 return;
+            if (waits_for_parts(engine, slot, awaited_whole, &crowd)) {
+                slot = next;
+                continue;
+            }
             if (!sequence_pages_allow(engine,
                                       pages + adapters + awaited_kv + owed_pages(engine, slot)) ||
                 !kv_limit_allows(engine, s->length + 1, awaited_kv + owed_pages(engine, slot)) ||
@@ -612,8 +641,6 @@ void sequence_admit(struct engine *engine)
                     (void)sequence_make_room(engine, slot, pages);
                 return;
             }
-            if (!parts_have_room(engine, s, queued_before(engine, slot) ? 0 : awaited_whole))
-                return;
             if (!adapter_ready(engine, s)) {
                 sequence_adapter_lacks(engine, s);
                 fetch_adapter(engine, s);
