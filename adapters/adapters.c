@@ -8,13 +8,13 @@
 //
 // A NAMED adapter has a place in the name index. A LEAVING one has none: its name is free, requests
 // that hold it go on, and it is buried when the last user has released it and nothing pins it.
-// Burying destroys the pool object at once. The pool does not wait for a read that is under way, so
-// a BURIED adapter still has its file, until no copy can read from it.
+// Burying destroys the pool objects at once. The pool does not wait for a read that is under way,
+// so a BURIED adapter still has its file, until no copy can read from it.
 //
-// Every registered adapter owns one pool object (its slots are the store's pages) and one row of
-// the view table, the row of its slot: 24 bytes, so that nothing has to be assigned when an adapter
-// becomes resident. Whether it is resident is the pool's fact and is asked there; `warm` only lists
-// those worth asking.
+// Every registered adapter owns a pool object for its trunk (what every row needs), one for each
+// page behind that (parts.c), all in one run of slots, and one row of the view table, the row of
+// its slot, so that nothing has to be assigned when an adapter becomes resident. Whether it is
+// resident is the pool's fact and is asked there; `warm` only lists those worth asking.
 //
 // A NAMED adapter may have keepers (keep.c), tenants that pinned it: then it is not offered under
 // pressure, and its pages count as taken whether they are there yet or not.
@@ -199,8 +199,8 @@ static enum status allocate(struct adapters *adapters)
         return STATUS_NO_MEMORY;
     pool_stats(adapters->options.pool, &stats);
     adapters->page_bytes = stats.page_bytes;
-    // What is resident has pages of its own; of parts as many may have left, or are spoiled.
-    adapters->flush_words = stats.device_total * (adapters->options.base.experts ? 3 : 1);
+    // What is resident has pages of its own; of parts as many may have left.
+    adapters->flush_words = stats.device_total * (adapters->options.base.experts ? 2 : 1);
     enum status status =
         device->table->alloc(device, slots * sizeof *adapters->views, (void **)&adapters->views);
     if (!status)
@@ -555,7 +555,7 @@ void adapter_release(struct adapters *adapters, adapter_id id)
     CHECK(adapter->users);
     adapter->likely_step = UINT64_MAX;
     if (!--adapter->users)
-        adapter__parts_mend(adapters, adapter);
+        adapter->broken = false;
     bury_if_done(adapters, adapter);
 }
 
@@ -598,10 +598,8 @@ bool adapter_is_resident(const struct adapters *adapters, adapter_id id)
 enum status adapter_fetch_status(const struct adapters *adapters, adapter_id id)
 {
     const struct adapter *adapter = adapter__of(adapters, id);
-    if (adapter->forgiven)
-        return STATUS_OK;
-    return adapter->part_status ? adapter->part_status
-                                : pool_fetch_status(adapters->options.pool, adapter->object);
+    return adapter->forgiven ? STATUS_OK
+                             : pool_fetch_status(adapters->options.pool, adapter->object);
 }
 
 bool adapter_is_broken(const struct adapters *adapters, adapter_id id)
@@ -627,7 +625,6 @@ uint32_t adapter_pages_whole(const struct adapters *adapters, adapter_id id)
 void adapter_run(struct adapters *adapters, adapter_id id)
 {
     struct adapter *adapter = adapter__of(adapters, id);
-    adapters->running_whole += adapter->runs ? 0 : adapter->store.pages;
     adapters->running_pages += adapter->runs++ ? 0 : adapter__step_pages(adapter);
 }
 
@@ -636,18 +633,6 @@ void adapter_rest(struct adapters *adapters, adapter_id id)
     struct adapter *adapter = adapter__of(adapters, id);
     CHECK(adapter->runs);
     adapters->running_pages -= --adapter->runs ? 0 : adapter__step_pages(adapter);
-    adapters->running_whole -= adapter->runs ? 0 : adapter->store.pages;
-}
-
-bool adapter_is_running(const struct adapters *adapters, adapter_id id)
-{
-    return adapter__of(adapters, id)->runs;
-}
-
-uint64_t adapters_running_whole(const struct adapters *adapters, adapter_id except)
-{
-    const struct adapter *adapter = &adapters->slots[slot_of(adapters, except)];
-    return adapters->running_whole - (adapter->runs ? adapter->store.pages : 0);
 }
 
 uint32_t adapters_running_pages(const struct adapters *adapters, adapter_id except)

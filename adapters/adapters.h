@@ -160,10 +160,7 @@ uint32_t adapter_pages_whole(const struct adapters *adapters, adapter_id id);
 // that run need. Pages of distinct adapters, without `except` and those that tenants have pinned.
 void adapter_run(struct adapters *adapters, adapter_id id);
 void adapter_rest(struct adapters *adapters, adapter_id id);
-bool adapter_is_running(const struct adapters *adapters, adapter_id id);
 uint32_t adapters_running_pages(const struct adapters *adapters, adapter_id except);
-// The same with all their parts, those of tenants too.
-uint64_t adapters_running_whole(const struct adapters *adapters, adapter_id except);
 
 // Expert LoRA, page by page. adapter_fetch, adapter_is_resident and the pins are about the trunk:
 // what every row needs. The parts of single experts come and go one by one; the map of a MoE layer
@@ -175,7 +172,9 @@ uint64_t adapters_running_whole(const struct adapters *adapters, adapter_id exce
 bool adapter_fetch_parts(struct adapters *adapters, adapter_id id, enum copy_class class,
                          float likely, uint32_t *next);
 uint32_t adapter_parts_coming(struct adapters *adapters, adapter_id id); // being fetched
-bool adapter_is_whole(const struct adapters *adapters, adapter_id id);   // all parts are there
+// IO when one could not be read since they were last asked for from the start.
+enum status adapter_parts_status(const struct adapters *adapters, adapter_id id);
+bool adapter_is_whole(const struct adapters *adapters, adapter_id id); // all parts are there
 bool adapter_has_parts(const struct adapters *adapters, adapter_id id);
 // A gate fired: the part of (layer of the model, expert) is missing for the adapter with this row
 // of the view table. Fetches and holds its pages; *started counts those that were not there. FULL
@@ -184,11 +183,12 @@ MUST_USE enum status adapters_gate_bring(struct adapters *adapters, uint32_t vie
                                          uint32_t layer, uint32_t expert, enum copy_class class,
                                          uint32_t *started);
 // True when everything that is held has arrived, or will not. FULL: nothing of it arrived for want
-// of host pages. A page that cannot be read is zeros from then on, and its adapter is broken: what
-// is computed with it must not be used; the last user that releases it makes it whole again.
+// of host pages. When a page cannot be read its adapter is broken, until its last user releases it:
+// whoever runs on it has to be ended, and the step goes on as if its rows had no adapter.
 bool adapters_gate_ready(struct adapters *adapters, enum status *status);
 void adapters_gate_done(struct adapters *adapters); // lets go what is held
 bool adapter_is_broken(const struct adapters *adapters, adapter_id id);
+bool adapters_view_is_broken(const struct adapters *adapters, uint32_t view_index);
 void adapters_step(struct adapters *adapters); // a step is done: what it did not use grows older
 // moe_map_args.page_used. Once a step the marks are recorded into the stream, to be taken when that
 // segment has retired: who is used stays.

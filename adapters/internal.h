@@ -74,8 +74,6 @@ struct parts {
     uint8_t *used;              // device memory, [pages]: marks of moe_map
     uint8_t *used_host;         // alloc_host
     bool marks_asked;           // copies of them are recorded
-    pool_object spare;
-    uint32_t spare_page; // NO_PLACE: not made yet
     uint64_t given_back;
 };
 
@@ -93,7 +91,6 @@ struct adapters {
     uint32_t *order, count; // slots by name
     uint64_t pool_slots;    // of all pool objects that live
     uint32_t running_pages; // of adapters with runs
-    uint64_t running_whole; // the same, all their pages
     uint32_t *warm, warm_count;
     uint32_t *graves, graves_count; // slots in state BURIED
     uint32_t *kept, kept_count;     // slots whose keeper is a tenant
@@ -139,7 +136,6 @@ bool adapter__parts_unload(struct adapters *adapters, struct adapter *adapter);
 // Its keeper has changed.
 void adapter__parts_relist(struct adapters *adapters, const struct adapter *adapter);
 uint32_t adapter__parts_on_host(const struct adapters *adapters, const struct adapter *adapter);
-void adapter__parts_mend(struct adapters *adapters, struct adapter *adapter);
 // Pairs for the page table; at most `room`. Returns how many.
 uint32_t adapter__parts_flush(struct adapters *adapters, uint32_t *index, uint32_t *value,
                               uint32_t room);

@@ -158,7 +158,8 @@ void adapters_fetch_kept(struct adapters *adapters)
             pool_is_resident(pool, adapter->object) || pool_is_fetching(pool, adapter->object);
         bool is_here =
             is_trunk_here && adapter->parts_resident + adapter->parts_coming == adapter->part_count;
-        if (is_here || adapter_fetch_status(adapters, id) == STATUS_IO)
+        if (is_here || adapter->part_status == STATUS_IO ||
+            adapter_fetch_status(adapters, id) == STATUS_IO)
             continue;
         if (!is_trunk_here && adapter_fetch(adapters, id, COPY_STANDARD, COPY_ADAPTER))
             return; // no room: the next turn tries again

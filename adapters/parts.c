@@ -21,9 +21,9 @@
 //
 // Invariants: 1. `fetching` lists exactly the parts in state FETCHING; settle alone reads how a
 // fetch ended. 2. a part that is RESIDENT, not held and of no kept adapter stands in its adapter's
-// list, by last use. 3. the device's page table agrees with the states, but for the parts in
-// `dirty`; the flush writes those. 4. held parts are pinned from when they are resident to
-// adapters_gate_done.
+// list, by last use (after an unpin: by place). 3. the device's page table agrees with the states,
+// but for the parts in `dirty`; the flush writes those. 4. held parts are pinned from when they are
+// resident to adapters_gate_done.
 #include "adapters/internal.h"
 
 #include <math.h>
@@ -32,7 +32,7 @@
 
 #include "base/check.h"
 
-enum { PART_ABSENT, PART_FETCHING, PART_RESIDENT, PART_SPOILED };
+enum { PART_ABSENT, PART_FETCHING, PART_RESIDENT };
 // Pages that are on their way ahead of need, at most, and that are made room for at once. Pages of
 // a step in flight are room only when it has retired: what one step leaves has to keep the link
 // busy through the next. 1 GiB of 512 KiB pages, 20 ms of a PCIe 5 link.
@@ -44,7 +44,6 @@ enum status adapter__parts_create(struct adapters *adapters, const struct pool_s
 {
     struct parts *p = &adapters->parts;
     struct device *device = adapters->options.device;
-    p->spare_page = NO_PLACE;
     if (!adapters->options.base.experts)
         return STATUS_OK;
     p->part = calloc(pool->slots_max, sizeof *p->part);
@@ -64,10 +63,6 @@ void adapter__parts_destroy(struct adapters *adapters)
 {
     struct parts *p = &adapters->parts;
     struct device *device = adapters->options.device;
-    if (p->spare.bits && p->spare_page != NO_PLACE)
-        pool_unpin(adapters->options.pool, p->spare);
-    if (p->spare.bits)
-        pool_object_destroy(adapters->options.pool, p->spare);
     if (p->used)
         device->table->release(device, p->used);
     if (p->used_host)
@@ -142,8 +137,7 @@ static void list_add(struct adapters *adapters, uint32_t at)
 static void mark_dirty(struct parts *p, uint32_t at)
 {
     struct part *part = &p->part[at];
-    bool is_shown = part->state == PART_RESIDENT || part->state == PART_SPOILED;
-    if (part->dirty || (!is_shown && !part->shown))
+    if (part->dirty || (part->state != PART_RESIDENT && !part->shown))
         return;
     part->dirty = true;
     p->dirty[p->dirty_count++] = at;
@@ -183,11 +177,7 @@ static void did_not_arrive(struct adapters *adapters, uint32_t at)
     if (status == STATUS_FULL || status == STATUS_CANCELLED || !status)
         return;
     adapter->part_status = STATUS_IO;
-    if (!part->held)
-        return;
-    part->state = PART_SPOILED;
-    adapter->broken = true;
-    mark_dirty(&adapters->parts, at);
+    adapter->broken |= part->held;
 }
 
 static void settle(struct adapters *adapters)
@@ -345,6 +335,8 @@ bool adapter_fetch_parts(struct adapters *adapters, adapter_id id, enum copy_cla
     // Half of what it is worth: what running adapters have used a moment ago stays.
     float price_max = 0.5f * likely * adapters->options.fetch_us_per_byte;
     settle(adapters);
+    if (!*next)
+        adapter->part_status = STATUS_OK; // a new try
     for (; *next < adapter->part_count; ++*next) {
         uint32_t at = adapter->first_part + *next, state = adapters->parts.part[at].state;
         bool later = false;
@@ -367,6 +359,16 @@ uint32_t adapter_parts_coming(struct adapters *adapters, adapter_id id)
     if (pool_fetches_ended(adapters->options.pool) - p->ended >= p->fetching_count / 16)
         settle(adapters);
     return adapter__of(adapters, id)->parts_coming;
+}
+
+enum status adapter_parts_status(const struct adapters *adapters, adapter_id id)
+{
+    return adapter__of(adapters, id)->part_status;
+}
+
+bool adapters_view_is_broken(const struct adapters *adapters, uint32_t view_index)
+{
+    return adapters->slots[view_index].broken;
 }
 
 bool adapter_is_whole(const struct adapters *adapters, adapter_id id)
@@ -409,20 +411,6 @@ uint32_t adapter__parts_on_host(const struct adapters *adapters, const struct ad
     return pages;
 }
 
-// The last user of a broken adapter has left: who comes next tries again.
-void adapter__parts_mend(struct adapters *adapters, struct adapter *adapter)
-{
-    for (uint32_t i = 0; adapter->broken && i < adapter->part_count; i++) {
-        struct part *part = &adapters->parts.part[adapter->first_part + i];
-        if (part->state != PART_SPOILED)
-            continue;
-        part->state = PART_ABSENT;
-        mark_dirty(&adapters->parts, adapter->first_part + i);
-    }
-    adapter->broken = false;
-    adapter->part_status = STATUS_OK;
-}
-
 // ---- the gate ----
 
 static void hold(struct adapters *adapters, uint32_t at)
@@ -437,35 +425,12 @@ static void hold(struct adapters *adapters, uint32_t at)
     pin_if_held(adapters, part);
 }
 
-// The spare page has to be there before any part is spoiled.
-static enum status spare_make(struct adapters *adapters, uint32_t owner)
-{
-    struct pool *pool = adapters->options.pool;
-    struct parts *p = &adapters->parts;
-    enum status status = STATUS_OK;
-    if (p->spare_page != NO_PLACE)
-        return STATUS_OK;
-    if (!p->spare.bits)
-        status = pool_object_create(
-            pool, &(struct pool_object_options){.kind = PAGE_ADAPTER, .owner = owner, .slots = 1},
-            &p->spare);
-    if (!status)
-        status = pool_reserve(pool, p->spare);
-    if (status)
-        return status;
-    pool_pin(pool, p->spare);
-    p->spare_page = *pool_device_pages(pool, p->spare);
-    return STATUS_OK;
-}
-
 static enum status bring(struct adapters *adapters, uint32_t at, enum copy_class class,
                          uint32_t *started)
 {
     struct part *part = &adapters->parts.part[at];
     struct adapter *adapter = &adapters->slots[part->adapter];
     enum status status = STATUS_OK;
-    if (part->state == PART_SPOILED)
-        return STATUS_OK;
     if (part->state != PART_RESIDENT) {
         bool begins = part->state == PART_ABSENT;
         status = fetch(adapters, at, class, COPY_GATE, INFINITY);
@@ -509,10 +474,7 @@ bool adapters_gate_ready(struct adapters *adapters, enum status *status)
         const struct part *part = &p->part[p->held[i]];
         if (part->state == PART_FETCHING)
             return false;
-        uint32_t owner = adapters->slots[part->adapter].owner;
-        if (part->state == PART_SPOILED && spare_make(adapters, owner))
-            return false;
-        lost += part->state == PART_ABSENT;
+        lost += part->state == PART_ABSENT && !adapters->slots[part->adapter].broken;
     }
     if (lost && !p->gate_arrived)
         *status = STATUS_FULL;
@@ -591,17 +553,15 @@ uint32_t adapter__parts_flush(struct adapters *adapters, uint32_t *index, uint32
     for (uint32_t i = 0; i < p->dirty_count; i++) {
         uint32_t at = p->dirty[i];
         struct part *part = &p->part[at];
-        bool resident = part->state == PART_RESIDENT, spoiled = part->state == PART_SPOILED;
-        CHECK(!spoiled || p->spare_page != NO_PLACE);
+        bool resident = part->state == PART_RESIDENT;
         part->dirty = false;
-        if (!resident && !spoiled && !part->shown)
+        if (!resident && !part->shown)
             continue;
         CHECK(count < room);
         index[count] = at;
-        value[count++] = resident  ? *pool_device_pages(adapters->options.pool, part->object)
-                         : spoiled ? p->spare_page
-                                   : (uint32_t)PAGE_NONE;
-        part->shown = resident || spoiled;
+        value[count++] = resident ? *pool_device_pages(adapters->options.pool, part->object)
+                                  : (uint32_t)PAGE_NONE;
+        part->shown = resident;
     }
     p->dirty_count = 0;
     return count;

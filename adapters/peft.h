@@ -28,7 +28,7 @@ MUST_USE enum status peft__pattern_create(const char *text, enum peft_match matc
 void peft__pattern_destroy(struct peft_pattern *pattern);
 // True when it matches; for PEFT_MATCH_LAYER *layer is the number found. A match that takes too
 // many steps counts as none.
-bool peft__pattern_matches(const struct peft_pattern *pattern, const char *name, uint32_t *layer);
+bool peft__pattern_matches(struct peft_pattern *pattern, const char *name, uint32_t *layer);
 
 // ---- adapter_config.json (peft_config.c) ----
 

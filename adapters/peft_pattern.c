@@ -15,7 +15,7 @@
 #include "adapters/peft.h"
 #include "base/check.h"
 
-enum { PATTERN_BYTES_MAX = 4096, MATCH_STEPS_MAX = 10000, MATCH_DEPTH_MAX = 1000 };
+enum { PATTERN_BYTES_MAX = 4096, MATCH_STEPS_MAX = 4000, MATCH_DEPTH_MAX = 1000 };
 
 struct peft_pattern {
     enum peft_match match;
@@ -24,6 +24,7 @@ struct peft_pattern {
     pcre2_code *code;
     pcre2_match_data *data;
     pcre2_match_context *context;
+    bool is_costly; // it ran out of steps once
 };
 
 static bool is_plain(const char *text)
@@ -120,12 +121,17 @@ static bool plain_matches(const struct peft_pattern *pattern, const char *name)
     return true;
 }
 
-bool peft__pattern_matches(const struct peft_pattern *pattern, const char *name, uint32_t *layer)
+// One that runs out of steps matches nothing from then on: a thousand of them times all modules
+// would keep the converter from everybody else for minutes.
+bool peft__pattern_matches(struct peft_pattern *pattern, const char *name, uint32_t *layer)
 {
     if (pattern->plain)
         return plain_matches(pattern, name);
+    if (pattern->is_costly)
+        return false;
     int found = pcre2_match(pattern->code, (PCRE2_SPTR)name, strlen(name), 0, 0, pattern->data,
                             pattern->context);
+    pattern->is_costly = found == PCRE2_ERROR_MATCHLIMIT || found == PCRE2_ERROR_DEPTHLIMIT;
     if (found < 0)
         return false;
     if (pattern->match == PEFT_MATCH_LAYER) {

@@ -113,6 +113,19 @@ void gate_bring(struct engine *engine, struct step *step)
         step_fail(engine, step, status, "An expert could not be brought in.");
 }
 
+// Adapters of which a page could not be read: their rows go on as rows of the base model. What
+// comes of them is thrown away (output.c), nobody else's rows change.
+static void leave_broken(struct engine *e, struct step *step)
+{
+    for (uint32_t i = 0; i < step->lora.segments; i++) {
+        uint32_t *adapter = &step->host.lora_adapter[i];
+        if (*adapter == PLAN_NO_ADAPTER || !adapters_view_is_broken(e->options.adapters, *adapter))
+            continue;
+        *adapter = PLAN_NO_ADAPTER;
+        step->places_changed = true;
+    }
+}
+
 bool gate_advance(struct engine *engine, struct step *step)
 {
     uint32_t moe = engine->moe_index[step->half / 2];
@@ -130,6 +143,8 @@ bool gate_advance(struct engine *engine, struct step *step)
                          : "No host pages are left for an adapter; raise --host-bytes.");
         return true;
     }
+    if (step->has_parts)
+        leave_broken(engine, step);
     step->resume_gate = true;
     step->state = STEP_READY;
     return true;

@@ -199,6 +199,7 @@ struct engine {
     struct step next;
     uint32_t next_queued; // sequences that were left waiting when it was planned
     bool plans_ahead;     // while planning: the current step is running
+    uint64_t crowded_us;  // when a sequence last began though parts had no room
     bool gate_alone;      // the last gate found no room: the first expert that waits, and no other
     bool short_of_room;   // somebody found no room in the last planning
     struct results results;

@@ -139,6 +139,12 @@ static void take_rows(struct engine *e, const struct results *r)
             e->counters.rows_surplus += run->count; // it had ended before
             continue;
         }
+        // What was computed with an adapter of which a page could not be read is worth nothing.
+        if (s->has_adapter && adapter_is_broken(e->options.adapters, s->adapter)) {
+            sequence_end(e, run->slot, STATUS_IO, ENGINE_FINISH_ERROR,
+                         "Reading the adapter from its store failed; ask the operator.");
+            continue;
+        }
         uint32_t end = run->position + run->count;
         uint32_t prompt_before = s->high_water < s->prompt ? s->high_water : s->prompt;
         s->computed = end;
@@ -146,18 +152,6 @@ static void take_rows(struct engine *e, const struct results *r)
         uint32_t prompt_now = s->high_water < s->prompt ? s->high_water : s->prompt;
         e->counters.prompt_tokens += prompt_now - prompt_before;
         kv_commit(e->options.kv, s->kv, s->tokens, end);
-    }
-}
-
-// What was computed with an adapter of which a page could not be read is worth nothing.
-static void end_broken(struct engine *e, const struct results *r)
-{
-    for (uint32_t i = 0; i < r->plan.runs; i++) {
-        const struct sequence *s = &e->sequences[r->runs[i].slot];
-        if (s->state == SEQUENCE_RUNNING && s->has_adapter &&
-            adapter_is_broken(e->options.adapters, s->adapter))
-            sequence_end(e, r->runs[i].slot, STATUS_IO, ENGINE_FINISH_ERROR,
-                         "Reading the adapter from its store failed; ask the operator.");
     }
 }
 
@@ -174,7 +168,6 @@ bool output_results(struct engine *engine)
     struct results *r = &engine->results;
     if (ring_free(engine->options.port->events) < output_room_needed(engine, r->plan.samples))
         return false;
-    end_broken(engine, r);
     take_rows(engine, r);
     // Releasing the rows first lets a sequence end at once, unless the next step has rows of it.
     step_release_runs(engine, r->runs, r->plan.runs);

@@ -13,7 +13,7 @@
 #include "base/check.h"
 #include "runtime/engine/internal.h"
 
-enum { PARTS_WAIT_US = 2000000, PARTS_PATIENCE_US = 250000 };
+enum { PARTS_WAIT_US = 2000000, CROWDED_US = 1000000 };
 
 static bool goes_before(const struct sequence *a, const struct sequence *b)
 {
@@ -550,6 +550,32 @@ static uint32_t first_out(const struct engine *e)
     return slot;
 }
 
+// A fetch that it waits for has failed.
+static bool adapter_is_lost(const struct engine *e, const struct sequence *s)
+{
+    struct adapters *adapters = e->options.adapters;
+    return s->has_adapter &&
+           (adapter_fetch_status(adapters, s->adapter) == STATUS_IO ||
+            (s->parts_asked_us && adapter_parts_status(adapters, s->adapter) == STATUS_IO));
+}
+
+// All pages of the adapters beside its own that run for sequences as urgent as this one. What
+// clients have paused does not count.
+static uint64_t running_whole(const struct engine *e, const struct sequence *s)
+{
+    uint64_t pages = 0;
+    for (uint32_t i = e->lists[SEQUENCE_RUNNING].head; i != NO_SLOT; i = e->sequences[i].next) {
+        const struct sequence *other = &e->sequences[i];
+        bool counts = other->has_adapter && !other->paused && other->class <= s->class &&
+                      other->adapter.bits != s->adapter.bits;
+        for (uint32_t k = other->previous; counts && k != NO_SLOT; k = e->sequences[k].previous)
+            counts = !e->sequences[k].has_adapter || e->sequences[k].paused ||
+                     e->sequences[k].adapter.bits != other->adapter.bits;
+        pages += counts ? adapter_pages_whole(e->options.adapters, other->adapter) : 0;
+    }
+    return pages;
+}
+
 // May its adapter run beside those that run (and `awaited` pages) without that their parts drive
 // each other and the experts out, step by step? Within half a second a sequence touches most parts
 // of its adapter, so they are counted whole; experts as far as they could all be there, else half
@@ -558,18 +584,15 @@ static bool parts_have_room(const struct engine *e, const struct sequence *s, ui
 {
     struct pool_stats pool;
     struct expert_stats experts;
-    struct adapters *adapters = e->options.adapters;
-    if (!s->has_adapter || !adapter_has_parts(adapters, s->adapter))
-        return true;
     pool_stats(e->options.pool, &pool);
     experts_stats(e->options.experts, &experts);
     uint64_t all = experts.total * e->options.model->expert_shape.pages_per_expert;
-    uint64_t others = adapters_running_whole(adapters, s->adapter) + awaited;
+    uint64_t others = running_whole(e, s) + awaited;
     uint64_t held = pool.device_by_kind[PAGE_KV] -
                     (uint64_t)kv_cached_blocks(e->options.kv) * e->options.kv_shape.pages_per_block;
     held += all < pool.device_total ? all : pool.device_total / 2;
-    return !others ||
-           held + others + adapter_pages_whole(adapters, s->adapter) <= pool.device_total;
+    return !others || held + others + adapter_pages_whole(e->options.adapters, s->adapter) <=
+                          pool.device_total;
 }
 
 // Does a queued sequence before this one use the same adapter?
@@ -582,28 +605,22 @@ static bool queued_before(const struct engine *e, uint32_t slot)
     return false;
 }
 
-// Somebody in the queue waits until adapters that run leave room for its adapter's parts.
-struct crowd {
-    bool any, patient; // patient: not for long yet
-};
-
-// One that waits for the parts of others to go does not stop those behind it that need none; those
-// whose adapter runs already go on for a while, so that they cannot keep it out for ever.
-static bool waits_for_parts(struct engine *e, uint32_t slot, uint64_t awaited, struct crowd *crowd)
+// Does it wait until adapters that run leave room for its adapter's parts? It does not stop those
+// behind it then. CROWDED_US is the longest: then it goes all the same, one such in that time, so
+// that nobody is kept out for as long as others care to run, and not many drive each other out.
+static bool waits_for_parts(struct engine *e, uint32_t slot, uint64_t awaited)
 {
     struct sequence *s = &e->sequences[slot];
     struct adapters *adapters = e->options.adapters;
-    if (!s->has_adapter || !adapter_has_parts(adapters, s->adapter))
-        return false;
-    bool goes_on = !crowd->any || (crowd->patient && adapter_is_running(adapters, s->adapter));
-    if (goes_on && parts_have_room(e, s, queued_before(e, slot) ? 0 : awaited))
+    if (!s->has_adapter || s->parts_asked_us || !adapter_has_parts(adapters, s->adapter) ||
+        parts_have_room(e, s, queued_before(e, slot) ? 0 : awaited))
         return false;
     uint64_t now = clock_now_us(&e->options.clock);
     s->crowded_us = s->crowded_us ? s->crowded_us : now;
-    if (!crowd->any)
-        crowd->patient = now - s->crowded_us < PARTS_PATIENCE_US;
-    crowd->any = true;
-    return true;
+    if (now - s->crowded_us < CROWDED_US || now - e->crowded_us < CROWDED_US)
+        return true;
+    e->crowded_us = now;
+    return false;
 }
 
 // Queued sequences in order, as long as seats and pages last. A sequence whose adapter is on its
@@ -614,13 +631,12 @@ void sequence_admit(struct engine *engine)
     const struct engine_options *o = &engine->options;
     uint32_t awaited = 0, awaited_kv = 0; // pages of those whose adapter is on its way
     uint64_t awaited_whole = 0;
-    struct crowd crowd = {.any = false};
     for (uint32_t slot = engine->lists[SEQUENCE_QUEUED].head; slot != NO_SLOT;) {
         struct sequence *s = &engine->sequences[slot];
         uint32_t next = s->next, out = first_out(engine);
         if (out != NO_SLOT && goes_before(&engine->sequences[out], s))
             return;
-        if (s->has_adapter && adapter_fetch_status(o->adapters, s->adapter) == STATUS_IO) {
+        if (adapter_is_lost(engine, s)) {
             sequence_end(engine, slot, STATUS_IO, ENGINE_FINISH_ERROR,
                          "Reading the adapter from its store failed; ask the operator.");
         } else if (!s->paused) {
@@ -629,7 +645,7 @@ void sequence_admit(struct engine *engine)
             uint32_t adapters = adapters_beside(engine, s) + awaited - awaited_kv;
             if (!has_seat(engine, slot))
                 return;
-            if (waits_for_parts(engine, slot, awaited_whole, &crowd)) {
+            if (waits_for_parts(engine, slot, awaited_whole)) {
                 slot = next;
                 continue;
             }

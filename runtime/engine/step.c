@@ -424,7 +424,7 @@ void step_release_runs(struct engine *engine, const struct plan_run *runs, uint3
 
 void step_release_rows(struct engine *engine, struct step *step)
 {
-    if (engine->options.adapters)
+    if (engine->options.adapters && engine->current == step)
         adapters_gate_done(engine->options.adapters);
     step_release_runs(engine, step->runs, step->plan.runs);
     step->state = STEP_NONE;
