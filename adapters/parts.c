@@ -4,13 +4,10 @@
 // the device. A part is known by its slot in the pool.
 //
 //   ABSENT --adapter_fetch_parts, adapters_gate_bring--> FETCHING --settle--> RESIDENT
-//   FETCHING --settle (failed, cancelled)--> ABSENT, or SPOILED when a gate waited and the file
-//   cannot be read;  RESIDENT --give_back, unload--> ABSENT;  SPOILED --the last user left-->
-//   ABSENT
+//   FETCHING --settle (failed, cancelled)--> ABSENT;  RESIDENT --give_back, unload--> ABSENT
 //
-// A gate that cannot get a page goes on all the same: the page table then names the spare page, of
-// zeros, in its place, and the adapter is broken: the engine ends the requests that use it. Rows of
-// others in the step are not touched by what is computed from it.
+// When a gate waits for a page that cannot be read, the adapter is broken until its last user has
+// left: the engine goes on as if its rows had no adapter, and ends the requests that use it.
 //
 // Who goes first under pressure: the part that was not used for longest. Kernels mark the pages
 // that they find (moe.h), in device memory; once a step the marks are copied to the host and
@@ -267,10 +264,11 @@ bool adapter__parts_end(struct adapters *adapters, struct adapter *adapter)
 // Once a step, and when the first user comes or the last one goes (likely_step is forgotten then).
 static float likely(struct adapters *adapters, struct adapter *adapter)
 {
-    uint64_t now = clock_now_us(&adapters->options.clock), step = adapters->parts.step;
-    if (adapter->likely_step != step)
+    if (adapter->likely_step != adapters->parts.step) {
+        uint64_t now = clock_now_us(&adapters->options.clock);
         adapter->likely = adapter->users ? 1.0f : (float)adapter__idle_likely(&adapter->heat, now);
-    adapter->likely_step = step;
+        adapter->likely_step = adapters->parts.step;
+    }
     return adapter->likely;
 }
 
