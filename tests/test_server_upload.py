@@ -177,6 +177,27 @@ class Uploads(unittest.TestCase):
             for peer in peers:
                 peer.close()
 
+    def test_server_ends_while_the_disk_works(self):
+        """Connections go and the server is told twice to leave, before the disk's thread has said that it is done:
+        nothing is leaked (ASan) and nothing stays behind."""
+        small = dict(GOOD, config_bytes=1, weights_bytes=5000)
+        for last in ("begun", "asked", "written"):
+            server = Server(extra=["--upload-bytes", str(1 << 20)])
+            peers = [Peer(server) for _ in range(8)]
+            for i, peer in enumerate(peers):
+                if last == "asked":
+                    peer.request("adapters.upload", name="acme-%d" % i, **small)
+                    continue
+                upload = peer.result("adapters.upload", name="acme-%d" % i, **small)["upload"]
+                if last == "written":
+                    peer.request("adapters.upload_chunk", upload=upload, offset=0, data=b"x" * 5000)
+            for peer in peers:
+                peer.close()
+            state = server.state
+            server.stop(keep=True)
+            self.assertEqual(os.listdir(os.path.join(state, "uploads")), [], last)
+            server.folder.cleanup()
+
     def test_one_that_stands_still_goes(self):
         with Server("upload_timeout_ms=400", extra=["--upload-bytes", str(MAX)]) as server, Peer(server) as peer:
             upload = self.begin(peer)

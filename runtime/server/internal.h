@@ -304,6 +304,7 @@ struct worker_job {
     // freed.
     void (*run)(struct worker_job *job);
     void (*done)(struct server *server, struct worker_job *job);
+    void (*drop)(struct worker_job *job); // or NULL. In place of done, when the worker ends first
     enum status status;
     struct fault fault;
     struct worker_job *next;

@@ -87,10 +87,15 @@ static void remove_run(struct worker_job *job)
     remove_files(job->upload);
 }
 
+static void forget(struct worker_job *job)
+{
+    free(job->upload);
+}
+
 static void removed(struct server *server, struct worker_job *job)
 {
     (void)server;
-    free(job->upload);
+    forget(job);
 }
 
 void upload_free(struct upload *upload)
@@ -107,6 +112,7 @@ void upload_free(struct upload *upload)
     if (job) {
         job->run = remove_run;
         job->done = removed;
+        job->drop = forget;
         job->upload = upload;
         if (!worker_put(disk, job))
             return;
@@ -272,6 +278,16 @@ static void begun(struct server *server, struct worker_job *job)
     worked(server, job, answer_begun);
 }
 
+// The server ends. An upload that went away while it was written to is only this job's.
+static void abandon(struct worker_job *job)
+{
+    job->upload->writing = false;
+    if (!job->upload->doomed)
+        return;
+    remove_files(job->upload);
+    free(job->upload);
+}
+
 // Gives the upload and `bytes` bytes of data (may be none) to the worker. false: answered.
 static bool put_work(struct call *call, enum request_kind kind, struct upload *upload,
                      const char *data, size_t bytes, void (*run)(struct worker_job *job),
@@ -284,6 +300,7 @@ static bool put_work(struct call *call, enum request_kind kind, struct upload *u
     if (job) {
         job->run = run;
         job->done = done;
+        job->drop = abandon;
         job->upload = upload;
         job->bytes = bytes;
         job->data = bytes ? malloc(bytes) : NULL;

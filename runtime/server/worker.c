@@ -4,8 +4,8 @@
 // finished one is announced by an eventfd and handed to its `done` on the I/O thread.
 //
 // A job belongs to the worker from worker_put to its done. On destroy the running one is waited
-// for; those that wait are run as well when the worker `finishes`, else dropped. Their done is not
-// called any more.
+// for; those that wait are run as well when the worker `finishes`. Then all are dropped: their drop
+// is called, which frees what only the job knows of, and not their done.
 #include <pthread.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -113,8 +113,11 @@ enum status worker_create(uint32_t jobs_max, bool finishes, struct worker **out)
 
 static void drop_all(struct queue *queue)
 {
-    for (struct worker_job *job; (job = pop(queue));)
+    for (struct worker_job *job; (job = pop(queue));) {
+        if (job->drop)
+            job->drop(job);
         worker_job_free(job);
+    }
 }
 
 void worker_destroy(struct worker *worker)
