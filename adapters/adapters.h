@@ -172,6 +172,7 @@ uint32_t adapters_running_pages(const struct adapters *adapters, adapter_id exce
 bool adapter_fetch_parts(struct adapters *adapters, adapter_id id, enum copy_class class,
                          float likely, uint32_t *next);
 uint32_t adapter_parts_coming(struct adapters *adapters, adapter_id id); // being fetched
+uint32_t adapter_parts_there(const struct adapters *adapters, adapter_id id);
 // IO when one could not be read since they were last asked for from the start.
 enum status adapter_parts_status(const struct adapters *adapters, adapter_id id);
 bool adapter_is_whole(const struct adapters *adapters, adapter_id id); // all parts are there

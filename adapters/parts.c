@@ -359,6 +359,11 @@ uint32_t adapter_parts_coming(struct adapters *adapters, adapter_id id)
     return adapter__of(adapters, id)->parts_coming;
 }
 
+uint32_t adapter_parts_there(const struct adapters *adapters, adapter_id id)
+{
+    return adapter__of(adapters, id)->parts_resident;
+}
+
 enum status adapter_parts_status(const struct adapters *adapters, adapter_id id)
 {
     return adapter__of(adapters, id)->part_status;

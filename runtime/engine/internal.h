@@ -68,7 +68,7 @@ struct sequence {
     // Of its adapter's parts: the first time they were asked for (0: not yet), how far that came,
     // and whether to the end.
     uint64_t parts_asked_us;
-    uint32_t parts_next;
+    uint32_t parts_next, parts_had; // had: there when they were first asked for
     bool parts_begun;
     uint64_t crowded_us; // since when others leave its adapter's parts no room; 0: never
     uint64_t adapter_since_us, adapter_us; // waits for its adapter since (0: does not); has waited
