@@ -45,6 +45,17 @@ bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_
     return true;
 }
 
+uint64_t adapters_owned_pages(const struct adapters *adapters, uint32_t owner, const char *but)
+{
+    uint64_t pages = 0;
+    for (uint32_t i = 0; i < adapters->count; i++) {
+        const struct adapter *adapter = &adapters->slots[adapters->order[i]];
+        if (adapter->owner == owner && strcmp(adapter->name, but) != 0)
+            pages += adapter->store.pages;
+    }
+    return pages;
+}
+
 void adapters_stats(const struct adapters *adapters, struct adapters_stats *out)
 {
     *out =

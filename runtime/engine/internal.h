@@ -70,6 +70,7 @@ struct sequence {
     uint64_t parts_asked_us;
     uint32_t parts_next, parts_had; // had: there when they were first asked for
     bool parts_begun;
+    bool is_crowded;     // by those that run, when it was last looked at
     uint64_t crowded_us; // since when others leave its adapter's parts no room; 0: never
     uint64_t adapter_since_us, adapter_us; // waits for its adapter since (0: does not); has waited
     // the end

@@ -35,15 +35,11 @@ static enum status check_quota(const struct engine *e, const struct engine_adapt
                                struct fault *fault)
 {
     struct adapter_summary summary;
-    struct adapter_info info;
     struct pool_stats pool;
-    uint64_t bytes = 0;
     if (!c->owned_bytes_max || adapter_inspect(c->store_path, false, &summary, NULL))
         return STATUS_OK; // what cannot be read is refused where it is opened
     pool_stats(e->options.pool, &pool);
-    for (uint32_t i = 0; adapter_at(e->options.adapters, i, &info); i++)
-        if (info.owner == c->owner && strcmp(info.name, c->name) != 0)
-            bytes += (uint64_t)info.pages * pool.page_bytes;
+    uint64_t bytes = adapters_owned_pages(e->options.adapters, c->owner, c->name) * pool.page_bytes;
     if (bytes + summary.report.bytes <= c->owned_bytes_max)
         return STATUS_OK;
     return fault_set(fault, STATUS_LIMIT,

@@ -661,7 +661,8 @@ void sequence_admit(struct engine *engine)
             uint32_t adapters = adapters_beside(engine, s) + awaited - awaited_kv;
             if (!has_seat(engine, slot))
                 return;
-            if (waits_for_parts(engine, slot, awaited_whole)) {
+            s->is_crowded = waits_for_parts(engine, slot, awaited_whole);
+            if (s->is_crowded) {
                 slot = next;
                 continue;
             }
@@ -730,6 +731,16 @@ void sequence_fetch_ahead(struct engine *engine, uint32_t class_below)
 }
 
 // The most urgent class that has something to run outside the steps, for preemption.
+// Nothing that it waits for is still to come, as far as can be seen without looking for room.
+static bool could_run(const struct engine *e, const struct sequence *s)
+{
+    if (s->in_steps || s->paused || s->cancelled)
+        return false;
+    if (s->state == SEQUENCE_QUEUED)
+        return !s->is_crowded && adapter_ready(e, s);
+    return !s->has_adapter || adapter_is_resident(e->options.adapters, s->adapter);
+}
+
 uint32_t sequence_waiting_class(const struct engine *engine)
 {
     uint32_t class = UINT32_MAX;
@@ -737,11 +748,7 @@ uint32_t sequence_waiting_class(const struct engine *engine)
         for (uint32_t slot = engine->lists[state].head; slot != NO_SLOT;
              slot = engine->sequences[slot].next) {
             const struct sequence *s = &engine->sequences[slot];
-            if (s->in_steps || s->paused || s->cancelled)
-                continue;
-            if (s->state == SEQUENCE_QUEUED
-                    ? !adapter_ready(engine, s)
-                    : s->has_adapter && !adapter_is_resident(engine->options.adapters, s->adapter))
+            if (!could_run(engine, s))
                 continue;
             if (s->class < class)
                 class = s->class;
