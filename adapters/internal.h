@@ -135,7 +135,6 @@ void adapter__part_give_back(struct adapters *adapters, pool_object object);
 bool adapter__parts_unload(struct adapters *adapters, struct adapter *adapter);
 // Its keeper has changed.
 void adapter__parts_relist(struct adapters *adapters, const struct adapter *adapter);
-uint32_t adapter__parts_on_host(const struct adapters *adapters, const struct adapter *adapter);
 // Pairs for the page table; at most `room`. Returns how many.
 uint32_t adapter__parts_flush(struct adapters *adapters, uint32_t *index, uint32_t *value,
                               uint32_t room);

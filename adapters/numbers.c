@@ -34,8 +34,7 @@ bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_
         .pages = adapter->store.pages,
         .trunk_pages = adapter->store.trunk_pages,
         .device_pages = (resident ? adapter->store.trunk_pages : 0) + adapter->parts_resident,
-        .host_pages = pool_host_pages(adapters->options.pool, adapter->object) +
-                      adapter__parts_on_host(adapters, adapter),
+        .host_pages = pool_host_pages(adapters->options.pool, adapter->object),
         .users = adapter->users,
         .id = adapter__id(adapters, adapters->order[index]),
         .report = adapter->store.report,

@@ -405,15 +405,6 @@ void adapter__parts_relist(struct adapters *adapters, const struct adapter *adap
         list_add(adapters, adapter->first_part + i);
 }
 
-uint32_t adapter__parts_on_host(const struct adapters *adapters, const struct adapter *adapter)
-{
-    uint32_t pages = 0;
-    for (uint32_t i = 0; i < adapter->part_count; i++)
-        pages += pool_host_pages(adapters->options.pool,
-                                 adapters->parts.part[adapter->first_part + i].object);
-    return pages;
-}
-
 // ---- the gate ----
 
 static void hold(struct adapters *adapters, uint32_t at)

@@ -153,6 +153,7 @@ static void test_adapters_parts_come_expert_by_expert(void **state)
     adapters_gate_done(adapters);
     assert_true(adapter_at(adapters, 0, &info));
     assert_int_equal(info.device_pages, info.trunk_pages + part.count);
+    assert_int_equal(info.host_pages, info.trunk_pages + part.count); // what came stays there
     assert_int_equal(info.loads.part_misses, part.count);
     tool_rig_bring(&world.rig, id);
     adapters_stats(adapters, &stats);

@@ -62,6 +62,8 @@ struct object {
     uint32_t owner, first, slots; // its slots are first .. first + slots - 1
     uint32_t device, filled;      // slots with a device page; with content in it
     uint32_t host, on_host;       // slots with a host page; with content in it
+    uint32_t head;          // of those created together, the index of the first (may be itself)
+    uint32_t group_on_host; // of a head: the sum of on_host of them all
     uint32_t pins;
     uint32_t evictable;  // its share of pool->evictable
     uint32_t cursor;     // slots before it need no copy to be started
@@ -140,6 +142,7 @@ void pool__release_epochs(struct pool *pool);
 // object.c
 struct object *pool__object(const struct pool *pool, pool_object handle); // CHECKs that it lives
 pool_object pool__handle(const struct pool *pool, const struct object *object);
+void pool__on_host(struct pool *pool, struct object *object, int32_t pages); // that many more
 void pool__recount(struct pool *pool, struct object *object); // after any change of evictability
 struct object *pool__object_of_slot(const struct pool *pool, uint32_t slot);
 

@@ -187,7 +187,7 @@ void pool__pump_all(struct pool *pool)
 
 static void read_done(struct pool *pool, struct object *object, uint32_t slot)
 {
-    object->on_host++;
+    pool__on_host(pool, object, 1);
     pool->slot_flags[slot] |= SLOT_ON_HOST;
     if (submit(pool, object, slot, MOVE_UP) == STATUS_OK)
         return;
@@ -214,7 +214,8 @@ static void up_done(struct pool *pool, struct object *object, uint32_t page, uin
 static void down_done(struct pool *pool, struct object *object, uint32_t slot)
 {
     pool->slot_flags[slot] |= SLOT_ON_HOST;
-    if (++object->on_host < object->slots)
+    pool__on_host(pool, object, 1);
+    if (object->on_host < object->slots)
         return;
     object->is_writing = false;
     pool->write_backs++;

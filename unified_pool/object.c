@@ -37,7 +37,7 @@ void pool__recount(struct pool *pool, struct object *object)
 
 // Takes a free place for an object whose slots are a run that is the caller's.
 static struct object *object_place(struct pool *pool, const struct pool_object_options *options,
-                                   uint32_t first, uint32_t slots)
+                                   uint32_t first, uint32_t slots, uint32_t head)
 {
     uint32_t index = pool->object_free;
     struct object *object = &pool->objects[index];
@@ -47,6 +47,7 @@ static struct object *object_place(struct pool *pool, const struct pool_object_o
                               .owner = options->owner,
                               .first = first,
                               .slots = slots,
+                              .head = head == NONE ? index : head,
                               .next = NONE,
                               .prev = NONE,
                               .kind = (uint8_t)options->kind,
@@ -73,7 +74,7 @@ enum status pool_object_create(struct pool *pool, const struct pool_object_optio
     uint32_t first = pool__runs_take(&pool->runs, options->slots);
     if (first == NONE)
         return STATUS_FULL;
-    *out = pool__handle(pool, object_place(pool, options, first, options->slots));
+    *out = pool__handle(pool, object_place(pool, options, first, options->slots, NONE));
     return STATUS_OK;
 }
 
@@ -89,10 +90,12 @@ enum status pool_objects_create(struct pool *pool, const struct pool_object_opti
         return STATUS_FULL;
     struct pool_object_options page = *options;
     page.file_offset += (uint64_t)options->slots * pool->options.page_bytes;
-    out[0] = pool__handle(pool, object_place(pool, options, first, options->slots));
+    uint32_t head = pool->object_free;
+    out[0] = pool__handle(pool, object_place(pool, options, first, options->slots, NONE));
     for (uint32_t i = 1; i <= pages; i++) {
         page.tag++;
-        out[i] = pool__handle(pool, object_place(pool, &page, first + options->slots + i - 1, 1));
+        out[i] =
+            pool__handle(pool, object_place(pool, &page, first + options->slots + i - 1, 1, head));
         page.file_offset += pool->options.page_bytes;
     }
     return STATUS_OK;
@@ -104,7 +107,7 @@ void pool_object_destroy(struct pool *pool, pool_object handle)
     CHECK(!object->pins);
     pool__drop_device(pool, object);
     pool__drop_host(pool, object);
-    CHECK(!object->device && !object->host && !object->is_stalled);
+    CHECK(!object->device && !object->host && !object->is_stalled && !object->group_on_host);
     for (uint32_t s = object->first; s < object->first + object->slots; s++)
         pool->slot_object[s] = NONE;
     pool__runs_give(&pool->runs, object->first, object->slots);
@@ -160,7 +163,13 @@ bool pool_has_host_copy(const struct pool *pool, pool_object handle)
 
 uint32_t pool_host_pages(const struct pool *pool, pool_object handle)
 {
-    return pool__object(pool, handle)->on_host;
+    return pool__object(pool, handle)->group_on_host;
+}
+
+void pool__on_host(struct pool *pool, struct object *object, int32_t pages)
+{
+    object->on_host += (uint32_t)pages;
+    pool->objects[object->head].group_on_host += (uint32_t)pages;
 }
 
 bool pool_is_written_back(const struct pool *pool, pool_object handle)

@@ -202,7 +202,7 @@ void pool__give(struct pool *pool, enum tier_id tier_id, uint32_t page)
         drop_unlink(tier, page);
         pool->host_page[slot] = NONE;
         object->host--;
-        object->on_host -= had;
+        pool__on_host(pool, object, -(int32_t)had);
     }
     p->kind = object->kind;
     p->slot = NONE;

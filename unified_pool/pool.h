@@ -118,7 +118,7 @@ MUST_USE enum status
 pool_object_create(struct pool *pool, const struct pool_object_options *options, pool_object *out);
 // out[0] as pool_object_create makes it, and out[1 .. pages]: objects of one page each, which come
 // and go one by one. Their slots follow each other in one run, their places in the file and their
-// tags too. All or none; destroyed one by one.
+// tags too. All or none; destroyed one by one, out[0] last.
 MUST_USE enum status pool_objects_create(struct pool *pool,
                                          const struct pool_object_options *options, uint32_t pages,
                                          pool_object *out);
@@ -137,7 +137,8 @@ const uint32_t *pool_device_pages(const struct pool *pool, pool_object object);
 bool pool_is_resident(const struct pool *pool, pool_object object);
 bool pool_is_fetching(const struct pool *pool, pool_object object);
 bool pool_has_host_copy(const struct pool *pool, pool_object object);
-uint32_t pool_host_pages(const struct pool *pool, pool_object object); // with its content
+// Host pages with content, of out[0] of pool_objects_create: of all that were created with it.
+uint32_t pool_host_pages(const struct pool *pool, pool_object object);
 bool pool_is_writing_back(const struct pool *pool, pool_object object);
 // Where a device page stands, for copy-on-write.
 void *pool_device_address(const struct pool *pool, uint32_t page);

@@ -143,6 +143,7 @@ static void check_owners(const struct pool *pool)
 void pool_check(const struct pool *pool)
 {
     uint32_t live = 0, evictable = 0, slots = 0, of_kind[PAGE_KINDS] = {0};
+    uint64_t on_host = 0, of_groups = 0;
     for (int t = 0; t < TIERS; t++)
         check_tier(pool, (enum tier_id)t);
     for (uint32_t i = 0; i < pool->options.objects_max; i++) {
@@ -153,11 +154,14 @@ void pool_check(const struct pool *pool)
         live++;
         slots += object->slots;
         evictable += object->evictable;
+        on_host += object->on_host;
+        of_groups += object->group_on_host;
+        CHECK(pool->objects[object->head].head == object->head);
         of_kind[object->kind] += object->evictable;
     }
     for (int kind = 0; kind < PAGE_KINDS; kind++)
         CHECK(of_kind[kind] == pool->evictable_of[kind]);
-    CHECK(live == pool->objects_live && evictable == pool->evictable);
+    CHECK(on_host == of_groups && live == pool->objects_live && evictable == pool->evictable);
     CHECK(pool->epoch_oldest >= 1 && pool->epoch_oldest <= pool->epoch_last + 1);
     pool__runs_check(&pool->runs, slots);
     check_stalled(pool);

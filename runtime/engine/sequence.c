@@ -460,7 +460,8 @@ static bool may_begin_beside(const struct engine *e, const struct sequence *s, u
     uint32_t there = adapter_parts_there(e->options.adapters, s->adapter);
     uint32_t came = there > s->parts_had ? there - s->parts_had : 0;
     uint64_t took_us = clock_now_us(&e->options.clock) - s->parts_asked_us;
-    return !e->lists[SEQUENCE_RUNNING].count && took_us * coming >= (uint64_t)BESIDE_MIN_US * came &&
+    return !e->lists[SEQUENCE_RUNNING].count &&
+           took_us * coming >= (uint64_t)BESIDE_MIN_US * came &&
            took_us * coming <= (uint64_t)BESIDE_US * came;
 }
 
