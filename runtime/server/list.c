@@ -280,6 +280,7 @@ bool list_page(struct request *request, struct json_t *json)
     struct fault fault;
     if (!request->connection)
         return false;
+    listing->broken_at = 0; // some may have been mended since the last page
     for (size_t i = 0; good && i < json_array_size(adapters); i++)
         good = take_adapter(request, json_array_get(adapters, i));
     if (good && json_is_true(json_object_get(json, "more"))) {
