@@ -92,6 +92,26 @@ static void make_stops(struct book *book, struct book_request *q)
         strcpy(q->stop[0], "\xc3\xa9");
 }
 
+// Names 2 and 5 are the operator's, who is no tenant.
+static uint32_t owner_of(uint32_t name)
+{
+    return name % 3 == 2 ? SIM_TENANTS : name % SIM_TENANTS;
+}
+
+// Mostly an adapter that the tenant may use; another tenant's is as if there were none.
+static void choose_adapter(struct book *book, struct book_request *q)
+{
+    uint32_t name = below(book, BOOK_NAMES);
+    bool may_use = owner_of(name) == SIM_TENANTS || owner_of(name) == q->r.tenant;
+    if (!may_use && chance(book, 850)) {
+        name = 2 + 3 * below(book, 2);
+        may_use = true;
+    }
+    (void)snprintf(q->r.adapter, sizeof q->r.adapter, "n%u", name);
+    q->adapter = may_use ? book->names[name] : NULL;
+    q->not_found = !q->adapter;
+}
+
 struct book_request *book_new(struct book *book)
 {
     struct book_request *q = NULL;
@@ -118,12 +138,8 @@ struct book_request *book_new(struct book *book)
     }
     make_prompt(book, q);
     make_stops(book, q);
-    if (chance(book, q->r.tenant ? 650 : 450)) {
-        uint32_t name = below(book, BOOK_NAMES);
-        (void)snprintf(q->r.adapter, sizeof q->r.adapter, "n%u", name);
-        q->adapter = book->names[name];
-        q->not_found = !q->adapter;
-    }
+    if (chance(book, q->r.tenant ? 650 : 450))
+        choose_adapter(book, q);
     if (!book->mild && chance(book, 30))
         q->r.deadline_us = book->world->now_us + below(book, 20000);
     if (!book->mild && chance(book, 10))
@@ -189,7 +205,7 @@ static bool send_adapter(struct book *book, uint32_t name, const struct sim_adap
                          enum status expected)
 {
     struct engine_adapter_command c = {.kind = content ? ENGINE_ADAPTER_ADD : ENGINE_ADAPTER_REMOVE,
-                                       .owner = name % SIM_TENANTS,
+                                       .owner = owner_of(name),
                                        .replace = book->names[name] && expected == STATUS_OK};
     c.id = book->reply_ids + 1;
     (void)snprintf(c.name, sizeof c.name, "n%u", name);
@@ -238,7 +254,7 @@ static void keep_name(struct book *book)
                                      ENGINE_ADAPTER_UNPIN, ENGINE_ADAPTER_UNPIN};
     uint32_t name = below(book, BOOK_NAMES);
     struct engine_adapter_command c = {.kind = kinds[below(book, ARRAY_COUNT(kinds))],
-                                       .owner = name % SIM_TENANTS,
+                                       .owner = owner_of(name),
                                        .id = book->reply_ids + 1,
                                        .pinned_bytes_max = chance(book, 900) ? UINT64_MAX : 0};
     (void)snprintf(c.name, sizeof c.name, "n%u", name);

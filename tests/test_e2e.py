@@ -25,7 +25,7 @@ TENANT = """  - name: %s
 """
 TENANTS = "tenants:\n" + TENANT % ("alpha", key_hash("key-alpha"), '"kjv", "own-*"', "interactive") + \
     "    manage_adapters: true\n    see_tenants: true\n    adapter_rpm_limit: 0\n    pinned_adapter_bytes: 1000000\n" + TENANT % ("beta", key_hash("key-beta"), '"gcide", "ru"', "standard") + \
-    TENANT % ("gamma", key_hash("key-gamma"), '"elisp"', "batch") + \
+    TENANT % ("gamma", key_hash("key-gamma"), '"elisp", "own-*"', "batch") + \
     TENANT % ("delta", key_hash("key-delta"), "", "standard") + "    rpm_limit: 6\n    max_parallel_requests: 2\n"
 MODULES = {"kjv": "kjv-all-r4", "gcide": "gcide-fused-r4", "ru": "man-ru-attn-r32", "elisp": "elisp-fused-r4"}
 GREEDY = {"temperature": 0, "ignore_eos": True}
@@ -348,6 +348,10 @@ def test_e2e_adapters_by_command_line(server):
         assert peer.generate("NOME\n       kill", model="own-it", max_tokens=30, **GREEDY)["text"] == own
         after, listed = peer.call("stats"), {a["name"]: a for a in peer.call("adapters.list")}
     assert own != base
+    with server.peer("key-gamma") as peer:  # may use names like it, and still not what alpha has registered
+        foreign, unknown = (peer.refused("generate", prompt="a", model=name, max_tokens=2) for name in ("own-it", "own-no"))
+        assert str(foreign).replace("own-it", "own-no") == str(unknown) and foreign["code"] == "not_found", foreign
+        assert "own-it" not in {a["id"] for a in peer.call("models")}
     mine, loads = listed["own-it"], after["engine"]["adapters"]["loads"] - before["engine"]["adapters"]["loads"]
     assert (mine["misses"], mine["hits"], mine["loads"], loads) == (1, 1, 1, 1), mine
     assert mine["device_bytes"] == mine["file_bytes"] > 0 and 0 < mine["load_us_max"] <= mine["load_us"], mine

@@ -156,8 +156,8 @@ static bool take_request(struct engine *e, const struct engine_request *r, size_
     if (waiting >= e->options.queue_max || slot == NO_SLOT)
         return refuse(e, r->id, STATUS_LIMIT, "The queue is full; try again later.");
     adapter_id adapter = {0};
-    if (r->adapter[0] && (!e->options.adapters ||
-                          adapter_find(e->options.adapters, r->adapter, &adapter) != STATUS_OK))
+    if (r->adapter[0] &&
+        (!e->options.adapters || residents_find(e, r->adapter, r->tenant, &adapter) != STATUS_OK))
         return refuse(e, r->id, STATUS_NOT_FOUND, "There is no model of that name.");
     if (!fits_pool(e, r, adapter))
         return refuse(

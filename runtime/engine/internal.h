@@ -299,6 +299,9 @@ bool output_event(struct engine *engine, const void *record, size_t bytes);
 size_t output_room_needed(const struct engine *engine, uint32_t samples);
 
 // residents.c: an answer to a command on adapters; NOT_FOUND without a sentence.
+// NOT_FOUND also for what is another tenant's.
+enum status residents_find(const struct engine *engine, const char *name, uint32_t tenant,
+                           adapter_id *out);
 enum status residents_command(struct engine *engine, const struct engine_adapter_command *command,
                               struct fault *fault);
 

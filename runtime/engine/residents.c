@@ -21,6 +21,13 @@ static bool is_its_own(const struct engine *e, adapter_id id, uint32_t tenant)
     return owner >= e->options.tenants_max || owner == tenant;
 }
 
+enum status residents_find(const struct engine *e, const char *name, uint32_t tenant,
+                           adapter_id *out)
+{
+    enum status status = adapter_find(e->options.adapters, name, out);
+    return status || is_its_own(e, *out, tenant) ? status : STATUS_NOT_FOUND;
+}
+
 // The operator's adapters serve all tenants: one of several may not replace or remove them. The
 // operator itself, and who is alone (open access), may.
 static bool may_change(const struct engine *e, adapter_id id, uint32_t tenant)
@@ -185,9 +192,9 @@ enum status residents_command(struct engine *e, const struct engine_adapter_comm
     adapter_id id;
     if (c->kind == ENGINE_ADAPTER_ADD)
         return register_adapter(e, c, fault);
-    enum status status = adapter_find(adapters, c->name, &id);
-    if (status || !is_its_own(e, id, c->owner))
-        return STATUS_NOT_FOUND;
+    enum status status = residents_find(e, c->name, c->owner, &id);
+    if (status)
+        return status;
     if (c->kind == ENGINE_ADAPTER_REMOVE && !may_change(e, id, c->owner))
         return fault_set(fault, STATUS_DENIED, "it is the operator's.");
     switch (c->kind) {
