@@ -423,6 +423,9 @@ static enum status slot_fill(struct adapters *adapters, struct adapter *adapter,
     if (!status)
         status = adapter__store_open(adapter->file, label, &adapters->options.base,
                                      adapters->page_bytes, &adapter->store, fault);
+    if (!status)
+        status = adapter__store_reader(adapter->file, adapter->name, &adapter->store,
+                                       &adapter->file, fault);
     uint32_t rank = adapter->store.report.rank_max, rank_max = adapters->rank_max;
     if (!status && rank_max && rank > rank_max)
         status = fault_set(fault, STATUS_LIMIT,

@@ -12,7 +12,8 @@
 //   808  u32 version of the name, 0 as good as 1; 816 digest of what it was made from
 //   848  records of 48 bytes: u32 layer, module, expert, scale (float bits), slice A, slice B;
 //        a slice is u32 first_slot, first_byte, row_bytes, rank
-//   ...  zeros up to header_bytes, a multiple of page_bytes; then `pages` pages; nothing after them
+//   ...  zeros up to header_bytes, a multiple of page_bytes; then `pages` pages; then the list of
+//        the digests of their blocks (store_reader.c); nothing after it
 //
 // All little-endian. Records ascend strictly: first the trunk, which is what no expert owns, by
 // (layer, module), then the experts' by (layer, expert, module). So the pages that every row of a
@@ -23,8 +24,8 @@
 // Invariants of a store that adapter__store_open accepted: 1. the base digest and shapes are those
 // of the given base. 2. every slice lies inside the pages, its rows have the length the base's
 // shape asks for, and no row straddles a page. 3. rank is 1..512, the same for A and B. 4. every
-// scale is finite. 5. the file is as long as it says, and the seal fits. The content of pages is
-// covered by adapter__store_verify alone: opening thousands of adapters must not read them all.
+// scale is finite. 5. the file is as long as it says, and the seal fits. Opening thousands of
+// adapters must not read all pages: their content is compared as they are read.
 #include "adapters/store.h"
 
 #include <math.h>
@@ -35,7 +36,7 @@
 #include "base/check.h"
 
 enum {
-    STORE_VERSION = 4,
+    STORE_VERSION = 5,
     AT_DTYPE = 12,
     AT_HEADER_BYTES = 16,
     AT_PAGE_BYTES = 24,
@@ -267,7 +268,9 @@ static enum status lengths_check(const uint8_t *at, uint64_t file_bytes, const c
     out->header_bytes = get_u64(at + AT_HEADER_BYTES);
     out->pages = get_u32(at + AT_PAGES);
     out->records = get_u32(at + AT_RECORDS);
-    uint64_t pages_bytes = (uint64_t)out->pages * out->page_bytes; // below 2^32 * 2^21
+    uint64_t blocks = out->page_bytes / adapter__block_bytes(out->page_bytes);
+    uint64_t page_bytes = out->page_bytes + blocks * DIGEST_BYTES;
+    uint64_t pages_bytes = out->pages * page_bytes; // below 2^32 * 2^22
     if (!out->records || !out->pages ||
         out->header_bytes != adapter__header_bytes(out->records, out->page_bytes) ||
         out->header_bytes > file_bytes || file_bytes - out->header_bytes != pages_bytes)
@@ -586,30 +589,4 @@ void adapter__store_clear(struct adapter_store *store)
     free(store->parts);
     store->pairs = NULL;
     store->parts = NULL;
-}
-
-enum status adapter__store_verify(struct reader *reader, const char *label,
-                                  const struct adapter_store *store, struct fault *fault)
-{
-    struct hash_stream stream, of_page;
-    enum status status = STATUS_OK;
-    uint8_t *page = malloc(store->page_bytes);
-    if (!page)
-        return fault_set(fault, STATUS_NO_MEMORY, "out of memory while verifying %s.", label);
-    hash_begin(&stream, NULL);
-    for (uint32_t i = 0; i < store->pages && !status; i++) {
-        status = reader_read(reader, store->header_bytes + (uint64_t)i * store->page_bytes, page,
-                             store->page_bytes);
-        hash_begin(&of_page, NULL);
-        hash_pieces(&of_page, page, store->page_bytes);
-        struct digest digest = hash_end(&of_page);
-        hash_update(&stream, &digest, sizeof digest);
-    }
-    free(page);
-    if (status)
-        return fault_set(fault, status, "reading %s failed.", label);
-    struct digest digest = hash_end(&stream);
-    if (!digest_equal(&digest, &store->pages_digest))
-        return fault_set(fault, STATUS_CORRUPT, "the pages of %s are damaged.", label);
-    return STATUS_OK;
 }

@@ -26,6 +26,7 @@
 
 // ALIVE_BYTES: what is between the filler and the disk at most; about what a cache holds.
 enum { THREADS = 1, ALIVE_BYTES = 4 << 20, ALIVE_MIN = 4, ALIVE_MAX = 64 };
+enum { DIGESTS_MIN = 64 };
 
 struct adapter_pages {
     pthread_t thread;
@@ -39,18 +40,32 @@ struct adapter_pages {
     uint8_t *free_pages[ALIVE_MAX];
     uint8_t *full[ALIVE_MAX]; // a ring
     uint8_t *open;            // the filler's
-    struct hash_stream hash;  // the thread's, until it has ended
-    int error;                // errno of the first failure
+    struct digest *digests;   // of blocks; the thread's, until it has ended
+    size_t digests_count, digests_room;
+    int error; // errno of the first failure
     bool ended;
 };
 
+static bool add_digests(struct adapter_pages *pages, const uint8_t *page)
+{
+    size_t block = adapter__block_bytes(pages->page_bytes), more = pages->page_bytes / block;
+    if (pages->digests_count + more > pages->digests_room) {
+        size_t room = 2 * pages->digests_room + DIGESTS_MIN;
+        struct digest *grown = realloc(pages->digests, room * sizeof *grown);
+        if (!grown)
+            return false;
+        pages->digests = grown;
+        pages->digests_room = room;
+    }
+    for (size_t i = 0; i < more; i++)
+        pages->digests[pages->digests_count++] = adapter__block_digest(page + i * block, block);
+    return true;
+}
+
 static bool page_out(struct adapter_pages *pages, const uint8_t *page)
 {
-    struct hash_stream stream;
-    hash_begin(&stream, NULL);
-    hash_pieces(&stream, page, pages->page_bytes);
-    struct digest digest = hash_end(&stream);
-    hash_update(&pages->hash, &digest, sizeof digest);
+    if (!add_digests(pages, page))
+        return false;
     if (!file_write_at(pages->descriptor, page, pages->page_bytes, pages->next))
         return false;
     (void)sync_file_range(pages->descriptor, (off64_t)pages->next, (off64_t)pages->page_bytes,
@@ -105,7 +120,6 @@ enum status adapter__pages_begin(int descriptor, uint64_t offset, size_t page_by
         if (good)
             pages->free_pages[pages->free_count++] = page;
     }
-    hash_begin(&pages->hash, NULL);
     pages->running = good && !pthread_create(&pages->thread, NULL, pages_main, pages);
     if (pages->running) {
         *out = pages;
@@ -148,9 +162,13 @@ static int pages_finish(struct adapter_pages *pages, bool wanted, struct digest 
     (void)pthread_mutex_unlock(&pages->lock);
     if (pages->running)
         (void)pthread_join(pages->thread, NULL);
+    size_t list = pages->digests_count * sizeof *pages->digests;
+    if (!pages->error && !file_write_at(pages->descriptor, pages->digests, list, pages->next))
+        pages->error = errno ? errno : EIO;
     int error = pages->error;
     if (!error)
-        *out = hash_end(&pages->hash);
+        *out = hash_bytes(NULL, pages->digests, list);
+    free(pages->digests);
     while (pages->free_count)
         free(pages->free_pages[--pages->free_count]);
     free(pages->open);

@@ -12,10 +12,13 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "adapters/store.h"
 #include "base/hash.h"
+#include "base/rng.h"
 #include "tests/test_adapters_tool.h"
 
-enum { PAGE = 32768, AT_SEAL = 776, AT_RECORDS = 848, RECORD = 48, HEADER_END = 848 + 4 * 48 };
+enum { PAGE = 32768, PAGES = 1, LIST_AT = (1 + PAGES) * PAGE };
+enum { AT_SEAL = 776, AT_RECORDS = 848, RECORD = 48, HEADER_END = 848 + 4 * 48 };
 
 struct made {
     char path[TOOL_PATH], broken[TOOL_PATH];
@@ -38,7 +41,7 @@ static void make(struct made *made, const char *scratch)
         adapter_convert(adapter.directory, &made->base, PAGE, made->path, &made->report, NULL),
         STATUS_OK);
     made->bytes = tool_file_read(made->path, &made->count);
-    assert_int_equal(made->count, 2 * PAGE);
+    assert_int_equal(made->count, LIST_AT + PAGES * DIGEST_BYTES);
     tool_rig_make(&made->rig, &made->base, PAGE, 4, 4, 4);
 }
 
@@ -136,13 +139,78 @@ static void test_adapters_store_every_header_byte_counts(void **state)
         made.bytes[i] ^= 0x10;
     }
     assert_int_equal(try_bytes(&made, made.bytes, made.count, &fault), STATUS_OK);
-    for (size_t i = PAGE; i < made.count; i += 97) { // pages: found by adapter_verify
+    unmake(&made);
+}
+
+// What comes of bringing the pages of the broken file, as registered, to the device.
+static enum status bring(struct made *made)
+{
+    adapter_id id;
+    struct fault fault;
+    struct adapters *adapters = made->rig.adapters;
+    assert_int_equal(adapter_register(adapters, "broken", made->broken, 0, &id, &fault), STATUS_OK);
+    adapter_acquire(adapters, id);
+    assert_int_equal(adapter_fetch(adapters, id, COPY_STANDARD, COPY_ADAPTER), STATUS_OK);
+    tool_rig_settle(&made->rig);
+    enum status status = adapter_fetch_status(adapters, id);
+    assert_true(adapter_is_resident(adapters, id) == !status);
+    adapter_release(adapters, id);
+    assert_int_equal(adapter_remove(adapters, "broken"), STATUS_OK);
+    tool_rig_settle(&made->rig);
+    return status;
+}
+
+static void test_adapters_store_every_page_byte_counts(void **state)
+{
+    struct made made;
+    struct fault fault;
+    make(&made, *state);
+    for (size_t i = PAGE; i < made.count; i += i < LIST_AT - 64 ? 97 : 1) {
         made.bytes[i] ^= 0x10;
         tool_file_write(made.broken, made.bytes, made.count);
         assert_int_equal(adapter_verify(made.broken, &made.base, PAGE, &fault), STATUS_CORRUPT);
         assert_non_null(strstr(fault.text, "pages"));
+        if (i < LIST_AT)
+            assert_int_equal(bring(&made), STATUS_IO);
+        else
+            assert_int_equal(try_bytes(&made, made.bytes, made.count, &fault), STATUS_CORRUPT);
         made.bytes[i] ^= 0x10;
     }
+    tool_file_write(made.broken, made.bytes, made.count);
+    assert_int_equal(bring(&made), STATUS_OK);
+    unmake(&made);
+}
+
+// Reads of any length, as chunks of the copy queues may be.
+static void test_adapters_store_reads_in_parts(void **state)
+{
+    struct made made;
+    struct fault fault;
+    struct reader *file, *pages;
+    struct adapter_store store;
+    struct rng rng = {.seed = 6};
+    uint8_t *read = malloc(PAGE);
+    make(&made, *state);
+    for (int damaged = 0; damaged < 2; damaged++) {
+        assert_int_equal(reader_open(made.path, &file, &fault), STATUS_OK);
+        assert_int_equal(adapter__store_open(file, "x", &made.base, PAGE, &store, &fault),
+                         STATUS_OK);
+        assert_int_equal(adapter__store_reader(file, "x", &store, &pages, &fault), STATUS_OK);
+        for (int i = 0; i < 200; i++) {
+            size_t at = rng_next(&rng) % PAGE, bytes = 1 + rng_next(&rng) % (PAGE - at);
+            assert_int_equal(reader_read(pages, PAGE + at, read, bytes),
+                             damaged ? STATUS_IO : STATUS_OK);
+            if (!damaged)
+                assert_memory_equal(read, made.bytes + PAGE + at, bytes);
+        }
+        assert_int_equal(reader_read(pages, PAGE - 1, read, 2), STATUS_IO);
+        assert_int_equal(reader_read(pages, LIST_AT - 1, read, 2), STATUS_IO);
+        reader_close(pages);
+        adapter__store_clear(&store);
+        made.bytes[LIST_AT - 1] ^= 1;
+        tool_file_write(made.path, made.bytes, made.count);
+    }
+    free(read);
     unmake(&made);
 }
 
@@ -255,8 +323,8 @@ static void test_adapters_store_other_versions(void **state)
         put_u32(made.bytes + 8, version);
         seal(made.bytes);
         enum status status = try_bytes(&made, made.bytes, made.count, &fault);
-        assert_int_equal(status, version == 4 ? STATUS_OK : STATUS_CORRUPT);
-        assert_true(version == 4 || strstr(fault.text, "of version 4: register the adapter again"));
+        assert_int_equal(status, version == 5 ? STATUS_OK : STATUS_CORRUPT);
+        assert_true(version == 5 || strstr(fault.text, "of version 5: register the adapter again"));
     }
     unmake(&made);
 }
@@ -267,6 +335,8 @@ int main(void)
         cmocka_unit_test(test_adapters_store_is_reproducible),
         cmocka_unit_test(test_adapters_store_other_base),
         cmocka_unit_test(test_adapters_store_every_header_byte_counts),
+        cmocka_unit_test(test_adapters_store_every_page_byte_counts),
+        cmocka_unit_test(test_adapters_store_reads_in_parts),
         cmocka_unit_test(test_adapters_store_wrong_length),
         cmocka_unit_test(test_adapters_store_lies),
         cmocka_unit_test(test_adapters_store_lying_summary),

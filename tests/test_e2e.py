@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -424,6 +425,35 @@ def test_e2e_adapter_removed_in_use(server):
         assert peer.finish(msgid)["text"] == alone and not alone.startswith(again)
         other.call("adapters.remove", name="own-pl")
     idle(server)
+
+
+def test_e2e_adapter_damaged_on_disk(server):
+    """Bytes of a store file change while the server has it open: nobody gets an answer made of them, not even from the
+    prefix cache later, and registering it again mends it."""
+    prompt = "NOME\n       kill - termina un processo " * 6
+    store = os.path.join(STATE, "adapters", "own-d@alpha.adapter")
+    with server.peer("key-alpha") as peer, server.peer("key-gamma") as other:
+        peer.call("adapters.register", name="own-d", path="it")
+        with open(store, "r+b") as file:
+            pages = struct.unpack("<Q", file.read(24)[16:])[0]
+            file.seek(pages)
+            body = bytearray(file.read())
+            for i in range(0, len(body), 5000):
+                body[i] ^= 5
+            file.seek(pages)
+            file.write(body)
+        beside = other.send("generate", prompt="(defun ", model="elisp", max_tokens=100, **GREEDY)
+        for _ in range(2):
+            error = peer.refused("generate", prompt=prompt, model="own-d", max_tokens=20, **GREEDY)
+            assert error["code"] == "io_error", error
+        assert other.finish(beside)["usage"]["completion_tokens"] == 100
+        peer.call("adapters.register", name="own-d", path="it")
+        mended = peer.generate(prompt, model="own-d", max_tokens=20, **GREEDY)
+        assert mended["usage"]["cached_tokens"] == 0, mended["usage"]
+        peer.call("adapters.register", name="own-e", path="it")
+        assert peer.generate(prompt, model="own-e", max_tokens=20, **GREEDY)["text"] == mended["text"]
+        for name in ("own-d", "own-e"):
+            peer.call("adapters.remove", name=name)
 
 
 def test_e2e_adapter_versions(server):

@@ -196,7 +196,7 @@ def quiet(server):
 
 def test_e2e_adapters_soak(server, state):
     want = references(server)
-    with server.peer("key-churn") as peer:
+    with server.peer("key-steady") as peer:  # whose adapters they are
         for name, source in PERMANENT.items():
             peer.call("adapters.register", name=name, path=source)
     others = {(None, p): want[None, p] for p in PROMPTS}
