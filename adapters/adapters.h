@@ -255,8 +255,14 @@ uint32_t adapters_count(const struct adapters *adapters);
 uint32_t adapters_behind(const struct adapters *adapters, const char *name);
 // The i-th registered adapter in name order; false past the end.
 bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_info *out);
-// Pages of all that the owner has registered, but for the one of that name.
-uint64_t adapters_owned_pages(const struct adapters *adapters, uint32_t owner, const char *but);
+// All that the owner has registered, but for the one of that name; and the most that all owners
+// together can have (options).
+struct adapters_owned {
+    uint32_t count, count_max;
+    uint64_t pages, pages_max; // max 0: what the pool's tables hold
+};
+struct adapters_owned adapters_owned(const struct adapters *adapters, uint32_t owner,
+                                     const char *but);
 
 struct adapters_stats {
     uint32_t registered, leaving; // leaving: removed, still used by running requests

@@ -44,15 +44,19 @@ bool adapter_at(const struct adapters *adapters, uint32_t index, struct adapter_
     return true;
 }
 
-uint64_t adapters_owned_pages(const struct adapters *adapters, uint32_t owner, const char *but)
+struct adapters_owned adapters_owned(const struct adapters *adapters, uint32_t owner,
+                                     const char *but)
 {
-    uint64_t pages = 0;
+    struct adapters_owned owned = {.count_max = adapters->options.adapters_max,
+                                   .pages_max = adapters->options.slots_max};
     for (uint32_t i = 0; i < adapters->count; i++) {
         const struct adapter *adapter = &adapters->slots[adapters->order[i]];
-        if (adapter->owner == owner && strcmp(adapter->name, but) != 0)
-            pages += adapter->store.pages;
+        if (adapter->owner != owner || !strcmp(adapter->name, but))
+            continue;
+        owned.count++;
+        owned.pages += adapter->store.pages;
     }
-    return pages;
+    return owned;
 }
 
 void adapters_stats(const struct adapters *adapters, struct adapters_stats *out)

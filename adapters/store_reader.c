@@ -151,10 +151,9 @@ enum status adapter__store_verify(struct reader *reader, const char *label,
     uint32_t blocks = count_blocks(store);
     uint8_t *block = malloc(bytes);
     struct digest *list = calloc(blocks, sizeof *list);
-    enum status status = block && list
-                             ? list_read(reader, label, store, list, fault)
-                             : fault_set(fault, STATUS_NO_MEMORY,
-                                         "out of memory while verifying %s.", label);
+    enum status status = block && list ? list_read(reader, label, store, list, fault)
+                                       : fault_set(fault, STATUS_NO_MEMORY,
+                                                   "out of memory while verifying %s.", label);
     for (uint32_t i = 0; i < blocks && !status; i++) {
         status = reader_read(reader, store->header_bytes + (uint64_t)i * bytes, block, bytes);
         if (status) {

@@ -270,6 +270,24 @@ def test_adapter_bytes_of_a_tenant():
     return error["message"]
 
 
+def test_a_tenant_leaves_places_to_others():
+    """Where two may register, neither takes more than half of the places; who is alone may take all."""
+    two = TENANTS + TENANTS.split("\n", 1)[1].replace("acme", "bolt").replace(key_hash("key-acme"), key_hash("key-bolt"))
+    for tenants, may in ((TENANTS, 3), (two, 2)):
+        state = path("places-%d" % may)
+        with Server(state, tenants, "--adapter-dir", ADAPTERS, "--max-adapters", "3") as server, \
+                server.peer("key-acme") as peer:
+            for i in range(may):
+                peer.call("adapters.register", name="a%d" % i, path="man-it-attn-r8")
+            error = peer.refused("adapters.register", name="more", path="man-it-attn-r8")
+            assert error["code"] == "resource_exhausted" and ("half of" in error["message"]) == (may == 2), error
+            if may == 2:
+                peer.call("adapters.register", name="a0", path="man-pl-attn-r16")  # the next version of what it has
+                with server.peer("key-bolt") as other:
+                    other.call("adapters.register", name="b0", path="man-it-attn-r8")
+    return error["message"]
+
+
 def test_store_files_that_are_no_good():
     """Cut short, with a damaged header, empty: the server starts, serves the others, and says what is wrong to the owner."""
     state = path("no-good")

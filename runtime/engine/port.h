@@ -83,6 +83,7 @@ struct engine_adapter_command {
     uint64_t id;      // reply id
     uint32_t replace; // ADD: the name may be taken by the owner or the operator, then this is its
                       // next version
+    uint32_t shared;  // ADD: other tenants register as well, and are left half of the places
     uint64_t owned_bytes_max;  // ADD: of all that this tenant has registered; 0: no limit
     uint64_t pinned_bytes_max; // PIN: of all that this tenant may have pinned
     char name[ENGINE_ADAPTER_NAME];

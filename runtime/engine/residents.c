@@ -37,23 +37,36 @@ static bool may_change(const struct engine *e, adapter_id id, uint32_t tenant)
                        : adapter_owner(e->options.adapters, id) == tenant;
 }
 
-// What the tenant has registered, with the new one in the place of its old version.
+// What the tenant has registered, with the new one in the place of its old version. Where several
+// register, one leaves the others half of the places and pages.
 static enum status check_quota(const struct engine *e, const struct engine_adapter_command *c,
                                struct fault *fault)
 {
     struct adapter_summary summary;
     struct pool_stats pool;
-    if (!c->owned_bytes_max || adapter_inspect(c->store_path, false, &summary, NULL))
+    if (!(c->owned_bytes_max || c->shared) || adapter_inspect(c->store_path, false, &summary, NULL))
         return STATUS_OK; // what cannot be read is refused where it is opened
     pool_stats(e->options.pool, &pool);
-    uint64_t bytes = adapters_owned_pages(e->options.adapters, c->owner, c->name) * pool.page_bytes;
-    if (bytes + summary.report.bytes <= c->owned_bytes_max)
-        return STATUS_OK;
-    return fault_set(fault, STATUS_LIMIT,
-                     "It has %llu bytes; this tenant's other adapters have %llu of at most %llu "
-                     "(adapter_bytes): remove one.",
-                     (unsigned long long)summary.report.bytes, (unsigned long long)bytes,
-                     (unsigned long long)c->owned_bytes_max);
+    struct adapters_owned owned = adapters_owned(e->options.adapters, c->owner, c->name);
+    uint64_t bytes = owned.pages * pool.page_bytes;
+    uint64_t pages = owned.pages + summary.report.bytes / pool.page_bytes;
+    if (c->owned_bytes_max && bytes + summary.report.bytes > c->owned_bytes_max)
+        return fault_set(fault, STATUS_LIMIT,
+                         "It has %llu bytes; this tenant's other adapters have %llu of at most "
+                         "%llu (adapter_bytes): remove one.",
+                         (unsigned long long)summary.report.bytes, (unsigned long long)bytes,
+                         (unsigned long long)c->owned_bytes_max);
+    if (c->shared && owned.count >= (owned.count_max + 1) / 2)
+        return fault_set(fault, STATUS_LIMIT,
+                         "This tenant has %u adapters, half of what the server holds "
+                         "(--max-adapters): remove one.",
+                         owned.count);
+    if (c->shared && owned.pages_max && pages > owned.pages_max / 2)
+        return fault_set(fault, STATUS_LIMIT,
+                         "With it this tenant would have %llu pages of adapters, and it may have "
+                         "%llu, half of what the server holds: remove one.",
+                         (unsigned long long)pages, (unsigned long long)owned.pages_max / 2);
+    return STATUS_OK;
 }
 
 // Another tenant's adapter cannot be replaced: to this one the name is taken.

@@ -278,7 +278,8 @@ static bool send_add(struct request *request)
     struct engine_adapter_command command = {.kind = ENGINE_ADAPTER_ADD,
                                              .owner = request->tenant,
                                              .id = request_id(request, 0),
-                                             .replace = request->replace};
+                                             .replace = request->replace,
+                                             .shared = server_share(request->server, 4) < 4};
     command.owned_bytes_max = tenants_at(request->server->tenants, request->tenant)->adapter_bytes;
     (void)snprintf(command.name, sizeof command.name, "%.63s", request->model);
     memcpy(command.store_path, request->store_path, sizeof command.store_path);
