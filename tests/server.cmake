@@ -14,17 +14,17 @@ function(polder_server_script name)
     set_tests_properties(${name} PROPERTIES TIMEOUT ${T_TIMEOUT} SKIP_RETURN_CODE 77 LABELS server
         ENVIRONMENT "POLDER_TEST_SERVER=$<TARGET_FILE:test_server_main>;PYTHONDONTWRITEBYTECODE=1")
 endfunction()
-polder_server_script(test_server_rpc TIMEOUT 120)
-polder_server_script(test_server_hostile TIMEOUT 180)
-polder_server_script(test_server_nvim TIMEOUT 90)
-polder_server_script(test_server_upload TIMEOUT 60)
+polder_server_script(test_server_rpc TIMEOUT 240)
+polder_server_script(test_server_hostile TIMEOUT 300)
+polder_server_script(test_server_nvim TIMEOUT 180)
+polder_server_script(test_server_upload TIMEOUT 180)
 
 polder_test(test_rpc LIBS polder_server ${MSGPACK_LIBRARY} LABELS fast)
 polder_fuzzer(fuzz_rpc LIBS polder_server ${MSGPACK_LIBRARY})
 polder_fuzzer(fuzz_yaml LIBS polder_tenants)
-polder_server_script(test_server_doc TIMEOUT 60)
+polder_server_script(test_server_doc TIMEOUT 180)
 
-polder_test(test_server_client LIBS polder_client_json polder_base TIMEOUT 60 LABELS server)
+polder_test(test_server_client LIBS polder_client_json polder_base TIMEOUT 180 LABELS server)
 add_dependencies(test_server_client test_server_main)
 set_tests_properties(test_server_client PROPERTIES
     ENVIRONMENT "POLDER_TEST_SERVER=$<TARGET_FILE:test_server_main>")

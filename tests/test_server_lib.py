@@ -18,7 +18,7 @@ except ImportError:
 
 PROGRAM = os.environ.get("POLDER_TEST_SERVER", "test_server_main")
 CONTEXT = 2048  # of the fake engine
-WAIT = float(os.environ.get("POLDER_TEST_WAIT", "10"))
+WAIT = float(os.environ.get("POLDER_TEST_WAIT", "30"))
 
 
 def sanitized():
@@ -102,12 +102,18 @@ class Server:
     def signal(self, number):
         self.process.send_signal(number)
 
+    def has_left(self):
+        """Two signals that come together are one."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+        return self.process.returncode is not None
+
     def stop(self, keep=False):
         """Ends the server; it must leave with 0 and without complaints of a sanitizer. keep: its folder stays."""
         if self.process.poll() is None:
             self.signal(signal.SIGTERM)
-            self.signal(signal.SIGTERM)
-        code = self.process.wait(WAIT)
+        until(self.has_left)
+        code = self.process.wait(0)
         text = self.log_text()
         self.process.stdout.close()
         self.log.close()

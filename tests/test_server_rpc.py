@@ -5,6 +5,7 @@ import random
 import signal
 import sys
 import threading
+import time
 import unittest
 
 from test_server_lib import CONTEXT, Peer, Server, TENANTS, engine_stats, key_hash, sanitized, until
@@ -531,6 +532,42 @@ class Signals(unittest.TestCase):
             self.assertTrue(until(lambda: peer.call("hello")[2] is not None))
             server.signal(signal.SIGINT)
             self.assertEqual(server.process.wait(10), 0)
+
+    def test_signals_while_it_ends(self):
+        """However many come, and whenever: it ends by itself, with 0."""
+        for pause in (0, 0.0005, 0.002):
+            with Server() as server, Peer(server) as peer:
+                peer.result("ping")
+                while server.process.poll() is None:
+                    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                        server.signal(number)
+                    time.sleep(pause)
+
+    def test_ends_while_adapters_are_converted(self):
+        """Who waits is told; of what nobody has registered no file stays."""
+        for gone in (False, True):
+            server = Server()
+            os.mkdir(os.path.join(server.adapters, "slow"))
+            for name in ("adapter_config.json", "slow"):
+                open(os.path.join(server.adapters, "slow", name), "w").close()
+            peer = Peer(server)
+            ids = [peer.request("adapters.register", name="acme-%d" % i, path="slow") for i in range(2)]
+            peer.result("ping")  # both have been read
+            if gone:
+                peer.close()
+            server.signal(signal.SIGTERM)
+            if not gone:
+                self.assertTrue(until(lambda: "draining" in server.log_text()))
+                server.signal(signal.SIGTERM)
+                for _ in ids:
+                    answer = peer.read()
+                    self.assertIn(answer[1], ids)
+                    self.assertRegex(answer[2][1], "^unavailable: ")
+                peer.close()
+            server.stop(keep=True)
+            left = os.listdir(server.store)  # whose client is gone may have been registered all the same
+            self.assertEqual([name for name in left if ".new" in name or not gone], [])
+            server.folder.cleanup()
 
     def test_reload(self):
         with Server() as server:

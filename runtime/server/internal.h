@@ -279,6 +279,8 @@ bool register_added(struct request *request, const struct engine_reply *reply,
                     const struct json_t *json);
 bool register_removed(struct request *request, const struct engine_reply *reply,
                       const struct json_t *json);
+// The server ends, and the engine will not say anything about it.
+void register_abandon(const struct request *request);
 
 // ---- broken.c
 MUST_USE enum status broken_take(struct server *server, struct fault *fault);
@@ -304,7 +306,7 @@ struct worker_job {
     // freed.
     void (*run)(struct worker_job *job);
     void (*done)(struct server *server, struct worker_job *job);
-    void (*drop)(struct worker_job *job); // or NULL. In place of done, when the worker ends first
+    void (*drop)(struct worker_job *job); // or NULL. In place of done, when the worker is destroyed
     enum status status;
     struct fault fault;
     struct worker_job *next;
@@ -324,7 +326,8 @@ struct worker_job {
 struct worker_job *worker_job_new(uint64_t id); // NULL: no memory
 void worker_job_free(struct worker_job *job);
 MUST_USE enum status worker_create(uint32_t jobs_max, bool finishes, struct worker **out);
-void worker_destroy(struct worker *worker); // waits for the running job; NULL is fine
+void worker_stop(struct worker *worker);    // no job runs after it, none is taken; NULL is fine
+void worker_destroy(struct worker *worker); // stops it first; NULL is fine
 int worker_descriptor(const struct worker *worker);
 MUST_USE enum status worker_put(struct worker *worker, struct worker_job *job); // FULL
 void worker_finish(struct worker *worker, struct server *server); // calls done of what is done

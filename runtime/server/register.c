@@ -203,6 +203,17 @@ static void convert_run(struct worker_job *job)
                                     job->store_path, job->report, REPORT_BYTES, &job->fault);
 }
 
+// The server ends: nobody will register what has been converted.
+static void convert_drop(struct worker_job *job)
+{
+    (void)unlink(job->store_path);
+}
+
+void register_abandon(const struct request *request)
+{
+    (void)unlink(request->store_path);
+}
+
 static struct worker_job *convert_job(struct request *request, int directory, const char *path)
 {
     struct server *server = request->server;
@@ -216,6 +227,7 @@ static struct worker_job *convert_job(struct request *request, int directory, co
                    request->model, unique);
     job->run = convert_run;
     job->done = converted;
+    job->drop = convert_drop;
     job->converter = &server->options.converter;
     job->directory = directory;
     job->roots = server->options.adapter_dirs;
@@ -289,12 +301,16 @@ static bool send_add(struct request *request)
 static void converted(struct server *server, struct worker_job *job)
 {
     struct request *request = request_find(server, job->id);
-    if (!request || request->kind != REQUEST_ADAPTER_ADD)
+    if (!request || request->kind != REQUEST_ADAPTER_ADD) {
+        convert_drop(job); // the server ends, and has answered it
         return;
+    }
     request->report = job->report;
     job->report = NULL;
     upload_free(request->upload); // what was uploaded has been read
     request->upload = NULL;
+    if (!job->status && server->state == SERVER_LEAVING)
+        job->status = fault_set(&job->fault, STATUS_SHUTTING_DOWN, "The server was shut down.");
     if (!job->status && send_add(request))
         return;
     if (!job->status)

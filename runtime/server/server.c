@@ -26,6 +26,8 @@
 #include "base/check.h"
 #include "base/log.h"
 
+static const int stop_signals[] = {SIGTERM, SIGINT, SIGHUP};
+
 enum { TICK_MS = 50, ENGINE_STOP_MS = 10000, ROOM_MIN = 512 };
 
 // ---- memory budget -----------------------------------------------------------------------------
@@ -317,6 +319,8 @@ static enum status allocate(struct server *server, struct fault *fault)
 static enum status add_events(struct server *server, struct fault *fault)
 {
     struct timeval tick = {.tv_usec = TICK_MS * 1000};
+    for (size_t i = 0; i < ARRAY_COUNT(stop_signals); i++)
+        (void)signal(stop_signals[i], SIG_IGN); // see release_signals
     server->on_term = evsignal_new(server->base, SIGTERM, on_stop_signal, server);
     server->on_int = evsignal_new(server->base, SIGINT, on_stop_signal, server);
     server->on_hup = evsignal_new(server->base, SIGHUP, on_reload_signal, server);
@@ -407,6 +411,14 @@ static enum status why_it_ended(const struct server *server, struct fault *fault
     return STATUS_OK;
 }
 
+// What the engine has said yes to is made last and told, before the others hear that it is over.
+static void finish_disk(struct server *server)
+{
+    worker_stop(server->disk);
+    if (server->disk)
+        worker_finish(server->disk, server);
+}
+
 // Requests that were sent when the engine had already taken its last command.
 static void answer_the_rest(struct server *server)
 {
@@ -418,6 +430,8 @@ static void answer_the_rest(struct server *server)
         (void)fault_set(&fault, STATUS_SHUTTING_DOWN, "The server was shut down.");
     for (uint32_t i = 0; server->requests && i < server->limits.requests_max; i++) {
         struct request *request = &server->requests[i];
+        if (request->kind == REQUEST_ADAPTER_ADD)
+            register_abandon(request);
         if (request->kind == REQUEST_FREE || !request->connection)
             continue;
         reply_fault_for(request, &fault);
@@ -433,10 +447,22 @@ static void last_flush(struct server *server)
         (void)event_base_loop(server->base, EVLOOP_ONCE);
 }
 
+// libevent puts back what was before it: a signal more does not kill a process that is about to end
+// by itself. An engine that does not stop may be killed.
+static void release_signals(struct server *server)
+{
+    struct event *events[] = {server->on_term, server->on_int, server->on_hup};
+    for (size_t i = 0; i < ARRAY_COUNT(events); i++) {
+        if (events[i])
+            event_free(events[i]);
+        if (!server->engine_stopped)
+            (void)signal(stop_signals[i], SIG_DFL);
+    }
+}
+
 static void release(struct server *server)
 {
-    struct event *events[] = {server->on_term,   server->on_int,  server->on_hup,
-                              server->on_events, server->on_tick, server->on_reap,
+    struct event *events[] = {server->on_events, server->on_tick, server->on_reap,
                               server->on_worker, server->on_disk};
     // Before what their jobs point at.
     worker_destroy(server->worker);
@@ -447,6 +473,7 @@ static void release(struct server *server)
         if (server->requests[i].kind)
             request_free(&server->requests[i]);
     }
+    release_signals(server);
     for (size_t i = 0; i < ARRAY_COUNT(events); i++) {
         if (events[i])
             event_free(events[i]);
@@ -491,6 +518,7 @@ enum status server_run(const struct server_options *options, struct fault *fault
         stop_engine(server);
     if (!status)
         status = why_it_ended(server, fault);
+    finish_disk(server);
     answer_the_rest(server);
     if (server->base)
         last_flush(server);

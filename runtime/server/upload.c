@@ -87,15 +87,10 @@ static void remove_run(struct worker_job *job)
     remove_files(job->upload);
 }
 
-static void forget(struct worker_job *job)
-{
-    free(job->upload);
-}
-
 static void removed(struct server *server, struct worker_job *job)
 {
     (void)server;
-    forget(job);
+    free(job->upload);
 }
 
 void upload_free(struct upload *upload)
@@ -112,7 +107,6 @@ void upload_free(struct upload *upload)
     if (job) {
         job->run = remove_run;
         job->done = removed;
-        job->drop = forget;
         job->upload = upload;
         if (!worker_put(disk, job))
             return;
@@ -278,16 +272,6 @@ static void begun(struct server *server, struct worker_job *job)
     worked(server, job, answer_begun);
 }
 
-// The server ends. An upload that went away while it was written to is only this job's.
-static void abandon(struct worker_job *job)
-{
-    job->upload->writing = false;
-    if (!job->upload->doomed)
-        return;
-    remove_files(job->upload);
-    free(job->upload);
-}
-
 // Gives the upload and `bytes` bytes of data (may be none) to the worker. false: answered.
 static bool put_work(struct call *call, enum request_kind kind, struct upload *upload,
                      const char *data, size_t bytes, void (*run)(struct worker_job *job),
@@ -300,7 +284,6 @@ static bool put_work(struct call *call, enum request_kind kind, struct upload *u
     if (job) {
         job->run = run;
         job->done = done;
-        job->drop = abandon;
         job->upload = upload;
         job->bytes = bytes;
         job->data = bytes ? malloc(bytes) : NULL;
@@ -314,7 +297,10 @@ static bool put_work(struct call *call, enum request_kind kind, struct upload *u
     }
     worker_job_free(job);
     request_free(request);
-    reply_error(call, STATUS_NO_MEMORY, "out of memory for the upload.");
+    if (upload->server->state == SERVER_LEAVING)
+        reply_error(call, STATUS_SHUTTING_DOWN, "the server is shutting down.");
+    else
+        reply_error(call, STATUS_NO_MEMORY, "out of memory for the upload.");
     return false;
 }
 

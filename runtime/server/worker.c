@@ -3,9 +3,10 @@
 // (seconds), one writes, renames and unlinks (see server.c). Jobs run in the order they were put; a
 // finished one is announced by an eventfd and handed to its `done` on the I/O thread.
 //
-// A job belongs to the worker from worker_put to its done. On destroy the running one is waited
-// for; those that wait are run as well when the worker `finishes`. Then all are dropped: their drop
-// is called, which frees what only the job knows of, and not their done.
+// A job belongs to the worker from worker_put to its done. When the worker stops, the running one
+// is waited for; those that wait are run as well when it `finishes`. Those that are done can be
+// finished after that, too; on destroy the others are dropped: their drop is called, and not their
+// done.
 #include <pthread.h>
 #include <stdlib.h>
 #include <sys/eventfd.h>
@@ -22,7 +23,7 @@ struct worker {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     int wake;
-    bool stop, finishes;
+    bool stop, finishes, joined;    // joined: the thread has ended
     uint32_t outstanding, jobs_max; // outstanding: put and not handed to done
     struct queue jobs, results;
 };
@@ -120,15 +121,23 @@ static void drop_all(struct queue *queue)
     }
 }
 
-void worker_destroy(struct worker *worker)
+void worker_stop(struct worker *worker)
 {
-    if (!worker)
+    if (!worker || worker->joined)
         return;
     (void)pthread_mutex_lock(&worker->lock);
     worker->stop = true;
     (void)pthread_cond_signal(&worker->changed);
     (void)pthread_mutex_unlock(&worker->lock);
     (void)pthread_join(worker->thread, NULL);
+    worker->joined = true;
+}
+
+void worker_destroy(struct worker *worker)
+{
+    if (!worker)
+        return;
+    worker_stop(worker);
     drop_all(&worker->jobs);
     drop_all(&worker->results);
     (void)close(worker->wake);
@@ -146,7 +155,7 @@ enum status worker_put(struct worker *worker, struct worker_job *job)
 {
     enum status status = STATUS_FULL;
     (void)pthread_mutex_lock(&worker->lock);
-    if (worker->outstanding < worker->jobs_max) {
+    if (!worker->stop && worker->outstanding < worker->jobs_max) {
         worker->outstanding++;
         push(&worker->jobs, job);
         (void)pthread_cond_signal(&worker->changed);
