@@ -4,8 +4,8 @@
 // Most patterns in the wild are plain names ("q_proj", "layers.3.mlp.down_proj"): letters, digits,
 // "_" and ".", where "." is any character. Those are matched by hand, which is exact because such a
 // pattern has a fixed length; the rest is compiled. The text is an outsider's, so its length, the
-// steps of a match and the depth are bounded, and a match that runs into the bound counts as none:
-// the adapter is then refused because its tensors are not targeted, never misread.
+// steps of a match and the depth are bounded. A match that runs into the bound is not "no": the
+// answer is unknown, and whoever asked must refuse the adapter (peft_config.c).
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
 #include <stdio.h>
@@ -19,12 +19,13 @@ enum { PATTERN_BYTES_MAX = 4096, MATCH_STEPS_MAX = 4000, MATCH_DEPTH_MAX = 1000 
 
 struct peft_pattern {
     enum peft_match match;
-    char *plain; // NULL when compiled
+    const char *what;
+    char *text;
+    bool is_plain; // matched by hand; nothing below is set
     size_t length;
     pcre2_code *code;
     pcre2_match_data *data;
     pcre2_match_context *context;
-    bool is_costly; // it ran out of steps once
 };
 
 static bool is_plain(const char *text)
@@ -38,15 +39,14 @@ static bool is_plain(const char *text)
     return true;
 }
 
-static enum status compile(struct peft_pattern *pattern, const char *text, const char *what,
-                           struct fault *fault)
+static enum status compile(struct peft_pattern *pattern, struct fault *fault)
 {
     static const char *const before[] = {"", "(.*\\.)?(", "(?:^|.*?\\.)"};
     static const char *const after[] = {"", ")$", "\\.(?P<idx>\\d+)\\."};
     char whole[PATTERN_BYTES_MAX + 64];
     int error;
     PCRE2_SIZE at;
-    int length = snprintf(whole, sizeof whole, "%s%s%s", before[pattern->match], text,
+    int length = snprintf(whole, sizeof whole, "%s%s%s", before[pattern->match], pattern->text,
                           after[pattern->match]);
     uint32_t options = PCRE2_ANCHORED | PCRE2_UTF | PCRE2_NEVER_BACKSLASH_C;
     if (pattern->match == PEFT_MATCH_FULL)
@@ -57,12 +57,13 @@ static enum status compile(struct peft_pattern *pattern, const char *text, const
         PCRE2_UCHAR message[120] = "";
         (void)pcre2_get_error_message(error, message, sizeof message);
         return fault_set(fault, STATUS_INVALID, "%s: \"%.100s\" is no regular expression: %s.",
-                         what, text, (const char *)message);
+                         pattern->what, pattern->text, (const char *)message);
     }
     pattern->data = pcre2_match_data_create_from_pattern(pattern->code, NULL);
     pattern->context = pcre2_match_context_create(NULL);
     if (!pattern->data || !pattern->context)
-        return fault_set(fault, STATUS_NO_MEMORY, "out of memory for a pattern of %s.", what);
+        return fault_set(fault, STATUS_NO_MEMORY, "out of memory for a pattern of %s.",
+                         pattern->what);
     (void)pcre2_set_match_limit(pattern->context, MATCH_STEPS_MAX);
     (void)pcre2_set_depth_limit(pattern->context, MATCH_DEPTH_MAX);
     return STATUS_OK;
@@ -78,15 +79,15 @@ enum status peft__pattern_create(const char *text, enum peft_match match, const 
     if (!pattern)
         return fault_set(fault, STATUS_NO_MEMORY, "out of memory for a pattern of %s.", what);
     pattern->match = match;
+    pattern->what = what;
     pattern->length = strlen(text);
+    pattern->is_plain = match != PEFT_MATCH_LAYER && is_plain(text);
+    pattern->text = strdup(text);
     enum status status = STATUS_OK;
-    if (match != PEFT_MATCH_LAYER && is_plain(text)) {
-        pattern->plain = strdup(text);
-        if (!pattern->plain)
-            status = fault_set(fault, STATUS_NO_MEMORY, "out of memory for a pattern of %s.", what);
-    } else {
-        status = compile(pattern, text, what, fault);
-    }
+    if (!pattern->text)
+        status = fault_set(fault, STATUS_NO_MEMORY, "out of memory for a pattern of %s.", what);
+    else if (!pattern->is_plain)
+        status = compile(pattern, fault);
     if (status)
         peft__pattern_destroy(pattern);
     else
@@ -98,7 +99,7 @@ void peft__pattern_destroy(struct peft_pattern *pattern)
 {
     if (!pattern)
         return;
-    free(pattern->plain);
+    free(pattern->text);
     pcre2_match_context_free(pattern->context);
     pcre2_match_data_free(pattern->data);
     pcre2_code_free(pattern->code);
@@ -116,30 +117,33 @@ static bool plain_matches(const struct peft_pattern *pattern, const char *name)
     if (skipped && (pattern->match == PEFT_MATCH_FULL || name[skipped - 1] != '.'))
         return false;
     for (size_t i = 0; i < pattern->length; i++)
-        if (pattern->plain[i] != '.' && pattern->plain[i] != name[skipped + i])
+        if (pattern->text[i] != '.' && pattern->text[i] != name[skipped + i])
             return false;
     return true;
 }
 
-// One that runs out of steps matches nothing from then on: a thousand of them times all modules
-// would keep the converter from everybody else for minutes.
-bool peft__pattern_matches(struct peft_pattern *pattern, const char *name, uint32_t *layer)
+enum peft_found peft__pattern_matches(struct peft_pattern *pattern, const char *name,
+                                      uint32_t *layer)
 {
-    if (pattern->plain)
-        return plain_matches(pattern, name);
-    if (pattern->is_costly)
-        return false;
+    if (pattern->is_plain)
+        return plain_matches(pattern, name) ? PEFT_FOUND : PEFT_FOUND_NOT;
     int found = pcre2_match(pattern->code, (PCRE2_SPTR)name, strlen(name), 0, 0, pattern->data,
                             pattern->context);
-    pattern->is_costly = found == PCRE2_ERROR_MATCHLIMIT || found == PCRE2_ERROR_DEPTHLIMIT;
     if (found < 0)
-        return false;
+        return found == PCRE2_ERROR_NOMATCH ? PEFT_FOUND_NOT : PEFT_FOUND_UNKNOWN;
     if (pattern->match == PEFT_MATCH_LAYER) {
         PCRE2_UCHAR digits[12];
         PCRE2_SIZE length = sizeof digits;
         if (pcre2_substring_copy_byname(pattern->data, (PCRE2_SPTR) "idx", digits, &length) != 0)
-            return false;
+            return PEFT_FOUND_NOT;
         *layer = (uint32_t)strtoul((const char *)digits, NULL, 10);
     }
-    return true;
+    return PEFT_FOUND;
+}
+
+enum status peft__pattern_unknown(const struct peft_pattern *pattern, struct fault *fault)
+{
+    return fault_set(fault, STATUS_LIMIT,
+                     "%s: \"%.100s\" takes more than %d steps to match; write it more simply.",
+                     pattern->what, pattern->text, MATCH_STEPS_MAX);
 }
