@@ -21,8 +21,8 @@ enum peft_match {
     PEFT_MATCH_SUFFIX, // re.match(rf"(.*\.)?({P})$", name): get_pattern_key
     PEFT_MATCH_LAYER   // re.match(rf"(?:^|.*?\.){P}\.(?P<idx>\d+)\.", name): layers_pattern
 };
-// INVALID when the text is no regular expression, LIMIT when it is too long. `what` names it in
-// faults, and outlives it.
+// INVALID when the text is no regular expression, UNSUPPORTED when it has what means something else
+// here than in Python, LIMIT when it is too long. `what` names it in faults, and outlives it.
 MUST_USE enum status peft__pattern_create(const char *text, enum peft_match match, const char *what,
                                           struct peft_pattern **out, struct fault *fault);
 void peft__pattern_destroy(struct peft_pattern *pattern);
