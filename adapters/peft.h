@@ -21,14 +21,20 @@ enum peft_match {
     PEFT_MATCH_SUFFIX, // re.match(rf"(.*\.)?({P})$", name): get_pattern_key
     PEFT_MATCH_LAYER   // re.match(rf"(?:^|.*?\.){P}\.(?P<idx>\d+)\.", name): layers_pattern
 };
-// INVALID when the text is no regular expression, LIMIT when it is too long. `what` names it in
-// faults.
+// INVALID when the text is no regular expression, UNSUPPORTED when it has what means something else
+// here than in Python, LIMIT when it is too long. `what` names it in faults, and outlives it.
 MUST_USE enum status peft__pattern_create(const char *text, enum peft_match match, const char *what,
                                           struct peft_pattern **out, struct fault *fault);
 void peft__pattern_destroy(struct peft_pattern *pattern);
-// True when it matches; for PEFT_MATCH_LAYER *layer is the number found. A match that takes too
-// many steps counts as none.
-bool peft__pattern_matches(struct peft_pattern *pattern, const char *name, uint32_t *layer);
+enum peft_found {
+    PEFT_FOUND_NOT,
+    PEFT_FOUND,        // for PEFT_MATCH_LAYER *layer is the number found
+    PEFT_FOUND_UNKNOWN // the match takes too many steps: the adapter must be refused
+};
+MUST_USE enum peft_found peft__pattern_matches(struct peft_pattern *pattern, const char *name,
+                                               uint32_t *layer);
+// LIMIT, with the sentence for a match that is unknown.
+MUST_USE enum status peft__pattern_unknown(const struct peft_pattern *pattern, struct fault *fault);
 
 // ---- adapter_config.json (peft_config.c) ----
 
@@ -61,8 +67,9 @@ struct peft_config {
     uint32_t ranks_count, alphas_count;
     bool ties; // ensure_weight_tying: the LoRA of tied embeddings is lm_head's too
     bool has_version;
-    uint32_t version[3]; // peft_version, written by PEFT >= 0.18
-    char ignored[512];   // names, comma separated
+    uint32_t version[3];                // peft_version, written by PEFT >= 0.18
+    char ignored[512];                  // names, comma separated
+    const struct peft_pattern *unknown; // the one whose match took too many steps
 };
 
 MUST_USE enum status peft__config_parse(const char *text, size_t bytes, struct peft_config *out,
@@ -70,12 +77,15 @@ MUST_USE enum status peft__config_parse(const char *text, size_t bytes, struct p
 void peft__config_clear(struct peft_config *config); // also after a failed parse
 void peft__config_ignore(struct peft_config *config, const char *what, const char *detail);
 // Does PEFT put LoRA on the module of this name ("model.layers.0.self_attn.q_proj")?
-bool peft__config_targets(const struct peft_config *config, const char *name);
+bool peft__config_targets(struct peft_config *config, const char *name);
 // ... on the parameter of this name ("model.layers.0.mlp.experts.gate_up_proj")?
 bool peft__config_targets_parameter(const struct peft_config *config, const char *name);
-uint32_t peft__config_rank(const struct peft_config *config, const char *name);
+uint32_t peft__config_rank(struct peft_config *config, const char *name);
 // lora_alpha / rank, or / sqrt(rank).
-float peft__config_scale(const struct peft_config *config, const char *name, uint32_t rank);
+float peft__config_scale(struct peft_config *config, const char *name, uint32_t rank);
+// LIMIT when a pattern took too many steps in a question above: from then on nothing is matched,
+// all answers are void, and the adapter must be refused. To be asked after the last question.
+MUST_USE enum status peft__config_check(const struct peft_config *config, struct fault *fault);
 // Lists the patterns that decided for nothing, after all ranks and scales were asked for.
 void peft__config_ignore_rules(struct peft_config *config);
 // Was the file written by a PEFT that reads a 3-D parameter as (experts, out, in)? (>= 0.19.1)

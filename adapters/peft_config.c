@@ -272,6 +272,13 @@ static void names_report(const struct peft_names *names, const char *field,
 
 // ---- targets ----
 
+static enum status pattern_parse(const char *text, enum peft_match match, const char *key,
+                                 struct peft_pattern **out, struct fault *fault)
+{
+    enum status status = peft__pattern_create(text, match, key, out, fault);
+    return status ? json_fault_within(fault, LABEL, status) : STATUS_OK;
+}
+
 static enum status targets_parse(const struct json *root, struct peft_config *config,
                                  struct fault *fault)
 {
@@ -286,8 +293,8 @@ static enum status targets_parse(const struct json *root, struct peft_config *co
         config->targets_form =
             strcasecmp(text, "all-linear") == 0 ? PEFT_TARGETS_ALL : PEFT_TARGETS_REGEX;
         if (config->targets_form == PEFT_TARGETS_REGEX)
-            status = peft__pattern_create(text, PEFT_MATCH_FULL, LABEL ": target_modules",
-                                          &config->targets_pattern, fault);
+            status = pattern_parse(text, PEFT_MATCH_FULL, "target_modules",
+                                   &config->targets_pattern, fault);
     } else {
         status = names_parse(targets, "target_modules", &config->targets, fault);
         config->targets_form = config->targets.count ? PEFT_TARGETS_NAMES : PEFT_TARGETS_NONE;
@@ -304,8 +311,8 @@ static enum status targets_parse(const struct json *root, struct peft_config *co
                          LABEL ": fan_in_fan_out is set, which goes with no target_parameters; set "
                                "it to false.");
     if (json_as_string(excludes, &text))
-        return *text ? peft__pattern_create(text, PEFT_MATCH_FULL, LABEL ": exclude_modules",
-                                            &config->excludes_pattern, fault)
+        return *text ? pattern_parse(text, PEFT_MATCH_FULL, "exclude_modules",
+                                     &config->excludes_pattern, fault)
                      : STATUS_OK;
     return names_parse(excludes, "exclude_modules", &config->excludes, fault);
 }
@@ -365,8 +372,8 @@ static enum status layers_parse(const struct json *root, struct peft_config *con
         const char *text;
         if (!json_as_string(is_list ? json_at(pattern, i) : pattern, &text))
             return fault_set(fault, STATUS_INVALID, LABEL ": layers_pattern must be names.");
-        status = peft__pattern_create(text, PEFT_MATCH_LAYER, LABEL ": layers_pattern",
-                                      &config->layer_patterns[i], fault);
+        status = pattern_parse(text, PEFT_MATCH_LAYER, "layers_pattern", &config->layer_patterns[i],
+                               fault);
         config->layer_patterns_count += !status;
     }
     return status;
@@ -414,9 +421,9 @@ static enum status rules_parse(const struct json *root, const char *key, bool is
         if (!rule->key)
             return fault_set(fault, STATUS_NO_MEMORY, "out of memory for %s.", key);
         (*count)++; // from here on rules_clear knows of it
-        status = peft__pattern_create(pair.key, PEFT_MATCH_SUFFIX, key, &rule->pattern, fault);
+        status = pattern_parse(pair.key, PEFT_MATCH_SUFFIX, key, &rule->pattern, fault);
         if (status)
-            return json_fault_within(fault, LABEL, status);
+            return status;
     }
     return STATUS_OK;
 }
@@ -522,14 +529,32 @@ static bool version_is(const struct peft_config *config, uint32_t major, uint32_
     return version[1] != minor ? version[1] > minor : version[2] >= patch;
 }
 
-static bool layer_is_chosen(const struct peft_config *config, const char *name)
+static bool matches(struct peft_config *config, struct peft_pattern *pattern, const char *name,
+                    uint32_t *layer)
+{
+    if (config->unknown)
+        return false;
+    enum peft_found found = peft__pattern_matches(pattern, name, layer);
+    if (found == PEFT_FOUND_UNKNOWN)
+        config->unknown = pattern;
+    return found == PEFT_FOUND;
+}
+
+enum status peft__config_check(const struct peft_config *config, struct fault *fault)
+{
+    if (!config->unknown)
+        return STATUS_OK;
+    return json_fault_within(fault, LABEL, peft__pattern_unknown(config->unknown, fault));
+}
+
+static bool layer_is_chosen(struct peft_config *config, const char *name)
 {
     uint32_t layer = 0;
     bool found = false;
     if (!config->has_layers)
         return true;
     for (uint32_t i = 0; i < config->layer_patterns_count && !found; i++)
-        found = peft__pattern_matches(config->layer_patterns[i], name, &layer);
+        found = matches(config, config->layer_patterns[i], name, &layer);
     // Without layers_pattern: the first number after a word, which in this base is the layer;
     // before 0.20 the last one, which is the expert where there is one.
     if (!config->layer_patterns_count) {
@@ -544,9 +569,9 @@ static bool layer_is_chosen(const struct peft_config *config, const char *name)
     return false;
 }
 
-bool peft__config_targets(const struct peft_config *config, const char *name)
+bool peft__config_targets(struct peft_config *config, const char *name)
 {
-    if (config->excludes_pattern && peft__pattern_matches(config->excludes_pattern, name, NULL))
+    if (config->excludes_pattern && matches(config, config->excludes_pattern, name, NULL))
         return false;
     if (names_have(&config->excludes, name) || names_have_end(&config->excludes, name))
         return false;
@@ -556,7 +581,7 @@ bool peft__config_targets(const struct peft_config *config, const char *name)
     case PEFT_TARGETS_ALL: // PEFT leaves out the output layer, and embeddings are not linear
         return strncmp(name, "model.layers.", strlen("model.layers.")) == 0;
     case PEFT_TARGETS_REGEX:
-        return peft__pattern_matches(config->targets_pattern, name, NULL);
+        return matches(config, config->targets_pattern, name, NULL);
     case PEFT_TARGETS_NAMES:
         break;
     }
@@ -569,11 +594,11 @@ bool peft__config_targets_parameter(const struct peft_config *config, const char
     return names_have(&config->parameters, name) || names_have_end(&config->parameters, name);
 }
 
-static double rule_value(struct peft_rule *rules, uint32_t count, const char *name,
-                         double otherwise)
+static double rule_value(struct peft_config *config, struct peft_rule *rules, uint32_t count,
+                         const char *name, double otherwise)
 {
     for (uint32_t i = 0; i < count; i++)
-        if (peft__pattern_matches(rules[i].pattern, name, NULL)) {
+        if (matches(config, rules[i].pattern, name, NULL)) {
             rules[i].used = true;
             return rules[i].value;
         }
@@ -590,14 +615,14 @@ void peft__config_ignore_rules(struct peft_config *config)
             peft__config_ignore(config, "alpha_pattern:", config->alphas[i].key);
 }
 
-uint32_t peft__config_rank(const struct peft_config *config, const char *name)
+uint32_t peft__config_rank(struct peft_config *config, const char *name)
 {
-    return (uint32_t)rule_value(config->ranks, config->ranks_count, name, config->rank);
+    return (uint32_t)rule_value(config, config->ranks, config->ranks_count, name, config->rank);
 }
 
-float peft__config_scale(const struct peft_config *config, const char *name, uint32_t rank)
+float peft__config_scale(struct peft_config *config, const char *name, uint32_t rank)
 {
-    double alpha = rule_value(config->alphas, config->alphas_count, name, config->alpha);
+    double alpha = rule_value(config, config->alphas, config->alphas_count, name, config->alpha);
     return (float)(alpha / (config->use_rslora ? sqrt(rank) : rank));
 }
 

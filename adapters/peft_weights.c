@@ -404,6 +404,10 @@ enum status peft__plan(const struct safetensors *file, const struct adapter_base
         status = peft__plan_experts(&reading, fault);
     if (!status)
         status = experts_missing(&reading, fault);
+    // before all other faults: they can come of an answer that is unknown
+    enum status checked = peft__config_check(config, fault);
+    if (checked)
+        status = checked;
     if (!status)
         peft__config_ignore_rules(config);
     if (!status)

@@ -1,6 +1,7 @@
 # adapters/: refusals, store file, registry and residency, goldens of PEFT, the fuzzer of adapter_config.json.
 foreach(name test_adapters test_adapters_store test_adapters_pool test_adapters_golden
-        test_adapters_formats test_adapters_registry test_adapters_parts test_adapters_vocabulary)
+        test_adapters_formats test_adapters_patterns test_adapters_registry test_adapters_parts
+        test_adapters_vocabulary)
     polder_test(${name} SOURCES test_adapters_tool.c fakes.c LIBS polder_adapters polder_pool
         polder_kernels polder_base LABELS fast)
 endforeach()
