@@ -3,7 +3,7 @@
 // talk to.
 //   test_server_main --listen ADDRESS [--listen ADDRESS] (--tenants FILE | --open)
 //                    [--adapters DIR --store DIR] [--delay-us N] [--limit NAME=N]...
-//                    [--broken NAME@TENANT]...
+//                    [--broken NAME@TENANT]... [--numbers]
 // Prints "ready ADDRESSES" when it listens.
 #include <stdio.h>
 #include <stdlib.h>
@@ -83,6 +83,9 @@ static bool read_arguments(int count, char **arguments, struct server_options *o
         i++;
         if (!strcmp(name, "--open")) {
             options->open_access = true;
+            i--;
+        } else if (!strcmp(name, "--numbers")) {
+            engine->numbers = true;
             i--;
         } else if (!strcmp(name, "--listen") && listen < SERVER_LISTEN_MAX)
             options->listen[listen++] = value;
