@@ -274,6 +274,35 @@ class Methods(unittest.TestCase):
                 self.assertEqual(peer.error("adapters.remove", name=name)[1],
                                  'not_found: there is no model "%s".' % name)
 
+    def test_what_the_disk_did_not_do(self):
+        """The engine has done it and the client hears how far the disk came: the file's place is one step, the
+        directory's sync another."""
+        with Server() as server, Peer(server) as peer:
+            os.mkdir(os.path.join(server.adapters, "good"))
+            open(os.path.join(server.adapters, "good", "adapter_config.json"), "w").close()
+            fails = os.path.join(server.store, "sync-fails")
+            open(fails, "w").close()
+            self.assertEqual(peer.error("adapters.register", name="acme-x", path="good")[1],
+                             "io_error: It serves and its file is in its place, but may be lost if the power fails: "
+                             "syncing the registry's directory failed: Input/output error.")
+            self.assertEqual(sorted(os.listdir(server.store)), ["acme-x@acme.adapter", "sync-fails"])
+            self.assertEqual(peer.result("generate", prompt="a", model="acme-x", max_tokens=1)["text"], "a")
+            self.assertEqual(peer.error("adapters.remove", name="acme-x")[1],
+                             "io_error: It is gone and so is its file, but may be back if the power fails: "
+                             "syncing the registry's directory failed: Input/output error.")
+            self.assertEqual(os.listdir(server.store), ["sync-fails"])
+            os.unlink(fails)
+            os.mkdir(os.path.join(server.store, "acme-x@acme.adapter"))  # no file goes there
+            self.assertEqual(peer.error("adapters.register", name="acme-x", path="good")[1][:57],
+                             "io_error: It serves until the next restart, but was not k")
+            self.assertTrue(until(lambda: os.listdir(server.store) == ["acme-x@acme.adapter"]))
+            self.assertEqual(peer.error("adapters.remove", name="acme-x")[1][:60],
+                             "io_error: It is gone until the next restart, but its file is")
+            log = server.log_text()
+            for said in ("is registered, unless the power fails now", "is removed, unless the power fails now",
+                         "will be gone after a restart", "will be back after a restart"):
+                self.assertIn("adapter acme-x " + said, log)
+
     def test_register_has_an_older_name(self):
         with Peer(self.server) as peer:
             wrong = [peer.error(method, name="acme-x") for method in ("adapters.register", "adapters.add")]
