@@ -250,6 +250,19 @@ def test_adapter_pin_leaves_room_for_a_context():
     return "%d of 12: %s" % (pinned, refusal.message)
 
 
+def test_adapter_load_that_never_fits():
+    """28 pages in a pool of 32, of which one token's experts need more than four: later is no better. A smaller one comes."""
+    state = path("never")
+    add(state, "large", source("man-ru-attn-r32"))
+    add(state, "small", source("man-it-attn-r8"))
+    with Server(state, TENANTS, "--pool-bytes", "1M", "--max-model-len", "16") as server, server.peer("key-acme") as peer:
+        error = peer.refused("adapters.load", name="large")
+        assert error["code"] == "resource_exhausted" and "28 pages never fit: the pool has 32" in error["message"], error
+        assert peer.refused("generate", prompt="a", max_tokens=1, model="large")["code"] == "resource_exhausted"
+        peer.call("adapters.load", name="small")
+    return error["message"]
+
+
 def test_adapter_bytes_of_a_tenant():
     """458752 bytes of pl and 262144 of it: both do not fit a million with a second pl; a new version takes the old one's place."""
     state = path("quota")
