@@ -37,8 +37,7 @@ enum status adapter_unload(struct adapters *adapters, adapter_id id, struct faul
     if (adapter->users || pool_pins(pool, adapter->object) ||
         pool_is_fetching(pool, adapter->object) || !adapter__parts_unload(adapters, adapter))
         return fault_set(fault, STATUS_BUSY,
-                         "adapter \"%s\" is in use by %u requests or on its way: try again later.",
-                         adapter->name, adapter->users);
+                         "adapter \"%s\" is in use or on its way: try again later.", adapter->name);
     if (!pool_is_resident(pool, adapter->object))
         return STATUS_OK;
     adapter__warm_remove(adapters, adapter);

@@ -222,9 +222,11 @@ enum status registry_find(const char *state_directory, const char *name, const c
 
 // ---- changes ----
 
-static enum status sync_folder(const char *state_directory, struct fault *fault)
+static enum status sync_folder(const char *state_directory, bool *changed, struct fault *fault)
 {
     char folder[REGISTRY_PATH];
+    if (changed)
+        *changed = true;
     enum status status = folder_of(state_directory, folder, fault);
     if (status)
         return status;
@@ -239,30 +241,34 @@ static enum status sync_folder(const char *state_directory, struct fault *fault)
 }
 
 enum status registry_commit(const char *state_directory, const char *store_path,
-                            const struct registry_entry *entry, struct fault *fault)
+                            const struct registry_entry *entry, bool *changed, struct fault *fault)
 {
     char path[REGISTRY_PATH];
     enum status status = registry_path(state_directory, entry, path, fault);
+    if (changed)
+        *changed = false;
     if (status)
         return status;
     if (rename(store_path, path) != 0)
         return fault_set(fault, STATUS_IO, "the store file of adapter %s could not be kept: %s.",
                          entry->name, strerror(errno));
-    return sync_folder(state_directory, fault);
+    return sync_folder(state_directory, changed, fault);
 }
 
 enum status registry_remove(const char *state_directory, const struct registry_entry *entry,
-                            struct fault *fault)
+                            bool *changed, struct fault *fault)
 {
     char path[REGISTRY_PATH];
     enum status status = registry_path(state_directory, entry, path, fault);
+    if (changed)
+        *changed = false;
     if (status)
         return status;
     if (unlink(path) != 0)
         return fault_set(fault, errno == ENOENT ? STATUS_NOT_FOUND : STATUS_IO,
                          "the store file of adapter %s could not be removed: %s.", entry->name,
                          strerror(errno));
-    return sync_folder(state_directory, fault);
+    return sync_folder(state_directory, changed, fault);
 }
 
 // ---- what is left over ----

@@ -49,11 +49,14 @@ MUST_USE enum status registry_find(const char *state_directory, const char *name
                                    const char *tenant, struct registry_entry *out);
 
 // Renames a finished store file (in the same directory) onto the entry's file, or unlinks that;
-// then syncs the directory.
+// then syncs the directory. *changed (may be NULL): the first was done. With a failure it means
+// that the sync was not: it holds after a restart, but the loss of power may undo it.
 MUST_USE enum status registry_commit(const char *state_directory, const char *store_path,
-                                     const struct registry_entry *entry, struct fault *fault);
+                                     const struct registry_entry *entry, bool *changed,
+                                     struct fault *fault);
 MUST_USE enum status registry_remove(const char *state_directory,
-                                     const struct registry_entry *entry, struct fault *fault);
+                                     const struct registry_entry *entry, bool *changed,
+                                     struct fault *fault);
 
 // Removes what unfinished work has left: "*.part" and "*.adapter.new" in adapters/, uploads,
 // temporary expert stores of processes that are gone. Only for the holder of the lock. `told` (may

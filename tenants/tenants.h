@@ -20,7 +20,7 @@
 //       max_context_tokens: 4096        # prompt + max_tokens; 0: what the model allows
 //       manage_adapters: false          # adapters.register, remove, pin ...
 //       adapter_rpm_limit: 120          # of these, in any 60 s; 0: no limit
-//       see_tenants: false              # the numbers of all tenants in stats
+//       see_tenants: false              # all tenants in stats, all use of adapters in their lists
 //       adapter_bytes: 0                # of the adapters it has registered; 0: no limit
 //       pinned_adapter_bytes: 0         # of adapters it may pin on the device; 0: none
 //

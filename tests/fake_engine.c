@@ -317,19 +317,34 @@ static uint32_t next_adapter(const struct fake_engine *engine, const char *after
     return best;
 }
 
+// "someday": what lists may get to say.
+static void put_numbers(char *out, size_t room, bool claimed)
+{
+    (void)snprintf(out, room,
+                   ",\"pinned\":true,\"claimed\":%s,\"resident\":true,\"pages\":1,\"users\":3,"
+                   "\"device_bytes\":1000,\"host_bytes\":1000,\"file_bytes\":1000,\"rank_min\":4,"
+                   "\"rank_max\":8,\"bytes\":900,\"applied\":4,\"possible\":8,\"layout\":\"none\","
+                   "\"version\":1,\"digest\":\"d\",\"source\":\"s\",\"hits\":5,\"misses\":6,"
+                   "\"loads\":7,\"load_us\":8,\"load_us_max\":9,\"part_pages\":10,"
+                   "\"part_misses\":11,\"someday\":12",
+                   claimed ? "true" : "false");
+}
+
 // Pages of two, whatever is asked for, so that whoever asks has to ask again.
 static void push_list(struct fake_engine *engine, const struct engine_list *list)
 {
     enum { PAGE = 2 };
-    char text[4096] = "{\"adapters\":[";
+    char text[4096] = "{\"adapters\":[", numbers[1024] = "";
     size_t used = strlen(text);
     const char *after = list->after;
     uint32_t at = 0;
     for (uint32_t n = 0; n < PAGE && (at = next_adapter(engine, after)) < ADAPTERS_MAX; n++) {
         after = engine->adapter[at];
+        if (engine->options.numbers)
+            put_numbers(numbers, sizeof numbers, engine->owner[at] == list->tenant);
         used +=
-            (size_t)snprintf(text + used, sizeof text - used, "%s{\"name\":\"%s\",\"owner\":%u}",
-                             n ? "," : "", engine->adapter[at], engine->owner[at]);
+            (size_t)snprintf(text + used, sizeof text - used, "%s{\"name\":\"%s\",\"owner\":%u%s}",
+                             n ? "," : "", engine->adapter[at], engine->owner[at], numbers);
     }
     bool more = next_adapter(engine, after) < ADAPTERS_MAX;
     (void)snprintf(text + used, sizeof text - used, "],\"more\":%s}", more ? "true" : "false");

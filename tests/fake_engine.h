@@ -17,6 +17,8 @@ struct fake_engine_options {
     uint32_t delay_us;      // between two tokens of a request
     uint32_t tenants;       // larger owner numbers are the operator
     bool operator_adapters; // registers "acme-one", "bolt-one" and "shared" at start
+    bool numbers; // lists say what the real engine says: all are pinned, each of 1000 bytes,
+                  // by its owner too if that is a tenant
 };
 
 // Starts the engine's thread. fake_engine_stop waits for it; it ends after ENGINE_QUIT.

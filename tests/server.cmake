@@ -6,6 +6,7 @@ add_library(fake_engine STATIC fake_engine.c)
 target_link_libraries(fake_engine PUBLIC polder_server)
 add_executable(test_server_main test_server_main.c)
 target_link_libraries(test_server_main PRIVATE fake_engine)
+target_link_options(test_server_main PRIVATE -Wl,--wrap=fsync)
 
 # Debian's interpreter: python3-msgpack belongs to it. 77: something is not installed, said by the test.
 function(polder_server_script name)

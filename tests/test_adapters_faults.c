@@ -17,6 +17,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "adapters/registry.h"
 #include "tests/test_adapters_tool.h"
 
 enum { PAGE = 32768 };
@@ -234,6 +235,37 @@ static void test_adapters_faults_create(void **state)
     tool_rig_clear(&rig);
 }
 
+// Registering and removing change the directory before they sync it, and say how far they came.
+static void test_adapters_faults_registry(void **state)
+{
+    struct registry_entry entry = {.name = "one"};
+    struct fault fault = {.text = ""};
+    char new[REGISTRY_PATH], path[REGISTRY_PATH];
+    bool changed = true;
+    assert_int_equal(registry_make(*state, &fault), STATUS_OK);
+    assert_int_equal(registry_path(*state, &entry, path, &fault), STATUS_OK);
+    (void)snprintf(new, sizeof new, "%s/adapters/one-1.adapter.new", (char *)*state);
+    for (uint64_t n = 1; n <= 2; n++) {
+        FILE *file = fopen(new, "w");
+        assert_non_null(file);
+        assert_int_equal(fclose(file), 0);
+        countdown = n;
+        armed = true;
+        enum status status = registry_commit(*state, new, &entry, &changed, &fault);
+        armed = false;
+        assert_true(status == STATUS_IO && changed == (n == 2));
+        assert_int_equal(access(path, F_OK) == 0, changed);
+        assert_int_equal(access(new, F_OK) == 0, !changed);
+    }
+    assert_non_null(strstr(fault.text, "syncing"));
+    changed = false;
+    countdown = 1;
+    armed = true;
+    enum status status = registry_remove(*state, &entry, &changed, &fault);
+    armed = false;
+    assert_true(status == STATUS_IO && changed && access(path, F_OK) != 0);
+}
+
 static int setup(void **state)
 {
     *state = tool_scratch();
@@ -252,6 +284,7 @@ int main(void)
         cmocka_unit_test(test_adapters_faults_convert),
         cmocka_unit_test(test_adapters_faults_register),
         cmocka_unit_test(test_adapters_faults_create),
+        cmocka_unit_test(test_adapters_faults_registry),
     };
     return cmocka_run_group_tests_name("adapters_faults", tests, setup, teardown);
 }

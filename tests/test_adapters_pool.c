@@ -440,7 +440,7 @@ static void test_adapters_load_and_unload(void **state)
     assert_int_equal(stats_of(&world).fetches, 1);
     adapter_acquire(adapters, id);
     assert_int_equal(adapter_unload(adapters, id, &fault), STATUS_BUSY);
-    assert_non_null(strstr(fault.text, "1 requests"));
+    assert_non_null(strstr(fault.text, "is in use"));
     adapter_release(adapters, id);
     adapter_pin(adapters, id);
     assert_int_equal(adapter_unload(adapters, id, &fault), STATUS_BUSY);

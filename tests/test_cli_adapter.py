@@ -224,7 +224,7 @@ def test_adapter_pin_leaves_room_for_a_context():
     state, refusal = path("pin"), None
     for i in range(12):
         add(state, "a%02d" % i, source("man-pl-attn-r16"))
-    tenants = TENANTS + "    pinned_adapter_bytes: 1000000000\n"
+    tenants = TENANTS + "    pinned_adapter_bytes: 1000000000\n    see_tenants: true\n"
     with Server(state, tenants, "--pool-bytes", "4M", "--max-model-len", "512") as server, server.peer("key-acme") as peer:
         alone = peer.generate("word " * 200, **GREEDY)["text"]
         pinned = 0
@@ -248,6 +248,19 @@ def test_adapter_pin_leaves_room_for_a_context():
             peer.call("adapters.unpin", name=a["name"])
         assert peer.generate("word " * 200, model="a11", **GREEDY)["text"]
     return "%d of 12: %s" % (pinned, refusal.message)
+
+
+def test_adapter_load_that_never_fits():
+    """28 pages in a pool of 32, of which one token's experts need more than four: later is no better. A smaller one comes."""
+    state = path("never")
+    add(state, "large", source("man-ru-attn-r32"))
+    add(state, "small", source("man-it-attn-r8"))
+    with Server(state, TENANTS, "--pool-bytes", "1M", "--max-model-len", "16") as server, server.peer("key-acme") as peer:
+        error = peer.refused("adapters.load", name="large")
+        assert error["code"] == "resource_exhausted" and "28 pages never fit: the pool has 32" in error["message"], error
+        assert peer.refused("generate", prompt="a", max_tokens=1, model="large")["code"] == "resource_exhausted"
+        peer.call("adapters.load", name="small")
+    return error["message"]
 
 
 def test_adapter_bytes_of_a_tenant():
@@ -329,24 +342,47 @@ def test_store_files_that_are_no_good():
 
 
 def test_pins_of_several_tenants():
-    """Each has a claim of its own on the operator's adapter: unpinning takes nothing from the other."""
+    """Each has a claim of its own on the operator's adapter: unpinning takes nothing from the other, and neither reads
+    of the other's claim or use; the operator's own tenant does."""
     state = path("claims")
     add(state, "shared", source("man-it-attn-r8"))
     quota = "    pinned_adapter_bytes: 1000000\n"
     tenants = TENANTS + quota + TENANTS.replace("tenants:\n", "").replace("acme", "bolt").replace(
-        key_hash("key-acme"), key_hash("key-bolt")) + quota
-    with Server(state, tenants) as server, server.peer("key-acme") as one, server.peer("key-bolt") as two:
+        key_hash("key-acme"), key_hash("key-bolt")) + quota + TENANTS.replace("tenants:\n", "").replace(
+        "acme", "watch").replace(key_hash("key-acme"), key_hash("key-watch")) + "    see_tenants: true\n"
+    with Server(state, tenants) as server, server.peer("key-acme") as one, server.peer("key-bolt") as two, \
+            server.peer("key-watch") as watch:
+        def listed(peer):
+            return peer.call("adapters.list")[0]
+
         def pinned(peer):
-            return peer.call("adapters.list")[0]["pinned"], peer.call("adapters.stats")["pinned_bytes"] > 0
+            stats = peer.call("adapters.stats")
+            return listed(peer)["pinned"], stats["pinned"], stats["pinned_bytes"] > 0
+        both, neither = (True, 1, True), (False, 0, False)
         one.call("adapters.pin", name="shared")
-        assert (pinned(one), pinned(two)) == ((True, True), (True, False))
+        assert (pinned(one), pinned(two), pinned(watch)) == (both, neither, (True, 1, False))
         two.call("adapters.pin", name="shared")
         one.call("adapters.unpin", name="shared")
         one.call("adapters.unpin", name="shared")  # no claim is left to take back
-        assert (pinned(one), pinned(two)) == ((True, False), (True, True))
+        assert (pinned(one), pinned(two), pinned(watch)) == (neither, both, (True, 1, False))
         assert one.refused("adapters.unload", name="shared")["code"] == "busy"
         two.call("adapters.unpin", name="shared")
-        assert (pinned(one), pinned(two)) == ((False, False), (False, False))
+        assert (pinned(one), pinned(two), pinned(watch)) == (neither, neither, neither)
+        # what others use of it is theirs
+        before, asked = listed(one), watch.call("adapters.stats")
+        two.generate("a b c", model="shared", **GREEDY)
+        assert listed(one) == before, (listed(one), before)
+        assert set(before) == {"name", "own", "pinned", "pages", "file_bytes", "rank_min", "rank_max", "bytes", "applied",
+                               "possible", "layout", "version", "digest", "source"}, before
+        sums = one.call("adapters.stats")
+        assert not any(sums[key] for key in ("resident", "users", "device_bytes", "host_bytes", "hits", "misses", "loads",
+                                             "load_us")), sums
+        used = watch.call("adapters.stats")
+        assert used["hits"] + used["misses"] == asked["hits"] + asked["misses"] + 1 and used["device_bytes"] > 0, used
+        assert (listed(watch)["resident"], listed(watch)["device_bytes"]) == (True, used["device_bytes"])
+        # the CLI shows what there is to see
+        code, out, err = run("adapter", "list", "--connect", "unix:" + server.unix, env={"POLDER_API_KEY": "key-acme"})
+        assert code == 0 and json.loads(out) == [before], (out, err)
 
 
 # ---- manifests ----

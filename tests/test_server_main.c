@@ -3,15 +3,30 @@
 // talk to.
 //   test_server_main --listen ADDRESS [--listen ADDRESS] (--tenants FILE | --open)
 //                    [--adapters DIR --store DIR] [--delay-us N] [--limit NAME=N]...
-//                    [--broken NAME@TENANT]...
+//                    [--broken NAME@TENANT]... [--numbers]
 // Prints "ready ADDRESSES" when it listens.
+#include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "base/check.h"
 #include "base/log.h"
 #include "tests/fake_engine.h"
+
+// A directory with a file "sync-fails" in it cannot be synced.
+int __real_fsync(int descriptor);
+int __wrap_fsync(int descriptor);
+
+int __wrap_fsync(int descriptor)
+{
+    if (faccessat(descriptor, "sync-fails", F_OK, 0) != 0)
+        return __real_fsync(descriptor);
+    errno = EIO;
+    return -1;
+}
 
 static void ready(void *context, const char *addresses)
 {
@@ -83,6 +98,9 @@ static bool read_arguments(int count, char **arguments, struct server_options *o
         i++;
         if (!strcmp(name, "--open")) {
             options->open_access = true;
+            i--;
+        } else if (!strcmp(name, "--numbers")) {
+            engine->numbers = true;
             i--;
         } else if (!strcmp(name, "--listen") && listen < SERVER_LISTEN_MAX)
             options->listen[listen++] = value;

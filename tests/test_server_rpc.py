@@ -275,6 +275,35 @@ class Methods(unittest.TestCase):
                 self.assertEqual(peer.error("adapters.remove", name=name)[1],
                                  'not_found: there is no model "%s".' % name)
 
+    def test_what_the_disk_did_not_do(self):
+        """The engine has done it and the client hears how far the disk came: the file's place is one step, the
+        directory's sync another."""
+        with Server() as server, Peer(server) as peer:
+            os.mkdir(os.path.join(server.adapters, "good"))
+            open(os.path.join(server.adapters, "good", "adapter_config.json"), "w").close()
+            fails = os.path.join(server.store, "sync-fails")
+            open(fails, "w").close()
+            self.assertEqual(peer.error("adapters.register", name="acme-x", path="good")[1],
+                             "io_error: It serves and its file is in its place, but may be lost if the power fails: "
+                             "syncing the registry's directory failed: Input/output error.")
+            self.assertEqual(sorted(os.listdir(server.store)), ["acme-x@acme.adapter", "sync-fails"])
+            self.assertEqual(peer.result("generate", prompt="a", model="acme-x", max_tokens=1)["text"], "a")
+            self.assertEqual(peer.error("adapters.remove", name="acme-x")[1],
+                             "io_error: It is gone and so is its file, but may be back if the power fails: "
+                             "syncing the registry's directory failed: Input/output error.")
+            self.assertEqual(os.listdir(server.store), ["sync-fails"])
+            os.unlink(fails)
+            os.mkdir(os.path.join(server.store, "acme-x@acme.adapter"))  # no file goes there
+            self.assertEqual(peer.error("adapters.register", name="acme-x", path="good")[1][:57],
+                             "io_error: It serves until the next restart, but was not k")
+            self.assertTrue(until(lambda: os.listdir(server.store) == ["acme-x@acme.adapter"]))
+            self.assertEqual(peer.error("adapters.remove", name="acme-x")[1][:60],
+                             "io_error: It is gone until the next restart, but its file is")
+            log = server.log_text()
+            for said in ("is registered, unless the power fails now", "is removed, unless the power fails now",
+                         "will be gone after a restart", "will be back after a restart"):
+                self.assertIn("adapter acme-x " + said, log)
+
     def test_register_has_an_older_name(self):
         with Peer(self.server) as peer:
             wrong = [peer.error(method, name="acme-x") for method in ("adapters.register", "adapters.add")]
@@ -337,6 +366,40 @@ class Methods(unittest.TestCase):
             self.assertIn("dune", [t["name"] for t in acme.result("stats")["tenants"]])  # see_tenants
             self.assertEqual(dune.error("adapters.remove", name="acme-secret"),
                              [0, 'not_found: there is no model "acme-secret".'])
+
+    def test_use_by_others_is_not_seen(self):
+        """Of the operator's adapters everybody reads what they are; how they are used only who sees all tenants."""
+        described = {"name", "own", "pages", "file_bytes", "rank_min", "rank_max", "bytes", "applied", "possible",
+                     "layout", "version", "digest", "source", "pinned"}
+        use = {"resident", "users", "device_bytes", "host_bytes", "hits", "misses", "loads", "load_us", "load_us_max",
+               "part_pages", "part_misses", "someday"}
+        more = TENANTS.replace("  - name: cape", "  - name: dune\n    keys_blake2b: [%s]\n    allowed_adapters: [\"*\"]\n"
+                               "    manage_adapters: true\n  - name: cape" % key_hash("key-dune"))
+        with Server(tenants=more, extra=["--numbers"]) as server, Peer(server) as acme, Peer(server, key="key-dune") as dune:
+            os.mkdir(os.path.join(server.adapters, "good"))
+            open(os.path.join(server.adapters, "good", "adapter_config.json"), "w").close()
+            dune.result("adapters.register", name="own", path="good")
+            listed = {a["name"]: a for a in dune.result("adapters.list")}
+            self.assertEqual({name: (set(a), a["pinned"]) for name, a in listed.items()},
+                             {"acme-one": (described, False), "bolt-one": (described, False),
+                              "shared": (described, False), "own": (described | use, True)})
+            page = dune.result("adapters.list", limit=1)["adapters"]
+            self.assertEqual(page, [listed["acme-one"]])
+            stats = dune.result("adapters.stats")  # four, of which it uses one
+            self.assertEqual([stats[key] for key in ("registered", "own", "resident", "pinned", "users", "device_bytes",
+                                                     "host_bytes", "hits", "misses", "loads", "load_us", "file_bytes",
+                                                     "pinned_bytes")],
+                             [4, 1, 1, 1, 3, 1000, 1000, 5, 6, 7, 8, 4000, 1000])
+            listed = acme.result("adapters.list")  # see_tenants; whose claim it is nobody reads
+            self.assertEqual([(a["name"], set(a), a["pinned"]) for a in listed],
+                             [(name, described | use, True) for name in ("acme-one", "shared")])
+            stats = acme.result("adapters.stats")
+            self.assertEqual([stats[key] for key in ("registered", "own", "resident", "pinned", "users", "hits", "pinned_bytes")],
+                             [2, 0, 2, 2, 6, 10, 0])
+        with Server(tenants=TENANTS.replace("see_tenants: true", "see_tenants: false"), extra=["--numbers"]) as server, \
+                Peer(server) as acme:
+            self.assertEqual([set(a) for a in acme.result("adapters.list")], [described, described])
+            self.assertEqual(acme.result("adapters.stats")["users"], 0)
 
     def test_one_tenant_has_a_share_of_conversions(self):
         more = TENANTS.replace("  - name: cape", "  - name: dune\n    keys_blake2b: [%s]\n    allowed_adapters: [\"dune-*\"]\n"

@@ -256,7 +256,7 @@ static int rm(const struct offline *o)
     if (status == STATUS_NOT_FOUND || (!status && s->owner && !is_wanted(o, &entry, s->word[1])))
         return missing(s->word[1]);
     if (!status)
-        status = registry_remove(o->state, &entry, &fault);
+        status = registry_remove(o->state, &entry, NULL, &fault);
     if (status)
         return complain(&fault);
     (void)printf("removed %s%s%s\n", entry.name, entry.tenant[0] ? " of tenant " : "",

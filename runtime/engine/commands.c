@@ -202,10 +202,9 @@ static bool take_list(struct engine *e, const struct engine_list *c, size_t byte
 {
     if (bytes < sizeof *c)
         return true;
-    char after[ENGINE_ADAPTER_NAME];
-    memcpy(after, c->after, sizeof after);
-    after[sizeof after - 1] = 0;
-    size_t length = report_adapters(e, after, c->limit, e->line, e->line_bytes);
+    struct engine_list list = *c;
+    list.after[sizeof list.after - 1] = 0;
+    size_t length = report_adapters(e, &list, e->line, e->line_bytes);
     return reply(e, c->id, STATUS_OK, "", e->line, length);
 }
 

@@ -310,8 +310,8 @@ bool commands_take(struct engine *engine); // true when something was taken
 
 // report.c
 size_t report_stats(struct engine *engine, char *out, size_t room);
-// Those behind a name, at most `limit`, and whether there are more.
-size_t report_adapters(struct engine *engine, const char *after, uint32_t limit, char *out,
+// Those that a list asks for, and whether there are more.
+size_t report_adapters(struct engine *engine, const struct engine_list *list, char *out,
                        size_t room);
 
 #endif

@@ -70,11 +70,12 @@ struct engine_control {
     uint64_t id;
 };
 
-// ENGINE_ADAPTER_LIST: adapters by name, the first after `after`, at most `limit`. Begins like
-// engine_control.
+// ENGINE_ADAPTER_LIST: adapters by name, the first after `after`, at most `limit`, and of each
+// whether it is pinned, and whether `tenant` has a claim on it. Begins like engine_control.
 struct engine_list {
     uint32_t kind, limit;
     uint64_t id;
+    uint32_t tenant;
     char after[ENGINE_ADAPTER_NAME];
 };
 

@@ -7,7 +7,7 @@
 #include "runtime/engine/internal.h"
 
 // ADAPTER_BYTES: one adapter as text, with a margin.
-enum { KEEPERS_SHOWN = 32, ADAPTER_BYTES = 2048 };
+enum { ADAPTER_BYTES = 2048 };
 
 struct writer {
     char *out;
@@ -149,22 +149,20 @@ size_t report_stats(struct engine *engine, char *out, size_t room)
     return w.at;
 }
 
+// claimed: the tenant that asks has pinned it.
 static void put_adapter(struct writer *w, const struct engine *e, const struct adapter_info *info,
-                        size_t page_bytes)
+                        uint32_t tenant, size_t page_bytes)
 {
+    const struct adapters *adapters = e->options.adapters;
     char digest[2 * DIGEST_BYTES + 1], source[2 * DIGEST_BYTES + 1];
     unsigned long long bytes = (unsigned long long)info->pages * page_bytes;
     digest_hex(&info->report.digest, digest);
     digest_hex(&info->report.source, source);
-    put(w, "{\"name\":\"%s\",\"owner\":%u,\"keepers\":[", info->name, info->owner);
-    uint32_t keeper;
-    for (uint32_t n = 0;
-         n < KEEPERS_SHOWN &&
-         (keeper = adapter_keeper(e->options.adapters, info->id, n)) != ADAPTER_NO_KEEPER;
-         n++)
-        put(w, "%s%u", n ? "," : "", keeper);
+    put(w, "{\"name\":\"%s\",\"owner\":%u,\"pinned\":%s,\"claimed\":%s", info->name, info->owner,
+        adapter_is_kept(adapters, info->id) ? "true" : "false",
+        adapter_is_kept_by(adapters, info->id, tenant) ? "true" : "false");
     put(w,
-        "],\"resident\":%s,\"pages\":%u,\"users\":%u,"
+        ",\"resident\":%s,\"pages\":%u,\"users\":%u,"
         "\"device_bytes\":%llu,\"host_bytes\":%llu,\"file_bytes\":%llu,"
         "\"rank_min\":%u,\"rank_max\":%u,\"bytes\":%llu,\"applied\":%u,\"possible\":%u,"
         "\"layout\":\"%s\",\"version\":%u,\"digest\":\"%s\",\"source\":\"%s\",",
@@ -178,7 +176,7 @@ static void put_adapter(struct writer *w, const struct engine *e, const struct a
     put(w, "}");
 }
 
-size_t report_adapters(struct engine *engine, const char *after, uint32_t limit, char *out,
+size_t report_adapters(struct engine *engine, const struct engine_list *list, char *out,
                        size_t room)
 {
     struct writer w = {.out = out, .room = room};
@@ -186,13 +184,13 @@ size_t report_adapters(struct engine *engine, const char *after, uint32_t limit,
     struct adapter_info info;
     struct pool_stats p;
     pool_stats(engine->options.pool, &p);
-    uint32_t at = adapters ? adapters_behind(adapters, after) : 0, count = 0;
+    uint32_t at = adapters ? adapters_behind(adapters, list->after) : 0, count = 0;
     put(&w, "{\"adapters\":[");
-    for (; adapters && count < limit && w.at + ADAPTER_BYTES < room &&
+    for (; adapters && count < list->limit && w.at + ADAPTER_BYTES < room &&
            adapter_at(adapters, at + count, &info);
          count++) {
         put(&w, "%s", count ? "," : "");
-        put_adapter(&w, engine, &info, p.page_bytes);
+        put_adapter(&w, engine, &info, list->tenant, p.page_bytes);
     }
     bool more = adapters && at + count < adapters_count(adapters);
     put(&w, "],\"more\":%s}", more ? "true" : "false");

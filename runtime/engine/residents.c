@@ -184,12 +184,33 @@ static enum status pin(struct engine *e, const struct engine_adapter_command *c,
     return keep(e, c, id, fault);
 }
 
+// What a request on it would be refused for, too: beside one token's experts, if nothing else were
+// there.
+static enum status load_ever(const struct engine *e, adapter_id id, uint32_t total,
+                             struct fault *fault)
+{
+    const struct model *model = e->options.model;
+    uint32_t pages = adapter_page_count(e->options.adapters, id);
+    uint32_t limit = pool_limit(e->options.pool, PAGE_ADAPTER);
+    uint32_t floor =
+        e->options.experts ? engine_expert_floor(&model->expert_shape, model->config.top_k) : 0;
+    if (pages <= limit && (uint64_t)pages + floor <= total)
+        return STATUS_OK;
+    return fault_set(fault, STATUS_LIMIT,
+                     "Its %u pages never fit: the pool has %u, %u of them for one token's experts, "
+                     "and adapters may have %u: raise --pool-bytes.",
+                     pages, total, floor, limit);
+}
+
 static enum status load(struct engine *e, adapter_id id, struct fault *fault)
 {
     uint64_t pages = adapter_page_count(e->options.adapters, id) + pinned_by_steps(e);
     struct pool_stats pool;
     pool_stats(e->options.pool, &pool);
-    enum status status = STATUS_FULL;
+    enum status status = load_ever(e, id, pool.device_total, fault);
+    if (status)
+        return status;
+    status = STATUS_FULL;
     if (pages <= pool.device_total && sequence_pages_allow(e, (uint32_t)pages))
         status = adapter_load(e->options.adapters, id);
     return status ? fault_set(fault, status,

@@ -319,6 +319,7 @@ struct worker_job {
     char *report; // JSON or NULL
     const char *state_dir;
     struct registry_entry entry;
+    bool changed;          // the directory says it, whatever the status
     struct upload *upload; // not freed
     char *data;
     size_t bytes;

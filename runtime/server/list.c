@@ -11,6 +11,10 @@
 //
 // Both go by name; adapters that are broken (broken.c) are merged in. Without `after` and `limit`
 // the answer is the plain list; of more than WHOLE_MAX it is a refusal, never a part.
+//
+// The operator's adapters are everybody's, and how one is used says what the other tenants do. So
+// of an adapter that is not its own a tenant reads what describes it, and its own claim; its use
+// only with see_tenants. Sums are made of what may be read, after it was cut down.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -26,6 +30,12 @@ static const char *const sums[] = {"users", "device_bytes", "host_bytes", "file_
                                    "hits",  "misses",       "loads",      "load_us"};
 
 enum { SUMS = ARRAY_COUNT(sums) };
+
+// What an adapter is, whoever uses it. All else that the engine says is use, and so is what it
+// will say one day.
+static const char *const described[] = {"name",     "pages",   "file_bytes", "rank_min",
+                                        "rank_max", "bytes",   "applied",    "possible",
+                                        "layout",   "version", "digest",     "source"};
 
 struct listing {
     char after[ENGINE_ADAPTER_NAME]; // the last name that was looked at
@@ -49,8 +59,10 @@ void listing_free(struct listing *listing)
 
 static bool ask_page(struct request *request)
 {
-    struct engine_list command = {
-        .kind = ENGINE_ADAPTER_LIST, .limit = PAGE, .id = request_id(request, 0)};
+    struct engine_list command = {.kind = ENGINE_ADAPTER_LIST,
+                                  .limit = PAGE,
+                                  .id = request_id(request, 0),
+                                  .tenant = request->tenant};
     memcpy(command.after, request->listing->after, sizeof command.after);
     return !engine_send(request->server->options.port, &command, sizeof command);
 }
@@ -128,26 +140,39 @@ static bool may_see(const struct request *request, const json_t *adapter, const 
            tenants_allow_adapter(server->tenants, request->tenant, name);
 }
 
-static bool has_pinned(const struct request *request, const json_t *adapter)
+static void cut_down(json_t *adapter)
 {
-    const json_t *keepers = json_object_get(adapter, "keepers");
-    for (size_t i = 0; i < json_array_size(keepers); i++)
-        if (json_integer_value(json_array_get(keepers, i)) == (json_int_t)request->tenant)
-            return true;
-    return false;
+    json_t *kept = json_object();
+    for (size_t i = 0; i < ARRAY_COUNT(described); i++)
+        (void)json_object_set(kept, described[i], json_object_get(adapter, described[i]));
+    (void)json_object_clear(adapter);
+    (void)json_object_update(adapter, kept);
+    json_decref(kept);
 }
 
-// What is pinned counts whatever a reload forbids now.
-static void add_up(struct listing *listing, const struct request *request, const json_t *adapter,
-                   bool visible)
+// Leaves what may be read of it. Numbers of tenants are nobody's business: a client reads whether
+// it is its own, and whether it has pinned it itself (who sees all tenants: whether anybody has).
+static void make_public(const struct request *request, json_t *adapter)
 {
-    listing->pinned_bytes += has_pinned(request, adapter) ? number(adapter, "file_bytes") : 0;
-    if (!visible)
-        return;
+    const struct tenant *tenant = tenants_at(request->server->tenants, request->tenant);
+    bool own = is_own(request, adapter), sees = tenant && tenant->see_tenants;
+    json_t *claimed = json_incref(json_object_get(adapter, "claimed"));
+    if (!own && !sees)
+        cut_down(adapter);
+    if (claimed && !sees)
+        (void)json_object_set(adapter, "pinned", claimed);
+    (void)json_object_del(adapter, "owner");
+    (void)json_object_del(adapter, "claimed");
+    (void)json_object_set_new(adapter, "own", json_boolean(own));
+    json_decref(claimed);
+}
+
+static void add_up(struct listing *listing, const json_t *adapter)
+{
     listing->visible++;
-    listing->own += is_own(request, adapter);
+    listing->own += json_is_true(json_object_get(adapter, "own"));
     listing->resident += json_is_true(json_object_get(adapter, "resident"));
-    listing->pinned += json_array_size(json_object_get(adapter, "keepers")) > 0;
+    listing->pinned += json_is_true(json_object_get(adapter, "pinned"));
     for (size_t k = 0; k < SUMS; k++)
         listing->sum[k] += number(adapter, sums[k]);
 }
@@ -180,37 +205,27 @@ static bool show_broken(struct request *request, const char *name)
     return true;
 }
 
-// Numbers of tenants are nobody's business: a client reads whether an adapter is its own, and
-// whether it or anybody has pinned it.
-static void make_public(const struct request *request, json_t *adapter)
-{
-    if (json_object_get(adapter, "keepers")) {
-        bool pinned = json_array_size(json_object_get(adapter, "keepers")) > 0;
-        (void)json_object_set_new(adapter, "pinned", json_boolean(pinned));
-        (void)json_object_del(adapter, "keepers");
-    }
-    bool own = is_own(request, adapter);
-    (void)json_object_del(adapter, "owner");
-    (void)json_object_set_new(adapter, "own", json_boolean(own));
-}
-
 // false: nothing after this one is needed.
 static bool take_adapter(struct request *request, json_t *adapter)
 {
     struct listing *listing = request->listing;
-    const char *name = json_string_value(json_object_get(adapter, "name"));
-    if (!name)
+    char name[ENGINE_ADAPTER_NAME] = "";
+    json_t *named = json_object_get(adapter, "name");
+    if (!json_is_string(named))
         return true;
+    (void)snprintf(name, sizeof name, "%s", json_string_value(named));
     bool visible = may_see(request, adapter, name), good = true;
-    if (request->kind == REQUEST_ADAPTER_STATS) {
-        add_up(listing, request, adapter, visible);
-    } else {
-        good = request->kind == REQUEST_MODELS || show_broken(request, name);
-        if (good && visible) {
-            make_public(request, adapter);
-            good = show(listing, adapter);
-        }
-    }
+    // What is pinned counts whatever a reload forbids now.
+    if (json_is_true(json_object_get(adapter, "claimed")))
+        listing->pinned_bytes += number(adapter, "file_bytes");
+    if (visible)
+        make_public(request, adapter);
+    if (request->kind == REQUEST_ADAPTER_LIST)
+        good = show_broken(request, name);
+    if (visible && request->kind == REQUEST_ADAPTER_STATS)
+        add_up(listing, adapter);
+    else if (visible && good)
+        good = show(listing, adapter);
     if (good)
         (void)snprintf(listing->after, sizeof listing->after, "%s", name);
     return good;

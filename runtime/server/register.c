@@ -326,15 +326,19 @@ static void answer_gone(struct request *request);
 
 static void keep_run(struct worker_job *job)
 {
-    job->status = registry_commit(job->state_dir, job->store_path, &job->entry, &job->fault);
+    job->status =
+        registry_commit(job->state_dir, job->store_path, &job->entry, &job->changed, &job->fault);
 }
 
 static void forget_run(struct worker_job *job)
 {
-    job->status = registry_remove(job->state_dir, &job->entry, &job->fault);
+    job->status = registry_remove(job->state_dir, &job->entry, &job->changed, &job->fault);
     if (job->status == STATUS_NOT_FOUND)
         job->status = STATUS_OK;
 }
+
+#define NOT_KEPT "It serves until the next restart, but was not kept"
+#define NOT_REMOVED "It is gone until the next restart, but its file is not"
 
 // The engine has done it, the disk has not.
 static void answer_unkept(struct request *request, const struct fault *why, const char *what)
@@ -345,16 +349,25 @@ static void answer_unkept(struct request *request, const struct fault *why, cons
     request_free(request);
 }
 
+// A change that the directory has and no sync has written down outlasts this server, not the power.
+static void warn_unkept(const struct worker_job *job, const char *restart, const char *power)
+{
+    if (job->status)
+        log_line(LOG_WARN, "adapter %s %s: %s", job->entry.name, job->changed ? power : restart,
+                 job->fault.text);
+}
+
 static void kept(struct server *server, struct worker_job *job)
 {
     struct request *request = request_find(server, job->id);
-    if (job->status) {
-        log_line(LOG_WARN, "adapter %s will be gone after a restart: %s", job->entry.name,
-                 job->fault.text);
+    warn_unkept(job, "will be gone after a restart", "is registered, unless the power fails now");
+    if (job->status && !job->changed)
         discard(server, job->store_path, NULL, &job->fault); // the engine has it open
-    }
     if (request && job->status)
-        answer_unkept(request, &job->fault, "It serves until the next restart, but was not kept");
+        answer_unkept(request, &job->fault,
+                      job->changed ? "It serves and its file is in its place, but may be lost if "
+                                     "the power fails"
+                                   : NOT_KEPT);
     else if (request)
         answer_kept(request);
 }
@@ -362,12 +375,12 @@ static void kept(struct server *server, struct worker_job *job)
 static void forgotten(struct server *server, struct worker_job *job)
 {
     struct request *request = request_find(server, job->id);
-    if (job->status)
-        log_line(LOG_WARN, "adapter %s will be back after a restart: %s", job->entry.name,
-                 job->fault.text);
+    warn_unkept(job, "will be back after a restart", "is removed, unless the power fails now");
     if (request && job->status)
         answer_unkept(request, &job->fault,
-                      "It is gone until the next restart, but its file is not");
+                      job->changed ? "It is gone and so is its file, but may be back if the power "
+                                     "fails"
+                                   : NOT_REMOVED);
     else if (request)
         answer_gone(request);
 }
@@ -407,7 +420,7 @@ bool register_added(struct request *request, const struct engine_reply *reply, c
     if (put_registry_job(request, true))
         return true;
     (void)fault_set(&fault, STATUS_NO_MEMORY, "out of memory.");
-    answer_unkept(request, &fault, "It serves until the next restart, but was not kept");
+    answer_unkept(request, &fault, NOT_KEPT);
     return true;
 }
 
@@ -428,8 +441,14 @@ bool register_removed(struct request *request, const struct engine_reply *reply,
     }
     request->operators = json_is_true(json_object_get(json, "operator"));
     broken_forget(request->server, request->model);
-    if (!put_registry_job(request, false))
+    if (put_registry_job(request, false))
+        return true;
+    if (request->server->disk) {
+        (void)fault_set(&fault, STATUS_NO_MEMORY, "out of memory.");
+        answer_unkept(request, &fault, NOT_REMOVED);
+    } else {
         answer_gone(request);
+    }
     return true;
 }
 
