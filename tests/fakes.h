@@ -44,7 +44,8 @@ void fake_link_init(struct fake_link *fake, uint64_t seed, const uint64_t *now_u
 // A file of `size` bytes: the 8 bytes at offset o are rng_mix(seed + o), o a multiple of 8.
 struct fake_reader {
     struct reader reader;
-    uint64_t seed, reads, fail_at;
+    uint64_t seed, fail_at;
+    _Atomic uint64_t reads; // several threads may read
 };
 void fake_reader_init(struct fake_reader *fake, uint64_t seed, uint64_t size);
 

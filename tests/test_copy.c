@@ -331,6 +331,64 @@ static void test_copy_threads_idle_uses_no_cpu(void **state)
     link->destroy(link);
 }
 
+struct reads {
+    struct copy_queues *queues;
+    uint32_t ended;
+};
+
+static void read_ended(void *context, uint64_t tag, enum status status)
+{
+    struct reads *reads = context;
+    assert_int_equal(status, STATUS_OK);
+    assert_int_equal(tag, reads->ended++); // told of in the order in which they began
+}
+
+// Small and large, ended in any order by four threads, and sometimes cut off.
+static void test_copy_threads_several_read(void **state)
+{
+    (void)state;
+    enum { READS = 400, ROOM = 40000 };
+    struct rng rng = {.seed = 12};
+    struct fake_reader file;
+    uint8_t *to = malloc((size_t)READS * ROOM);
+    fake_reader_init(&file, 4, READS * ROOM);
+    for (int round = 0; round < 20; round++) {
+        struct link_options speeds = {.read_threads = 4};
+        struct reads reads = {.ended = 0};
+        struct link *link;
+        size_t bytes[READS];
+        assert_int_equal(copy_link_threads(&speeds, &link), STATUS_OK);
+        struct copy_options options = {
+            .link = link, .clock = clock_monotonic(), .copies_max = READS, .owners_max = 1};
+        assert_int_equal(copy_create(&options, &reads.queues), STATUS_OK);
+        memset(to, 0, (size_t)READS * ROOM);
+        for (uint32_t i = 0; i < READS; i++) {
+            copy_id id;
+            bytes[i] = 8 + 8 * rng_below(&rng, (i % 7 ? 200 : ROOM) / 8);
+            struct copy_request in = {.whole = {.resource = COPY_READ,
+                                                .to = to + (size_t)i * ROOM,
+                                                .file = &file.reader,
+                                                .offset = (uint64_t)i * ROOM,
+                                                .bytes = bytes[i]},
+                                      .done = read_ended,
+                                      .context = &reads,
+                                      .tag = i};
+            assert_int_equal(copy_submit(reads.queues, &in, &id), STATUS_OK);
+        }
+        if (round % 4 == 3) {
+            copy_poll(reads.queues);
+        } else {
+            wait_idle(reads.queues);
+            assert_int_equal(reads.ended, READS);
+            for (uint32_t i = 0; i < READS; i++)
+                assert_true(
+                    fake_content_is(4, (uint64_t)i * ROOM, to + (size_t)i * ROOM, bytes[i]));
+        }
+        copy_destroy(reads.queues);
+    }
+    free(to);
+}
+
 static void test_copy_threads_destroy_in_flight(void **state)
 {
     (void)state;
@@ -493,6 +551,7 @@ int main(void)
         cmocka_unit_test(test_copy_resources_are_independent),
         cmocka_unit_test(test_copy_threads_move_and_pace),
         cmocka_unit_test(test_copy_threads_idle_uses_no_cpu),
+        cmocka_unit_test(test_copy_threads_several_read),
         cmocka_unit_test(test_copy_threads_destroy_in_flight),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -35,7 +35,7 @@ struct copy_chunk {
 
 // The mechanism under the queues. It takes `depth` chunks of a resource at a time (0: one), and
 // they end in the order in which they were started.
-enum { COPY_DEPTH_MAX = 32 };
+enum { COPY_DEPTH_MAX = 32, COPY_READ_THREADS_MAX = 4 };
 struct link {
     void (*start)(struct link *link, const struct copy_chunk *chunk);
     // True when the oldest chunk of this resource is done (or none is under way); *status tells
@@ -48,12 +48,14 @@ struct link {
 struct link_options {
     double h2d_gbytes_per_s, d2h_gbytes_per_s, read_gbytes_per_s; // 0: as fast as it goes
     uint32_t latency_us;                                          // added to every chunk
+    uint32_t read_threads; // 0: one, as always at a given speed
 };
 
-// Three worker threads that copy with memcpy and pread, paced to the given speeds.
+// Worker threads, one for each resource and read_threads for reads, that copy with memcpy and read
+// from files, paced to the given speeds.
 MUST_USE enum status copy_link_threads(const struct link_options *options, struct link **out);
 
-// A device that copies by itself (device table: copy_start), and one thread for the reads.
+// A device that copies by itself (device table: copy_start), and threads for the reads.
 struct device;
 MUST_USE enum status copy_link_device(struct device *device, const struct link_options *options,
                                       struct link **out);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The link of a device with copy engines of its own: host-to-device and device-to-host chunks go to
-// the device table's copy_start, file reads to the thread link's reader. Speeds are not paced here:
-// they are what the hardware gives. Host pages must be alloc_host memory.
+// the device table's copy_start, file reads to the thread link's readers. Speeds are not paced
+// here: they are what the hardware gives. Host pages must be alloc_host memory.
 #include <stdlib.h>
 
 #include "base/check.h"
@@ -70,7 +70,10 @@ enum status copy_link_device(struct device *device, const struct link_options *o
     struct device_link *self = calloc(1, sizeof *self);
     if (!self)
         return STATUS_NO_MEMORY;
-    enum status status = copy_link_threads(options, &self->reads);
+    // The pages of adapters are hashed as they are read, slower than a page cache gives them.
+    struct link_options reads = *options;
+    reads.read_threads = COPY_READ_THREADS_MAX;
+    enum status status = copy_link_threads(&reads, &self->reads);
     if (status) {
         free(self);
         return status;

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The link of the CPU backend: one worker thread per resource, each with a ring of mailboxes for a
-// chunk each, moving bytes with memcpy or a read and holding the result back until the configured
-// speed allows it. It decides nothing about order.
+// The link of the CPU backend: for each resource a ring of mailboxes for a chunk each and a thread,
+// for reads perhaps several, moving bytes with memcpy or a read and holding the result back until
+// the configured speed allows it. It decides nothing about order.
 //
-//   EMPTY --start (engine)--> POSTED --worker--> DONE --poll (engine)--> EMPTY
+//   EMPTY --start (engine)--> POSTED --a thread--> TAKEN --the same--> DONE --poll (engine)-->
+//   EMPTY
 //
 // The side whose turn it is owns the chunk; `state` (release/acquire) hands it over. Both sides go
-// round the ring, so that chunks end in the order in which they were started. A worker
+// round the ring, so that chunks are told of in the order in which they were started. A thread
 // without a chunk sleeps on the condition variable and uses no CPU; one that paces sleeps on the
 // clock.
 #include "unified_pool/copy.h"
@@ -20,7 +21,7 @@
 
 #include "base/check.h"
 
-enum mailbox_state { MAILBOX_EMPTY, MAILBOX_POSTED, MAILBOX_DONE };
+enum mailbox_state { MAILBOX_EMPTY, MAILBOX_POSTED, MAILBOX_TAKEN, MAILBOX_DONE };
 
 struct mailbox {
     _Atomic int state;
@@ -30,17 +31,18 @@ struct mailbox {
 };
 
 struct worker {
-    pthread_t thread;
-    pthread_mutex_t lock; // guards the sleep only
+    pthread_t threads[COPY_READ_THREADS_MAX];
+    uint32_t running;     // threads
+    pthread_mutex_t lock; // guards the sleep and `next`
     pthread_cond_t wake;
     _Atomic bool stop;
     struct mailbox mailbox[COPY_DEPTH_MAX];
-    uint32_t next;         // the worker's
+    uint32_t next;         // to be taken
     uint32_t first, count; // the engine's: under way
-    uint64_t free_ns;      // the worker's: when the chunk before had been moved, at the given speed
+    uint64_t free_ns;      // of the only thread: when the chunk before had been moved, at its speed
     double ns_per_byte;
     uint64_t latency_ns;
-    bool is_running;
+    bool is_made;
 };
 
 struct thread_link {
@@ -71,34 +73,47 @@ static enum status move_bytes(const struct copy_chunk *chunk)
     return STATUS_OK;
 }
 
-static bool wait_for_post(struct worker *worker)
+static bool is_posted(const struct mailbox *mailbox)
 {
-    const struct mailbox *mailbox = &worker->mailbox[worker->next];
-    if (atomic_load_explicit(&mailbox->state, memory_order_acquire) == MAILBOX_POSTED)
-        return !atomic_load(&worker->stop);
+    return atomic_load_explicit(&mailbox->state, memory_order_acquire) == MAILBOX_POSTED;
+}
+
+// The next chunk, which is the caller's then; NULL: stop.
+static struct mailbox *take(struct worker *worker)
+{
+    struct mailbox *taken = NULL;
     (void)pthread_mutex_lock(&worker->lock);
-    while (atomic_load_explicit(&mailbox->state, memory_order_acquire) != MAILBOX_POSTED &&
-           !atomic_load(&worker->stop))
+    while (!is_posted(&worker->mailbox[worker->next]) && !atomic_load(&worker->stop))
         (void)pthread_cond_wait(&worker->wake, &worker->lock);
+    if (!atomic_load(&worker->stop)) {
+        taken = &worker->mailbox[worker->next];
+        worker->next = (worker->next + 1) % COPY_DEPTH_MAX;
+        atomic_store_explicit(&taken->state, MAILBOX_TAKEN, memory_order_relaxed);
+    }
     (void)pthread_mutex_unlock(&worker->lock);
-    return !atomic_load(&worker->stop);
+    return taken;
+}
+
+// Until the configured speed would have moved it.
+static void pace(struct worker *worker, const struct mailbox *mailbox)
+{
+    uint64_t wait_ns =
+        worker->latency_ns + (uint64_t)((double)mailbox->chunk.bytes * worker->ns_per_byte);
+    if (!wait_ns)
+        return;
+    uint64_t began_ns = mailbox->posted_ns > worker->free_ns ? mailbox->posted_ns : worker->free_ns;
+    if (!atomic_load(&worker->stop))
+        sleep_until(began_ns + wait_ns);
+    worker->free_ns = began_ns + wait_ns;
 }
 
 static void *work(void *argument)
 {
     struct worker *worker = argument;
     (void)prctl(PR_SET_TIMERSLACK, 1); // the default of 50 us is longer than most chunks
-    while (wait_for_post(worker)) {
-        struct mailbox *mailbox = &worker->mailbox[worker->next];
+    for (struct mailbox *mailbox; (mailbox = take(worker));) {
         mailbox->status = move_bytes(&mailbox->chunk);
-        uint64_t wait_ns =
-            worker->latency_ns + (uint64_t)((double)mailbox->chunk.bytes * worker->ns_per_byte);
-        uint64_t began_ns =
-            mailbox->posted_ns > worker->free_ns ? mailbox->posted_ns : worker->free_ns;
-        if (wait_ns && !atomic_load(&worker->stop))
-            sleep_until(began_ns + wait_ns);
-        worker->free_ns = wait_ns ? began_ns + wait_ns : 0;
-        worker->next = (worker->next + 1) % COPY_DEPTH_MAX;
+        pace(worker, mailbox);
         atomic_store_explicit(&mailbox->state, MAILBOX_DONE, memory_order_release);
     }
     return NULL;
@@ -124,7 +139,7 @@ static bool thread_link_poll(struct link *link, enum copy_resource resource, enu
     *status = STATUS_OK;
     if (!worker->count)
         return true;
-    if (atomic_load_explicit(&mailbox->state, memory_order_acquire) == MAILBOX_POSTED)
+    if (atomic_load_explicit(&mailbox->state, memory_order_acquire) != MAILBOX_DONE)
         return false;
     *status = mailbox->status;
     atomic_store_explicit(&mailbox->state, MAILBOX_EMPTY, memory_order_relaxed);
@@ -138,20 +153,22 @@ static void thread_link_destroy(struct link *link)
     struct thread_link *self = (struct thread_link *)link;
     for (int r = 0; r < COPY_RESOURCES; r++) {
         struct worker *worker = &self->workers[r];
-        if (!worker->is_running)
+        if (!worker->is_made)
             continue;
         (void)pthread_mutex_lock(&worker->lock);
         atomic_store(&worker->stop, true);
-        (void)pthread_cond_signal(&worker->wake);
+        (void)pthread_cond_broadcast(&worker->wake);
         (void)pthread_mutex_unlock(&worker->lock);
-        (void)pthread_join(worker->thread, NULL);
+        while (worker->running)
+            (void)pthread_join(worker->threads[--worker->running], NULL);
         (void)pthread_cond_destroy(&worker->wake);
         (void)pthread_mutex_destroy(&worker->lock);
     }
     free(self);
 }
 
-static enum status start_worker(struct worker *worker, double gbytes_per_s, uint32_t latency_us)
+static enum status start_worker(struct worker *worker, double gbytes_per_s, uint32_t latency_us,
+                                uint32_t threads)
 {
     worker->ns_per_byte = gbytes_per_s > 0 ? 1.0 / gbytes_per_s : 0; // GB/s = bytes per ns
     worker->latency_ns = (uint64_t)latency_us * 1000;
@@ -160,17 +177,15 @@ static enum status start_worker(struct worker *worker, double gbytes_per_s, uint
     atomic_init(&worker->stop, false);
     if (pthread_mutex_init(&worker->lock, NULL) != 0)
         return STATUS_NO_MEMORY;
-    if (pthread_cond_init(&worker->wake, NULL) != 0)
-        goto no_cond;
-    if (pthread_create(&worker->thread, NULL, work, worker) != 0)
-        goto no_thread;
-    worker->is_running = true;
+    if (pthread_cond_init(&worker->wake, NULL) != 0) {
+        (void)pthread_mutex_destroy(&worker->lock);
+        return STATUS_NO_MEMORY;
+    }
+    worker->is_made = true; // thread_link_destroy ends what runs
+    for (; worker->running < threads; worker->running++)
+        if (pthread_create(&worker->threads[worker->running], NULL, work, worker) != 0)
+            return STATUS_NO_MEMORY;
     return STATUS_OK;
-no_thread:
-    (void)pthread_cond_destroy(&worker->wake);
-no_cond:
-    (void)pthread_mutex_destroy(&worker->lock);
-    return STATUS_NO_MEMORY;
 }
 
 enum status copy_link_threads(const struct link_options *options, struct link **out)
@@ -185,7 +200,11 @@ enum status copy_link_threads(const struct link_options *options, struct link **
                                            [COPY_READ] = options->read_gbytes_per_s};
     for (int r = 0; r < COPY_RESOURCES; r++) {
         self->link.depth[r] = COPY_DEPTH_MAX;
-        enum status status = start_worker(&self->workers[r], speeds[r], options->latency_us);
+        uint32_t threads = 1;
+        if (r == COPY_READ && options->read_threads && speeds[r] <= 0 && !options->latency_us)
+            threads = options->read_threads;
+        enum status status =
+            start_worker(&self->workers[r], speeds[r], options->latency_us, threads);
         if (status) {
             thread_link_destroy(&self->link);
             return status;
