@@ -364,7 +364,7 @@ static void test_copy_threads_several_read(void **state)
         memset(to, 0, (size_t)READS * ROOM);
         for (uint32_t i = 0; i < READS; i++) {
             copy_id id;
-            bytes[i] = 8 + 8 * rng_below(&rng, (i % 7 ? 200 : ROOM) / 8);
+            bytes[i] = 8 + 8 * rng_below(&rng, i % 7 ? 25 : ROOM / 8);
             struct copy_request in = {.whole = {.resource = COPY_READ,
                                                 .to = to + (size_t)i * ROOM,
                                                 .file = &file.reader,
