@@ -24,13 +24,6 @@
 enum { ADAPTER_RANK_MAX = 512, ADAPTER_ROW_ALIGN = 64, ADAPTER_CUT_BYTES = 4096 };
 enum { ADAPTER_TOKEN_ALIGN = 16 }; // of rows by token
 
-// Of pages there is a digest for each block: the page, or a part that a read of 1 MiB holds.
-static inline size_t adapter__block_bytes(size_t page_bytes)
-{
-    return page_bytes < 1 << 20 ? page_bytes : 1 << 20;
-}
-struct digest adapter__block_digest(const void *block, size_t bytes);
-
 // Input and output dimensions of a module at a layer of the base (LORA_EMBED, LORA_HEAD: at layer
 // base->layers); false when the base has none there.
 bool adapter__module_dims(const struct adapter_base *base, uint32_t layer, enum lora_module module,
@@ -100,7 +93,19 @@ MUST_USE enum status adapter__store_peek(struct reader *reader, const char *labe
                                          struct adapter_store *out, struct adapter_summary *summary,
                                          struct fault *fault);
 void adapter__store_clear(struct adapter_store *store);
+// Digest of what the adapter means: shapes, table, and the digest of the pages.
+struct digest adapter__content_digest(const struct adapter_base *base,
+                                      const struct adapter_record *records, uint32_t count,
+                                      const struct digest *pages);
+
 // ---- pages (store_reader.c) ----
+
+// Of pages there is a digest for each block: the page, or a part that a read of 1 MiB holds.
+static inline size_t adapter__block_bytes(size_t page_bytes)
+{
+    return page_bytes < 1 << 20 ? page_bytes : 1 << 20;
+}
+struct digest adapter__block_digest(const void *block, size_t bytes);
 
 // A reader of the pages alone: a block that does not have its digest is an IO error, and the log
 // names the label. The file is the reader's when this succeeds. CORRUPT, IO.
@@ -110,11 +115,6 @@ MUST_USE enum status adapter__store_reader(struct reader *file, const char *labe
 // Reads every page.
 MUST_USE enum status adapter__store_verify(struct reader *reader, const char *label,
                                            const struct adapter_store *store, struct fault *fault);
-
-// Digest of what the adapter means: shapes, table, and the digest of the pages.
-struct digest adapter__content_digest(const struct adapter_base *base,
-                                      const struct adapter_record *records, uint32_t count,
-                                      const struct digest *pages);
 
 // ---- writer (store.c) ----
 
